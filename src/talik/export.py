@@ -1,0 +1,276 @@
+"""A run's result as a plain Transformers folder: untouched tensors are copied, changed ones are written.
+
+The model is never held: one tensor at a time. The folder appears once it is complete and verified.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from talik.data.template import plain_template
+from talik.errors import TalikError, UsageError
+from talik.events import Notify, Said, silent
+from talik.files import finished_folder, in_words, need_room, read_json, write_json, write_text
+from talik.model.chain import load_model
+from talik.model.checkpoint import (
+    Entry,
+    checkpoint_names,
+    copy_bytes,
+    pieces,
+    read_header,
+    read_tables,
+    tensor_bytes,
+    write_tensors,
+)
+from talik.train.resume import load_weights
+from talik.train.run_folder import Run, load_tokenizer, load_top, open_run, result_checkpoint, working_dtype
+
+TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model")
+TEMPLATE = ("*.jinja", "chat_template*", "additional_chat_templates/*")
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written: tensors changed, copied, converted to another dtype, added; bytes in all."""
+
+    folder: Path
+    changed: int
+    copied: int
+    converted: int
+    added: int
+    size: int
+
+
+def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Exported:
+    """Writes a run's result as a plain Transformers folder; the base model stays as it is.
+
+    Verified by names, shapes and bytes, and by logits against the tuned model where there is memory for it.
+    Raises UsageError for a folder that is taken, RunError for a run without a checkpoint, NoRoomError, and
+    TalikError if what was written is not what should have been.
+    """
+    opened, out = open_run(run, notify), Path(out)
+    recipe, source = opened.recipe, opened.source.folder
+    check_destination(source, out)
+    checkpoint = result_checkpoint(opened.folder)
+    dtype, untied = working_dtype(recipe), "head" in recipe.also
+    exported = export_folder(
+        source, checkpoint / "weights.safetensors", out, dtype, untied=untied, card=_card(opened, checkpoint)
+    )
+    notify(
+        Said(
+            "export",
+            f"{exported.changed} tensors changed, {exported.copied} copied, {exported.converted} converted "
+            f"to {str(dtype).removeprefix('torch.')}, {exported.added} added; every byte compared",
+        )
+    )
+    if untied and exported.added:
+        notify(Said("export", "the head was tied to the embeddings and has weights of its own now"))
+    notify(Said("export", _verify_logits(opened, checkpoint, out, exported.size)))
+    return exported
+
+
+def _verify_logits(run: Run, checkpoint: Path, out: Path, size: int) -> str:
+    """Compares the folder, as plain Transformers loads it, with the base model and the trained weights."""
+    free = psutil.virtual_memory().available
+    if size * 1.5 > free:
+        return f"logits not compared: loading it takes {in_words(size * 1.5)} and {in_words(free)} are free"
+    ids = load_tokenizer(out)(
+        "The exported folder has the tuned model's logits.", return_tensors="pt"
+    ).input_ids
+    model, top = load_top(run.recipe, run.plan, run.source.folder)
+    load_weights(checkpoint, dict(top.parameters()))
+    with torch.no_grad():
+        expected = model(input_ids=ids.to(model.device)).logits
+        del model, top
+        found = load_model(out, working_dtype(run.recipe), run.plan.device)(input_ids=ids.to(expected.device))
+    difference = (found.logits - expected).abs().max().item()
+    if difference:
+        raise TalikError(f"its logits differ from the tuned model's by {difference:.3g}", where=out)
+    return f"loaded by plain Transformers, {ids.numel()} tokens: logits equal to the tuned model's"
+
+
+def _card(run: Run, checkpoint: Path) -> str:
+    """The model card: what it is, how to use it, what was measured, the recipe."""
+    marks = read_json(checkpoint / "state.json")["evaluations"]
+    measured = "Not evaluated.\n"
+    if marks:
+        best = min(marks, key=lambda mark: mark["loss"])
+        rows = [("base", marks[0]), ("tuned", best)]
+        measured = "| model | loss per trained token | token accuracy |\n|---|---|---|\n" + "".join(
+            f"| {name} | {mark['loss']:.4f} | {100 * mark['accuracy']:.1f} % |\n" for name, mark in rows
+        )
+        measured += f"\nOn {best['trained_tokens']:.0f} trained tokens that were held out.\n"
+    # Paths of somebody's machine do not belong into a card.
+    names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
+    recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": run.source.origin}
+    recipe |= {key: name for key, name in names.items() if recipe[key] is not None}
+    if run.source.kind in ("folder", "gguf"):
+        recipe["model"] = Path(run.source.origin).name
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# {recipe['model']}, fine-tuned\n\n"
+        f"Layers {run.plan.cut} to {run.plan.layers - 1} of {run.plan.layers} and the final norm were "
+        f"trained with Talik ({checkpoint.name}).\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        f"## Measured\n\n{measured}\n## Recipe\n\n```yaml\n"
+        f"{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
+    )
+
+
+def check_destination(source: Path, out: Path) -> None:
+    """UsageError if `out` is the source's folder, inside it, or has something in it."""
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        problem = "is in the folder of the source model, which stays as it is"
+        raise UsageError(problem, where=out, remedy="Name a folder that is new or empty.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError("exists already", where=out, remedy="Name a folder that is new or empty.")
+
+
+def export_folder(
+    source: Path, weights: Path, out: Path, dtype: torch.dtype, *, untied: bool, card: str
+) -> Exported:
+    """Writes the source model with the trained `weights` (safetensors, the model's own names) in it.
+
+    Every floating tensor gets the run's `dtype`. `untied`: the head has weights of its own now. Raises
+    UsageError for a destination that is taken, NoRoomError, and TalikError if what was written is not what
+    should have been.
+    """
+    check_destination(source, out)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    if untied:
+        config.get_text_config(decoder=True).tie_word_embeddings = False
+        config.tie_word_embeddings = False
+    config.dtype = dtype
+    tables = read_tables(source)
+    delta = _delta(config, load_file(weights), dtype)
+    known = {name for table in tables.values() for name in table}
+    added = {name: delta[name] for name in delta.keys() - known}
+    if added and not untied:
+        raise TalikError(f"{len(added)} trained tensors have no place in the checkpoint: {sorted(added)[:5]}")
+    need_room(
+        out, sum(_size(entry, dtype) for table in tables.values() for entry in table.values()), "export"
+    )
+    if out.exists():
+        out.rmdir()  # empty, checked above
+    with finished_folder(out) as folder:
+        for number, (file, table) in enumerate(tables.items()):
+            extra = added if number == len(tables) - 1 else {}
+            _write_file(folder / file.name, table, delta, extra, dtype)
+        _write_index(folder, tables, added)
+        _write_rest(source, folder, config, card)
+        return _verify(folder, tables, delta, dtype, out)
+
+
+def _delta(config: PreTrainedConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained tensors under the names that the checkpoint uses."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return {name: tensor.to(dtype) for name, tensor in checkpoint_names(model, trained).items()}
+
+
+def _dtype(entry: Entry, dtype: torch.dtype) -> torch.dtype:
+    return dtype if entry.dtype.is_floating_point else entry.dtype
+
+
+def _size(entry: Entry, dtype: torch.dtype) -> int:
+    return torch.Size(entry.shape).numel() * _dtype(entry, dtype).itemsize
+
+
+def _write_file(
+    path: Path,
+    table: dict[str, Entry],
+    delta: dict[str, Tensor],
+    added: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """One weight file: the source's tensors in their order, changed ones replaced, added ones behind."""
+    with path.open("wb") as file:
+        rows = [(name, _dtype(entry, dtype), entry.shape) for name, entry in table.items()]
+        rows += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()]
+        write_tensors(file, rows)
+        for name, entry in table.items():
+            if name in delta:
+                file.write(tensor_bytes(delta[name]))
+            elif entry.dtype == _dtype(entry, dtype):
+                copy_bytes(entry, file)
+            else:
+                file.write(tensor_bytes(entry.read().to(dtype)))
+        for tensor in added.values():
+            file.write(tensor_bytes(tensor))
+
+
+def _write_index(folder: Path, tables: dict[Path, dict[str, Entry]], added: dict[str, Tensor]) -> None:
+    """The index of a model in several files; a model in one file has none."""
+    files = list(tables)
+    if [file.name for file in files] == ["model.safetensors"]:
+        return
+    places = {name: file.name for file, table in tables.items() for name in table}
+    places |= dict.fromkeys(added, files[-1].name)
+    size = sum(entry.size for file in files for entry in read_header(folder / file.name).values())
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))},
+    )
+
+
+def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str) -> None:
+    """Config, generation config, tokenizer, chat template and the card."""
+    config.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        shutil.copy2(source / "generation_config.json", folder)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    for pattern in (*TOKENIZER, *TEMPLATE):
+        for file in source.glob(pattern):
+            if file.is_file():
+                place = folder / file.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy2(file, place)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.chat_template is None:  # what it was trained with must be what it is asked with
+        write_text(folder / "chat_template.jinja", plain_template(tokenizer))
+    write_text(folder / "README.md", card)
+
+
+def _verify(
+    folder: Path,
+    tables: dict[Path, dict[str, Entry]],
+    delta: dict[str, Tensor],
+    dtype: torch.dtype,
+    out: Path,
+) -> Exported:
+    """Reads every tensor back: names, shapes and bytes. TalikError where one is not what it should be."""
+    written = {name: entry for file in tables for name, entry in read_header(folder / file.name).items()}
+    source = {name: entry for table in tables.values() for name, entry in table.items()}
+    if written.keys() != source.keys() | delta.keys():
+        raise TalikError(f"the export lacks {sorted((source.keys() | delta.keys()) - written.keys())[:5]}")
+    copied = converted = 0
+    for name, entry in written.items():
+        if name in delta:
+            same = entry.shape == tuple(delta[name].shape) and bytes(tensor_bytes(delta[name])) == b"".join(
+                pieces(entry)
+            )
+        elif source[name].dtype == entry.dtype:
+            copied += 1
+            pairs = zip(pieces(entry), pieces(source[name]), strict=True)
+            same = entry.shape == source[name].shape and all(a == b for a, b in pairs)
+        else:
+            converted += 1
+            same = torch.equal(entry.read(), source[name].read().to(dtype))
+        if not same:
+            raise TalikError(f"{name} was written wrongly; nothing is kept", where=out)
+    size = sum(entry.size for entry in written.values())
+    return Exported(
+        out, len(delta.keys() & source.keys()), copied, converted, len(delta.keys() - source.keys()), size
+    )

@@ -1,0 +1,192 @@
+"""Names the parts of a model and counts their parameters, of a live model or one on PyTorch's meta device.
+
+parts_of(model).part("model.layers.17.mlp.up_proj.weight")     # "layer 17"
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from talik.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+FACTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("num_hidden_layers", "tie_word_embeddings", "dtype", "max_position_embeddings"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the parts of a model are, as dotted names of modules.
+
+    `layers` is the list of layers ("model.layers"), `count` their number, `embedding` the table of the input
+    tokens, `head` what makes the logits (None: it has none). `tied`: both are one and the same matrix.
+    `pieces` gives the part of every module outside the layers that has parameters of its own.
+    """
+
+    layers: str
+    count: int
+    embedding: str
+    head: str | None
+    tied: bool
+    pieces: dict[str, str]
+
+    def part(self, parameter: str) -> str:
+        """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head' or 'other'."""
+        if parameter.startswith(self.layers + "."):
+            return f"layer {parameter[len(self.layers) + 1 :].split('.')[0]}"
+        steps = parameter.split(".")
+        for end in range(len(steps), 0, -1):
+            if part := self.pieces.get(".".join(steps[:end])):
+                return part
+        return "other"
+
+    def names(self, part: str) -> tuple[str, ...]:
+        """The modules of 'embeddings', 'norm', 'head' or 'other'."""
+        return tuple(name for name, its in self.pieces.items() if its == part)
+
+
+def parts_of(model: torch.nn.Module) -> Parts:
+    """The parts of a causal LM from Transformers, live or on the meta device. Raises SourceError."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    layers = _layers_of(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    owners = [
+        name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+    ]
+    prefix = names[id(layers)]
+    pieces = {
+        name: _part_of_piece(model, name, prefix)
+        for name in owners
+        if not f"{name}.".startswith(f"{prefix}.")
+    }
+    pieces[names[id(embedding)]] = "embeddings"
+    if head is not None:
+        pieces[names[id(head)]] = "head"
+    return Parts(
+        layers=prefix,
+        count=len(layers),
+        embedding=names[id(embedding)],
+        head=None if head is None else names[id(head)],
+        tied=head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", model),
+        pieces=pieces,
+    )
+
+
+def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    count = _text_config(model.config).num_hidden_layers
+    exact = [module for module in lists if len(module) == count] or lists
+    if not exact:
+        raise SourceError(
+            f"{type(model).__name__} has no list of layers", remedy="Talik trains models made of layers."
+        )
+    return max(exact, key=lambda module: sum(weight.numel() for weight in module.parameters()))
+
+
+def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
+    """The part of a module outside the layers; its own forward says what runs before them."""
+    from torch import nn
+
+    base = getattr(model, "base_model_prefix", "")
+    if base and hasattr(model, base) and not f"{name}.".startswith(f"{base}."):
+        return "head"
+    if isinstance(model.get_submodule(name), nn.Embedding):
+        return "embeddings"
+    parent, _, own = layers.rpartition(".")
+    place = None
+    if f"{name}.".startswith(f"{parent}.") and name != parent:
+        child = name[len(parent) + 1 :].split(".")[0]
+        place = _place(type(model.get_submodule(parent)), child, own)
+    if place == "before" or (place is None and "emb" in name.lower()):
+        return "embeddings"
+    norm = (
+        re.search(r"norm|\bln_", name.lower()) or "norm" in type(model.get_submodule(name)).__name__.lower()
+    )
+    return "norm" if norm else "other"
+
+
+def _place(parent: type, child: str, layers: str) -> str | None:
+    """Whether `parent.forward` uses `child` before or after the loop over `layers`, if it says so."""
+    try:
+        source = inspect.getsource(parent.forward)  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, TypeError):
+        return None
+    use, loop = re.search(rf"self\.{child}\b", source), re.search(rf"\bfor\b[^\n]*self\.{layers}\b", source)
+    return None if use is None or loop is None else ("before" if use.start() < loop.start() else "after")
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What config.json says of a model (`facts`, None where it says nothing) and the parameters of its parts.
+
+    `parts` are in running order: embeddings, layer 0, layer 1 ..., norm, head, other. If `tied`, the head's
+    matrix is the embeddings' and counts there. `item_bytes` are those of the config's dtype (else float32).
+    """
+
+    model_type: str
+    architecture: str
+    facts: dict[str, Any]
+    parts: dict[str, int]
+    tied: bool
+    item_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
+
+    @property
+    def bytes(self) -> int:
+        """What all parameters take."""
+        return self.parameters * self.item_bytes
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The parameters of each layer."""
+        return tuple(count for part, count in self.parts.items() if part.startswith("layer "))
+
+
+def anatomy_of(model: torch.nn.Module) -> Anatomy:
+    """The anatomy of a model, live or on the meta device."""
+    import torch
+
+    parts, config = parts_of(model), _text_config(model.config)
+    counts = {
+        "embeddings": 0,
+        **{f"layer {i}": 0 for i in range(parts.count)},
+        "norm": 0,
+        "head": 0,
+        "other": 0,
+    }
+    for name, weight in model.named_parameters():
+        counts[parts.part(name)] += weight.numel()
+    facts = {name: _value(config, name) for name in FACTS}
+    dtype = facts["dtype"] = str(facts["dtype"]).removeprefix("torch.") if facts["dtype"] else None
+    return Anatomy(
+        model_type=str(model.config.model_type),  # pyright: ignore
+        architecture=type(model).__name__,
+        facts=facts,
+        parts=counts,
+        tied=parts.tied,
+        item_bytes=getattr(torch, dtype or "float32").itemsize,
+    )
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name)  # through the config's own attribute_map: n_embd is hidden_size
+    except Exception:  # Transformers' class for a value that differs from layer to layer is not public
+        return None

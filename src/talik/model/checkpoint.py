@@ -1,0 +1,155 @@
+"""Safetensors files as tables: which tensor is where, without reading it. Byte for byte copies.
+
+The format: 8 bytes (little endian) with the length of a JSON header, the header with dtype, shape and byte
+range of every tensor, then the bytes (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from talik.errors import SourceError
+from talik.files import fingerprint, read_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint: its file and the bytes it takes there."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        data = bytearray(self.size)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            if file.readinto(data) != self.size:
+                raise SourceError("is shorter than its header says", where=self.file)
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [folder / "model.safetensors"]
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The table of one safetensors file. SourceError if it is none, or shorter than it says."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        table = {
+            name: Entry(
+                file,
+                DTYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+        raise SourceError(f"is not a safetensors file that can be read ({error!r})", where=file) from None
+    end = max((entry.start + entry.size for entry in table.values()), default=8 + length)
+    if file.stat().st_size != end:
+        raise SourceError(
+            f"has {file.stat().st_size:,} bytes, and its header speaks of {end:,}",
+            where=file,
+            remedy="The file is damaged or its download was cut off: get it again.",
+        )
+    return table
+
+
+def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
+    """The tables of all weight files of a model folder."""
+    return {file: read_header(file) for file in weight_files(folder)}
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Names what weights a folder holds by headers and sizes: quick, and changed by another model."""
+    parts: list[bytes | str] = []
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            length = stream.read(8)
+            parts += [file.name, str(file.stat().st_size), stream.read(int.from_bytes(length, "little"))]
+    return fingerprint(*parts)
+
+
+def write_tensors(file: BinaryIO, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+    """Writes the header for these tensors; their bytes must follow in the same order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, dtype, shape in tensors:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, start + size],
+        }
+        start += size
+    data = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    data += b" " * (-len(data) % 8)
+    file.write(len(data).to_bytes(8, "little") + data)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they stand in a file; the same memory for a contiguous tensor on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def copy_bytes(entry: Entry, file: BinaryIO, piece: int = 16 << 20) -> None:
+    """Copies a tensor's bytes as they are."""
+    for data in pieces(entry, piece):
+        file.write(data)
+
+
+def pieces(entry: Entry, piece: int = 16 << 20) -> Iterator[bytes]:
+    """A tensor's bytes, at most `piece` at a time."""
+    with entry.file.open("rb") as source:
+        source.seek(entry.start)
+        for start in range(0, entry.size, piece):
+            yield source.read(min(piece, entry.size - start))
+
+
+def checkpoint_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names, and in the shapes, in which the model's checkpoints hold them.
+
+    The way back through Transformers' own conversion mapping (merged experts, renamed parts).
+    """
+    return dict(revert_weight_conversion(model, dict(tensors)))

@@ -1,0 +1,168 @@
+"""One run as one validated object. Every option and its default is declared here, once, with its help.
+
+The command line, recipe.yaml and the table in docs/recipe.md derive from these fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from talik.errors import RecipeError
+from talik.files import write_text
+
+_AS_YAML = "Write one `field: value` a line, in UTF-8."
+
+
+class Recipe(BaseModel):
+    """What is trained, on what, and how. A result is a function of a recipe and a plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        description="a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file", min_length=1
+    )
+    data: str = Field(description="a file of rows: JSON, JSON lines or CSV", min_length=1)
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+
+    input_field: str | None = Field(
+        default=None, description="the field that holds the input, in rows of your own"
+    )
+    output_field: str | None = Field(default=None, description="the field that holds the output")
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="every assistant turn, the last one only, or every token"
+    )
+    max_length: int = Field(default=2048, ge=2, description="longest example, in tokens")
+    too_long: Literal["drop", "cut", "refuse"] = Field(
+        default="drop", description="what happens to a longer one; counted and shown in any case"
+    )
+    eval_data: str | None = Field(default=None, description="a file of rows to evaluate on")
+    held_out: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the questions in DATA held out for evaluation"
+    )
+
+    top_layers: int = Field(default=5, ge=0, description="train the last N layers and the final norm")
+    also: list[Literal["head"]] = Field(
+        default=[], description="train these parts too; a tied head is untied"
+    )
+    precision: Literal["bf16", "bf16-sr", "fp32"] = Field(
+        default="bf16",
+        description="bf16 with fp32 masters; bf16 alone with stochastic rounding; fp32 throughout",
+    )
+
+    epochs: int = Field(default=2, ge=1, description="passes over the data")
+    steps: int | None = Field(
+        default=None, ge=1, description="stop after this many steps, in place of --epochs"
+    )
+    batch_tokens: int = Field(
+        default=4096, ge=1, description="tokens of one step, at most (one example, at least)"
+    )
+    optimizer: Literal["adamw"] = Field(default="adamw", description="how weights are updated")
+    learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which it rises from 0")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW: decay of matrices; vectors have none")
+    clip: float = Field(
+        default=1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off"
+    )
+
+    eval_every: int = Field(
+        default=0, ge=0, description="evaluate every N steps; 0: at the end of every epoch"
+    )
+    save_every: int = Field(default=0, ge=0, description="save every N steps; 0: at the end of every epoch")
+    keep: int = Field(default=1, ge=1, description="saved checkpoints that stay, beside the best one")
+    early_stop: int = Field(
+        default=0, ge=0, description="stop after N evaluations without a better loss; 0: never"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="decides order, dropout and stochastic rounding")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
+    cache: str | None = Field(default=None, description="folder of the trunk's cache; default: Talik's own")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """All contradictions at once; single fields have been checked by then."""
+        wrong = []
+        if (self.input_field is None) != (self.output_field is None):
+            wrong.append("input_field and output_field go together: name both or neither")
+        if self.eval_data and self.held_out:
+            wrong.append("eval_data and held_out are two ways to evaluate: name one")
+        if self.early_stop and not (self.eval_data or self.held_out):
+            wrong.append("early_stop needs something to evaluate on: name eval_data or held_out")
+        if self.eval_every and not (self.eval_data or self.held_out):
+            wrong.append("eval_every needs something to evaluate on: name eval_data or held_out")
+        if not self.top_layers and not self.also:
+            wrong.append("top_layers is 0 and also is empty: nothing would be trained")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+class Plan(BaseModel):
+    """How a run is carried out: what was chosen for this machine. Resume never chooses again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = Field(description="where the model is")
+    threads: int = Field(description="threads of a CPU kernel; another number may round differently")
+    cut: int = Field(description="the first trained layer")
+    layers: int = Field(description="layers of the model")
+    trunk: Literal["resident"] = Field(description="where the frozen weights are")
+    top: Literal["resident"] = Field(description="where the trained weights are")
+    cache: Literal["disk"] = Field(description="where the trunk's hidden states are kept")
+    trunk_batch_tokens: int = Field(description="tokens that go through the trunk at once")
+    micro_batch_tokens: int = Field(description="tokens that go through the top at once, padding included")
+    loss_chunk: int = Field(description="trained positions whose logits exist at once")
+
+
+def check(given: dict[str, Any], where: object = None) -> Recipe:
+    """The recipe with these fields; RecipeError with every wrong field if there are any."""
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        problems = [_in_words(problem) for problem in error.errors()]
+        count = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "
+        raise RecipeError(
+            count + "\n  ".join(problems),
+            where=where,
+            remedy="`talik train --help` lists every field with its default.",
+        ) from None
+
+
+def _in_words(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{field}: is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: there is no such field"
+    if not field:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a recipe.yaml, unchecked, as a dictionary."""
+    if not path.is_file():
+        raise RecipeError("there is no such recipe file", where=path.absolute())
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else path
+        raise RecipeError(f"is not YAML: {error.problem}", where=where, remedy=_AS_YAML) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"is not YAML in UTF-8: {error}", where=path, remedy=_AS_YAML) from None
+    if not isinstance(fields, dict):
+        raise RecipeError("holds no fields", where=path, remedy=_AS_YAML)
+    return {str(name): value for name, value in fields.items()}
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes every field, defaults included, as YAML."""
+    write_text(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))

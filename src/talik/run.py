@@ -1,0 +1,182 @@
+"""Puts the parts together: training and going on with it. Nothing here prints; `notify` is told.
+
+train(Recipe(model="folder", data="rows.jsonl"), "runs/first")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from talik.data.dataset import Data, check_positions, read_sets
+from talik.data.labels import Example
+from talik.errors import ChainError
+from talik.evaluate import evaluate_top
+from talik.events import Notify, Progress, Said, silent
+from talik.files import write_json
+from talik.machine import matmul_rate
+from talik.model.chain import verify_chain
+from talik.model.source import find_model
+from talik.plan.solve import choose
+from talik.recipe import Plan, Recipe
+from talik.system import ctrl_c_waits
+from talik.train.loop import Evaluation, Job, train_loop
+from talik.train.resume import State, latest_checkpoint, load_checkpoint
+from talik.train.run_folder import Run, check_new, load_tokenizer, load_top, open_run, start_run
+from talik.train.scratch import MemoryScratch
+from talik.train.step import Top, prepare
+from talik.train.trunk import trunk_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to; `base` and `tuned` (the best) are None without anything to evaluate on."""
+
+    run: str
+    steps: int
+    seconds: float
+    base: Evaluation | None
+    tuned: Evaluation | None
+    best_step: int | None
+
+
+def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result:
+    """Trains by a recipe into a new run folder.
+
+    Raises the errors of talik.errors; every one that concerns the recipe, the model's files or the data is
+    raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
+    """
+    folder = Path(run)
+    check_new(folder)
+    source = find_model(
+        recipe.model, revision=recipe.revision, progress=lambda text: notify(Said("model", text))
+    )
+    notify(Said("model", f"{recipe.model} in {source.folder}"))
+    sets = _read_sets(recipe, source.folder, notify)
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    plan = choose(recipe, config)
+    check_positions(config, *sets)
+    _note_slow_precision(recipe, plan, notify)
+    return _carry_out(start_run(folder, recipe, plan, source), *sets, notify)
+
+
+def resume(run: str | Path, *, notify: Notify = silent) -> Result:
+    """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
+    opened = open_run(run, notify)
+    return _carry_out(opened, *_read_sets(opened.recipe, opened.source.folder, notify), notify)
+
+
+def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data | None]:
+    sets = read_sets(recipe, load_tokenizer(folder))
+    for data in sets:
+        if data is not None:
+            notify(data)
+    return sets
+
+
+def _note_slow_precision(recipe: Recipe, plan: Plan, notify: Notify) -> None:
+    """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
+    if recipe.precision == "fp32":
+        return
+    slow, fast = (matmul_rate(dtype, torch.device(plan.device)) for dtype in (torch.bfloat16, torch.float32))
+    if slow < fast / 2:
+        text = (
+            f"this machine multiplies bf16 matrices at {slow / 1e9:.0f} GFLOP/s and fp32 ones at "
+            f"{fast / 1e9:.0f}: --precision fp32 would be faster, with twice the memory for the weights"
+        )
+        notify(Said("note", text))
+
+
+def _carry_out(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Result:
+    """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
+    notify = _logged(run.folder, notify)
+    started = time.perf_counter()
+    torch.set_num_threads(run.plan.threads)
+    model, top = load_top(run.recipe, run.plan, run.source.folder)
+    notify(Said("trained", _what_is_trained(model, top, run.plan)))
+    _refuse_if_different(model, data.examples)
+    notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
+    scratch = MemoryScratch(top.chain.device)
+    prepare(top, run.recipe, scratch)
+    checkpoint = latest_checkpoint(run.folder)
+    state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
+    if checkpoint:
+        notify(Said("resumed", f"after step {state.step}, from {checkpoint}"))
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(trunk_cache(top, data.examples, run.recipe, run.plan, notify))
+        evaluate = None
+        if evaluation is not None:
+            held = stack.enter_context(trunk_cache(top, evaluation.examples, run.recipe, run.plan, notify))
+            evaluate = partial(evaluate_top, top, evaluation.examples, held, run.plan)
+        interrupted = stack.enter_context(ctrl_c_waits())
+        job = Job(
+            top,
+            data.examples,
+            cache,
+            scratch,
+            run.recipe,
+            run.plan,
+            run.folder,
+            evaluate,
+            notify,
+            interrupted,
+        )
+        state = train_loop(job, state)
+    result = _result(run.folder, state, time.perf_counter() - started)
+    write_json(run.folder / "results.json", asdict(result))
+    return result
+
+
+def _logged(folder: Path, notify: Notify) -> Notify:
+    """`notify`, with every event but progress written to the run's log.txt too."""
+
+    def both(event: Any) -> None:
+        if not isinstance(event, Progress):
+            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event}\n")
+        notify(event)
+
+    return both
+
+
+def _what_is_trained(model: PreTrainedModel, top: Top, plan: Plan) -> str:
+    trained = sum(parameter.numel() for _, parameter in top.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    parts = [f"layers {plan.cut} to {plan.layers - 1}"] if plan.cut < plan.layers else []
+    parts += dict.fromkeys(top.chain.parts.part(name) for name in top.blocks["tail"])
+    share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
+    return f"{', '.join(parts)}: {share}; layers 0 to {plan.cut - 1} and the embeddings are frozen"
+
+
+def _refuse_if_different(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """ChainError if the chain differs from the model's own forward on the first tokens of two examples."""
+    rows = [list(examples[0].input_ids[:16]), list(examples[-1].input_ids[:8])]
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
+    kind = type(model).__name__
+    try:
+        difference = verify_chain(model, ids, mask)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
+        raise ChainError(problem, remedy=report) from error
+    if difference:
+        problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
+        raise ChainError(problem, remedy=report)
+
+
+def _result(folder: Path, state: State, seconds: float) -> Result:
+    marks = [
+        Evaluation(mark["loss"], mark["accuracy"], int(mark["trained_tokens"])) for mark in state.evaluations
+    ]
+    best = min(marks, key=lambda mark: mark.loss) if marks else None
+    return Result(str(folder), state.step, seconds, marks[0] if marks else None, best, state.best_step)

@@ -1,0 +1,179 @@
+"""The only printer. Results go to stdout, what is going on to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from talik.errors import TalikError
+from talik.events import Progress as Advanced
+from talik.events import Said
+from talik.files import in_words
+
+if TYPE_CHECKING:
+    from talik.data.dataset import Data
+    from talik.train.loop import Evaluated, StepDone
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def result(text: Any) -> None:
+    """Prints a result to stdout; a string is printed as it is."""
+    out.print(Text(text) if isinstance(text, str) else text)
+
+
+def piece(text: str) -> None:
+    """Prints a part of an answer as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def questions() -> Iterator[str]:
+    """Lines that somebody types, until an empty one or the end of the input."""
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def result_json(value: Any) -> None:
+    """Prints a value for programs."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def said(topic: str, text: str) -> None:
+    """One line about what is going on."""
+    err.print(Text.assemble((f"{topic:<9}", "bold"), text))
+
+
+def failure(error: TalikError) -> None:
+    """What went wrong, where, and what to do."""
+    err.print(Text.assemble(("error    ", "bold red"), str(error)))
+
+
+class Watch:
+    """Shows the events of a run on stderr: lines, and one progress line that moves on a terminal.
+
+    Away from a terminal the progress line becomes a line every ten seconds.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._what, self._last = "", 0.0
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+
+    def __call__(self, event: Any) -> None:
+        kind = type(event).__name__
+        if isinstance(event, Said):
+            self._line(event.topic, event.text)
+        elif isinstance(event, Advanced):
+            self._move(event.what, event.done, event.total, f"{event.done:,} of {event.total:,} tokens")
+        elif kind == "StepDone":
+            self._move("train", event.step, event.steps, step_line(event))
+        elif kind == "Evaluated":
+            self._line("eval", evaluated_line(event))
+        elif kind == "Saved":
+            self._line("saved", str(event.path))
+        elif kind == "Data":
+            for line in data_lines(event):
+                self._line("data", line)
+
+    def _line(self, topic: str, text: str) -> None:
+        if self._bar is None:
+            said(topic, text)
+        else:
+            self._bar.console.print(Text.assemble((f"{topic:<9}", "bold"), text))
+
+    def _move(self, what: str, done: int, total: int, text: str) -> None:
+        if not err.is_terminal:
+            now = time.monotonic()
+            if done == total or what != self._what or now - self._last > 10:
+                said(what, text)
+                self._what, self._last = what, now
+            return
+        if self._bar is None or what != self._what:
+            self._end_bar()
+            columns = (TextColumn(f"[bold]{what:<8}"), BarColumn(20), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=err)
+            self._bar.start()
+            self._task, self._what = self._bar.add_task(text, total=total), what
+        self._bar.update(self._task, completed=done, description=text)
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def step_line(done: StepDone) -> str:
+    """A step in one line."""
+    return (
+        f"step {done.step}/{done.steps}  loss {done.loss:.4f}  {done.tokens / done.seconds:,.0f} tokens/s  "
+        f"memory {in_words(done.peak_memory_bytes)}"
+    )
+
+
+def evaluated_line(event: Evaluated) -> str:
+    """An evaluation in one line."""
+    mark = event.evaluation
+    what = "base model" if event.step == 0 else f"step {event.step}"
+    best = ", the best so far" if event.best and event.step else ""
+    return f"{what}: loss {mark.loss:.4f} per trained token, accuracy {100 * mark.accuracy:.1f} %{best}"
+
+
+def data_lines(data: Data) -> list[str]:
+    """What was made of a file of rows, and what happened to rows that did not fit."""
+    report = data.report
+    lines = [
+        f"{data.path}: {report.rows:,} rows for {data.use}, format {data.format}; "
+        f"template: {report.template}",
+        f"{report.examples:,} examples, {report.tokens:,} tokens, {report.trained_tokens:,} of them trained; "
+        f"the longest has {report.longest:,}",
+    ]
+    for kind, counted in report.too_long.items():
+        if counted.count:
+            places = ", ".join(map(str, counted.places[:3]))
+            lines.append(f"longer than --max-length: {counted.count:,} x {kind} ({places}, ...)")
+    if report.dropped or report.cut:
+        lines.append(f"{report.dropped:,} examples dropped, {report.cut:,} cut (--too-long)")
+    if report.ends_added:
+        lines.append(f"{report.ends_added:,} answers got an end token: the template has no end of turn")
+    if report.boundary_merged:
+        lines.append(f"{report.boundary_merged:,} examples have a token that spans prompt and answer")
+    return lines
+
+
+def answers(questions: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Table:
+    """What two models say to the same questions."""
+    table = Table("question", "base", "tuned", show_lines=True)
+    for row in zip(questions, base, tuned, strict=True):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
+    """Evaluations beside each other."""
+    table = Table("model", "loss per trained token", "perplexity", "token accuracy", box=None, pad_edge=False)
+    for name, mark in rows:
+        accuracy = f"{100 * mark['accuracy']:.1f} %"
+        table.add_row(name, f"{mark['loss']:.4f}", f"{mark['perplexity']:.2f}", accuracy)
+    return table

@@ -1,0 +1,1 @@
+"""Training: the frozen trunk once, the thawed top step by step."""

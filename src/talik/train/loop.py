@@ -1,0 +1,258 @@
+"""The loop around the step: batches in, metrics out, evaluation, checkpoints, and when to stop.
+
+It reads the scalars that the step left with the monitor, checks that they are finite, and tells what
+happens through `notify`. It prints nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from talik.data.batches import collate, micro_batches, steps_of_epoch
+from talik.data.labels import Example
+from talik.errors import Interrupted, NonFiniteError
+from talik.files import write_text
+from talik.machine import PeakMemory
+from talik.recipe import Plan, Recipe
+from talik.train.cache import Cache
+from talik.train.loss import trained_rows
+from talik.train.optim import learning_rate_at
+from talik.train.resume import State, save_checkpoint
+from talik.train.scratch import Scratch
+from talik.train.step import MicroBatch, Top, World, train_step
+from talik.train.store import ResidentStore
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Over all trained tokens of a set: mean loss (natural logarithm) and share guessed right."""
+
+    loss: float
+    accuracy: float
+    trained_tokens: int
+
+    def measures(self) -> dict[str, float]:
+        """Loss, perplexity and accuracy, for people and programs."""
+        perplexity = math.exp(min(self.loss, 700.0))
+        return {"loss": self.loss, "perplexity": perplexity, "accuracy": self.accuracy}
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One step, as it stands in metrics.jsonl, and how many there will be."""
+
+    step: int
+    epoch: int
+    loss: float
+    trained_tokens: int
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    peak_memory_bytes: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    step: int
+    evaluation: Evaluation
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    step: int
+    path: Path
+
+
+class ScalarMonitor:
+    """Keeps the step's scalars as tensors until the loop reads them."""
+
+    def __init__(self) -> None:
+        self._scalars: dict[str, Tensor] = {}
+
+    def scalar(self, name: str, value: Float[Tensor, ""]) -> None:
+        self._scalars[name] = value
+
+    def read(self, name: str) -> float:
+        return self._scalars[name].item()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that the loop works on."""
+
+    top: Top
+    examples: Sequence[Example]
+    cache: Cache
+    scratch: Scratch
+    recipe: Recipe
+    plan: Plan
+    run: Path
+    evaluate: Callable[[], Evaluation] | None
+    notify: Callable[[Any], None]
+    interrupted: Callable[[], bool]
+
+
+def load_micro_batches(
+    examples: Sequence[Example], indices: Sequence[int], cache: Cache, plan: Plan, device: torch.device
+) -> Iterator[MicroBatch]:
+    """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
+    lengths = [example.length for example in examples]
+    for group in micro_batches(indices, lengths, plan.micro_batch_tokens):
+        batch = collate([examples[i] for i in group], pad_id=0)
+        rows, targets = trained_rows(batch["labels"])
+        tensors = (batch["input_ids"], batch["attention_mask"], cache.read(group), rows, targets)
+        yield MicroBatch(*(tensor.to(device) for tensor in tensors))
+
+
+def count_steps(lengths: Sequence[int], recipe: Recipe) -> int:
+    """How many steps the whole run has."""
+    if recipe.steps is not None:
+        return recipe.steps
+    epochs = range(recipe.epochs)
+    return sum(len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, e)) for e in epochs)
+
+
+def train_loop(job: Job, state: State) -> State:
+    """Trains from `state` to the end. Raises NonFiniteError, or Interrupted after saving."""
+    lengths = [example.length for example in job.examples]
+    steps = count_steps(lengths, job.recipe)
+    metrics = _open_metrics(job.run, state.step)
+    with metrics, PeakMemory(job.top.chain.device) as peak:
+        if job.evaluate and not state.evaluations:
+            _evaluate(job, state, metrics)
+        while state.step < steps and not _patience_lost(job.recipe, state):
+            epoch = steps_of_epoch(lengths, job.recipe.batch_tokens, job.recipe.seed, state.epoch)
+            done = _one_step(job, state, epoch[state.step_in_epoch], steps, peak)
+            metrics.write(json.dumps(_without(asdict(done), "steps")) + "\n")
+            metrics.flush()
+            _advance(state, len(epoch))
+            job.notify(done)
+            _after_step(job, state, metrics, last=state.step == steps)
+    return state
+
+
+def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: PeakMemory) -> StepDone:
+    """Runs the next step and reads what the monitor got."""
+    start, step = time.perf_counter(), state.step + 1
+    torch.manual_seed(step_seed(job.recipe.seed, step))
+    rate = learning_rate_at(job.recipe, step, steps)
+    monitor = ScalarMonitor()
+    world = World(ResidentStore(), job.scratch, monitor)
+    batches = list(load_micro_batches(job.examples, indices, job.cache, job.plan, job.top.chain.device))
+    job.top.train_mode(True)
+    train_step(job.top, batches, world, job.recipe, job.plan, step=step, learning_rate=rate)
+    job.top.train_mode(False)
+    loss, norm = monitor.read("loss"), monitor.read("grad_norm")
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _not_finite(job, step, indices, loss, norm)
+    return StepDone(
+        step=step,
+        epoch=state.epoch,
+        loss=loss,
+        trained_tokens=sum(len(batch.targets) for batch in batches),
+        tokens=sum(job.examples[i].length for i in indices),
+        learning_rate=rate,
+        grad_norm=norm,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak.take(),
+        steps=steps,
+    )
+
+
+def _advance(state: State, steps_in_epoch: int) -> None:
+    state.step += 1
+    state.step_in_epoch += 1
+    if state.step_in_epoch == steps_in_epoch:
+        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+
+
+def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
+    """Evaluates and saves where that is due; saves and stops where somebody pressed Ctrl-C."""
+    epoch_ends = state.step_in_epoch == 0
+    interrupted = job.interrupted()
+    if job.evaluate and (last or _due(job.recipe.eval_every, state.step, epoch_ends)) and not interrupted:
+        _evaluate(job, state, metrics)
+    last = last or _patience_lost(job.recipe, state)
+    best = state.best_step == state.step
+    if last or best or interrupted or _due(job.recipe.save_every, state.step, epoch_ends):
+        path = save_checkpoint(job.run, job.top, job.scratch, job.recipe, state)
+        job.notify(Saved(state.step, path))
+    if interrupted and not last:
+        raise Interrupted(
+            f"stopped after step {state.step}; everything up to it is saved",
+            remedy=f"Go on with: talik resume {job.run}",
+        )
+
+
+def _due(every: int, step: int, epoch_ends: bool) -> bool:
+    return step % every == 0 if every else epoch_ends
+
+
+def _evaluate(job: Job, state: State, metrics: Any) -> None:
+    assert job.evaluate is not None
+    evaluation = job.evaluate()
+    best = state.best_loss is None or evaluation.loss < state.best_loss
+    if best:
+        state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0
+    else:
+        state.worse += 1
+    state.evaluations.append({"step": state.step, **asdict(evaluation)})
+    record = {"step": state.step, "eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy}
+    metrics.write(json.dumps(record) + "\n")
+    metrics.flush()
+    job.notify(Evaluated(state.step, evaluation, best))
+
+
+def _patience_lost(recipe: Recipe, state: State) -> bool:
+    return bool(recipe.early_stop) and state.worse >= recipe.early_stop
+
+
+def _not_finite(job: Job, step: int, indices: Sequence[int], loss: float, norm: float) -> NonFiniteError:
+    places = [str(job.examples[i].place) for i in indices]
+    shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
+    return NonFiniteError(
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing after the last checkpoint "
+        f"is kept. The step's examples: {shown}",
+        remedy="Look at these examples, lower the learning rate, or train with --precision fp32.",
+    )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's randomness, so that a resumed run draws the same."""
+    digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _open_metrics(run: Path, step: int) -> Any:
+    """metrics.jsonl, open for appending, without what was written after `step`."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+    return path.open("a", encoding="utf-8")
+
+
+def _step_of(line: str) -> int | float:
+    """The step of a line of metrics; a line that was cut off by a kill belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _without(record: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != key}

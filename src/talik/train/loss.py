@@ -1,0 +1,102 @@
+"""Cross-entropy at the trained positions only, one chunk of logits at a time.
+
+The gradient is computed with the loss, chunk by chunk, so that the logits of all positions never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from talik.model.chain import Chain
+
+
+def trained_rows(
+    labels: Int[Tensor, "batch sequence"],
+) -> tuple[Int[Tensor, " trained"], Int[Tensor, " trained"]]:
+    """Where the next token is trained, and what it is.
+
+    Labels stand on their tokens' positions, -100 where masked. Returns flat positions (row times sequence
+    plus column) whose *next* token is trained, and that token. A first token has nothing before it.
+    """
+    following = labels[:, 1:]
+    row, column = (following != -100).nonzero(as_tuple=True)
+    return row * labels.shape[1] + column, following[row, column]
+
+
+def loss_chunks(
+    chain: Chain,
+    rows: Float[Tensor, "trained hidden"],
+    targets: Int[Tensor, " trained"],
+    weights: Sequence[nn.Parameter],
+    chunk: int,
+    divisor: int,
+) -> Iterator[tuple[slice, Float[Tensor, ""], tuple[Tensor, ...]]]:
+    """For each chunk of rows: its place, its loss, and the gradients of (rows, *weights).
+
+    The loss is the sum over the chunk's tokens divided by `divisor`, in fp32.
+    """
+    for start in range(0, len(rows), chunk):
+        place = slice(start, min(start + chunk, len(rows)))
+        with torch.enable_grad():
+            part = rows[place].detach().requires_grad_()
+            logits = chain.tail(part[None])[0].float()
+            loss = F.cross_entropy(logits, targets[place], reduction="sum") / divisor
+            del logits
+            gradients = torch.autograd.grad(loss, (part, *weights))
+        yield place, loss.detach(), gradients
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Chain, rows: Tensor, targets: Tensor, chunk: int, *weights: nn.Parameter
+    ) -> Tensor:
+        of_rows = torch.empty_like(rows)
+        of_weights = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        for place, loss, (of_part, *of_tail) in loss_chunks(
+            chain, rows, targets, weights, chunk, max(len(rows), 1)
+        ):
+            total += loss
+            of_rows[place] = of_part
+            for whole, gradient in zip(of_weights, of_tail, strict=True):
+                whole += gradient
+        ctx.gradients = (of_rows, *(g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        of_rows, *of_weights = (gradient * outputs[0] for gradient in ctx.gradients)
+        return None, of_rows, None, None, *of_weights
+
+
+def chunked_loss(
+    chain: Chain,
+    hidden: Float[Tensor, "batch sequence hidden"],
+    labels: Int[Tensor, "batch sequence"],
+    chunk: int = 256,
+) -> Float[Tensor, ""]:
+    """The mean loss over the trained tokens, for a loop of one's own; call `.backward()` on it.
+
+    `hidden` is what the last layer hands on; `labels` stand on their tokens, -100 where masked. The tail's
+    trained weights get their gradients too. fp32; 0 if nothing is trained.
+    """
+    positions, targets = trained_rows(labels)
+    rows = hidden.flatten(0, 1)[positions]
+    weights = tail_weights(chain)
+    return _ChunkedLoss.apply(chain, rows, targets, chunk, *weights)  # pyright: ignore[reportReturnType]
+
+
+def tail_weights(chain: Chain) -> list[nn.Parameter]:
+    """The trained parameters of the tail: final norm and head, as far as they are thawed."""
+    return [
+        parameter
+        for name, parameter in chain.model.named_parameters()
+        if parameter.requires_grad and chain.parts.part(name) in ("norm", "head", "other")
+    ]

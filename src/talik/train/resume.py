@@ -1,0 +1,93 @@
+"""Checkpoints: what was trained, the optimizer's state, and where the run stands. Never the trunk.
+
+A checkpoint is a folder `step-00000040` that appears once it is whole. Randomness is seeded anew for every
+step from the seed and the step's number, and the order of the data follows from the seed and the epoch, so
+a few integers are the whole state beside the tensors.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from talik.errors import RunError
+from talik.files import finished_folder, need_room, read_json, write_json
+from talik.recipe import Recipe
+from talik.train.optim import OPTIMIZERS
+from talik.train.scratch import Scratch
+from talik.train.step import Top
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run stands: `step` steps are done, `epoch` and `step_in_epoch` name the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    worse: int = 0  # evaluations since the best one
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
+    kinds = [*(["master"] if recipe.precision == "bf16" else []), *OPTIMIZERS[recipe.optimizer].state]
+    return [f"{kind}/{name}" for name, _ in top.parameters() for kind in kinds]
+
+
+def save_checkpoint(run: Path, top: Top, scratch: Scratch, recipe: Recipe, state: State) -> Path:
+    """Writes a checkpoint of this state, unless there is one already; then drops those not to be kept."""
+    path = checkpoint_path(run, state.step)
+    if not path.exists():
+        weights = {name: parameter.detach() for name, parameter in top.parameters()}
+        optimizer = {name: scratch[name] for name in _tensor_names(top, recipe)}
+        size = sum(t.nbytes for t in (*weights.values(), *optimizer.values()))
+        need_room(path.parent, size, "a checkpoint")
+        with finished_folder(path) as folder:
+            save_file(weights, folder / "weights.safetensors")
+            save_file(optimizer, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", asdict(state))
+    best = None if state.best_step is None else checkpoint_path(run, state.best_step)
+    for old in checkpoints(run)[: -recipe.keep]:
+        if old != best:
+            shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
+    """Puts a checkpoint's tensors back, bit for bit, and returns where the run stood."""
+    load_weights(path, dict(top.parameters()))
+    device = str(top.chain.device)
+    for name, tensor in load_file(path / "optimizer.safetensors", device=device).items():
+        scratch[name] = tensor
+    return State(**read_json(path / "state.json"))
+
+
+@torch.no_grad()
+def load_weights(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Copies a checkpoint's trained weights into the parameters of the same names."""
+    weights = load_file(path / "weights.safetensors")
+    if weights.keys() != parameters.keys():
+        raise RunError("the checkpoint was made with other trained layers", where=path)
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest finished checkpoint, or None."""
+    return next(reversed(checkpoints(run)), None)

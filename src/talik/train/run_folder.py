@@ -1,0 +1,117 @@
+"""A run folder: recipe.yaml, plan.json, source.json, metrics.jsonl, results.json, log.txt, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from talik.errors import RunError
+from talik.events import Notify, Said
+from talik.files import read_json, write_json
+from talik.model.chain import Chain, load_model
+from talik.model.checkpoint import weights_fingerprint
+from talik.model.freeze import freeze
+from talik.model.source import Source, find_model
+from talik.recipe import Plan, Recipe, check, read_fields, write_recipe
+from talik.train.resume import checkpoint_path, latest_checkpoint
+from talik.train.step import Top, make_top
+
+FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run folder says about itself, and the model that it began with."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    source: Source
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder."""
+    return (Path(path) / "recipe.yaml").is_file()
+
+
+def check_new(folder: Path) -> None:
+    """RunError if the folder has something in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        go_on = f"Go on with it: talik resume {folder}\n  Or name" if is_run(folder) else "Name"
+        raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
+
+
+def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source) -> Run:
+    """Makes the folder and writes what the run will be; nothing of it stays if that fails."""
+    known = {
+        "folder": str(source.folder.resolve()),
+        "origin": source.origin,
+        "kind": source.kind,
+        "revision": source.revision,
+        "weights": weights_fingerprint(source.folder),
+    }
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(folder / "source.json", known)
+        write_json(folder / "plan.json", plan.model_dump())
+        write_recipe(recipe, folder / "recipe.yaml")
+    except BaseException:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
+        raise
+    return Run(folder, recipe, plan, source)
+
+
+def open_run(folder: str | Path, notify: Notify) -> Run:
+    """A run that was started. RunError if the folder is none, or its model's weights are others now."""
+    folder = Path(folder)
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        problem = (
+            f"is not a run folder: {', '.join(missing)} missing" if folder.exists() else "no such folder"
+        )
+        raise RunError(problem, where=folder, remedy="Name the folder that `talik train -o` was given.")
+    recipe = check(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
+    plan = Plan.model_validate(read_json(folder / "plan.json"))
+    known = read_json(folder / "source.json")
+    model = known["folder"] if Path(known["folder"]).is_dir() else recipe.model
+    source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Said("model", text)))
+    if weights_fingerprint(source.folder) != known["weights"]:
+        raise RunError(
+            f"the weights of {recipe.model} are not those that this run began with",
+            where=source.folder,
+            remedy="Put the former weights back, or begin a new run: talik train",
+        )
+    return Run(folder, recipe, plan, source)
+
+
+def result_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a run is used by: the best one if it was evaluated, else the newest."""
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise RunError("has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {folder}")
+    best = read_json(newest / "state.json")["best_step"]
+    return checkpoint_path(folder, best) if best else newest
+
+
+def working_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the model computes in and that the export has."""
+    return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+
+
+def load_top(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
+    """The model of a folder in memory, everything frozen but what the recipe trains."""
+    model = load_model(folder, working_dtype(recipe), plan.device)
+    trained = freeze(model, recipe.top_layers, tuple(recipe.also))
+    return model, make_top(Chain(model), trained)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

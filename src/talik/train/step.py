@@ -1,0 +1,219 @@
+"""One step: forward, loss, backward, update. It touches the world only through store, scratch and monitor.
+
+Nothing in here reads a tensor's value, branches on one, opens a file, starts a thread or compiles: the same
+function runs on fake tensors when a run is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from talik.model.chain import Chain, run_layers
+from talik.recipe import Plan, Recipe
+from talik.train.loss import loss_chunks
+from talik.train.optim import OPTIMIZERS, round_stochastically_, slices
+from talik.train.scratch import Scratch
+from talik.train.store import Store
+
+
+@runtime_checkable
+class Monitor(Protocol):
+    """Where a step's scalars go; they stay tensors here."""
+
+    def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A few examples, right-padded: their tokens, what the trunk hands on, and the trained rows.
+
+    `rows` are flat positions whose next token is trained, `targets` those tokens.
+    """
+
+    input_ids: Int[Tensor, "batch sequence"]
+    attention_mask: Int[Tensor, "batch sequence"]
+    hidden: Float[Tensor, "batch sequence hidden"]
+    rows: Int[Tensor, " trained"]
+    targets: Int[Tensor, " trained"]
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The thawed part: the chain, the cut, and the trained parameters of each block by full name."""
+
+    chain: Chain
+    cut: int
+    blocks: dict[str, dict[str, nn.Parameter]]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for block in self.blocks.values():
+            yield from block.items()
+
+    def train_mode(self, on: bool) -> None:
+        """Dropout in the top is on while a step runs, and off otherwise; the trunk never has any."""
+        self.chain.model.eval()
+        for layer in self.chain.layers[self.cut :]:
+            layer.train(on)
+
+
+def make_top(chain: Chain, trained: dict[str, nn.Parameter]) -> Top:
+    """Sorts the trained parameters into blocks: "layer 17" and "tail"."""
+    layers = range(len(chain.layers))
+    of_layer = {name: chain.parts.part(name) for name in trained}
+    cut = next((i for i in layers if f"layer {i}" in of_layer.values()), len(chain.layers))
+    blocks: dict[str, dict[str, nn.Parameter]] = {f"layer {i}": {} for i in layers[cut:]} | {"tail": {}}
+    for name, parameter in trained.items():
+        blocks[of_layer[name] if of_layer[name] in blocks else "tail"][name] = parameter
+    return Top(chain, cut, blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The three objects through which a step touches the world."""
+
+    store: Store
+    scratch: Scratch
+    monitor: Monitor
+
+
+def prepare(top: Top, recipe: Recipe, scratch: Scratch) -> None:
+    """Makes what lives as long as the run: fp32 masters (precision bf16) and the optimizer's state."""
+    for name, parameter in top.parameters():
+        if recipe.precision == "bf16":
+            scratch[f"master/{name}"] = parameter.detach().float()
+        for state in OPTIMIZERS[recipe.optimizer].state:
+            scratch.zeros(f"{state}/{name}", parameter.shape, torch.float32)
+
+
+def train_step(
+    top: Top,
+    batches: Sequence[MicroBatch],
+    world: World,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    step: int,
+    learning_rate: float,
+) -> None:
+    """One step over its micro-batches: the loss is the sum over its trained tokens divided by their count.
+
+    Gradients accumulate in fp32. The monitor gets "loss" (before the update) and "grad_norm" (before
+    clipping).
+    """
+    count = sum(len(batch.targets) for batch in batches)
+    for block, parameters in top.blocks.items():
+        world.store.get(block)
+        for name, parameter in parameters.items():
+            world.scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+    world.monitor.scalar("loss", forward_backward(top, batches, world.scratch, plan, count))
+    norm = gradient_norm(top, world.scratch)
+    world.monitor.scalar("grad_norm", norm)
+    scale = (recipe.clip / (norm + 1e-6)).clamp(max=1) if recipe.clip else None
+    for block, parameters in top.blocks.items():
+        for name, parameter in parameters.items():
+            update(name, parameter, world.scratch, recipe, scale, step, learning_rate)
+        world.store.put(block)
+        world.store.release(block)
+
+
+def forward_backward(
+    top: Top, batches: Sequence[MicroBatch], scratch: Scratch, plan: Plan, count: int
+) -> Float[Tensor, ""]:
+    """The loss over all micro-batches; adds every trained parameter's gradient to the one in scratch."""
+
+    def take(name: str, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        scratch[f"gradient/{name}"].add_(parameter.grad)
+        parameter.grad = None
+
+    tail = top.blocks["tail"]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+        for name, parameter in top.parameters()
+        if name not in tail
+    ]
+    total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
+    try:
+        for batch in batches:
+            hidden = run_top(top, batch)
+            rows = hidden.flatten(0, 1)[batch.rows]
+            of_rows = torch.empty_like(rows)
+            for place, loss, (of_part, *of_tail) in loss_chunks(
+                top.chain, rows, batch.targets, list(tail.values()), plan.loss_chunk, count
+            ):
+                total += loss
+                of_rows[place] = of_part
+                for name, gradient in zip(tail, of_tail, strict=True):
+                    scratch[f"gradient/{name}"].add_(gradient)
+            if rows.requires_grad:
+                rows.backward(of_rows)
+            del hidden, rows, of_rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def run_top(top: Top, batch: MicroBatch) -> Float[Tensor, "batch sequence hidden"]:
+    """The top layers over one micro-batch, with the calls of a fresh skeleton."""
+    skeleton = top.chain.skeleton(batch.input_ids, batch.attention_mask, embed=False)
+    return run_layers(top.chain, range(top.cut, len(top.chain.layers)), batch.hidden, skeleton.calls)
+
+
+def gradient_norm(top: Top, scratch: Scratch) -> Float[Tensor, ""]:
+    """The norm of the whole gradient, in fp32."""
+    norms = [torch.linalg.vector_norm(scratch[f"gradient/{name}"]) for name, _ in top.parameters()]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def update(
+    name: str,
+    parameter: nn.Parameter,
+    scratch: Scratch,
+    recipe: Recipe,
+    scale: Float[Tensor, ""] | None,
+    step: int,
+    learning_rate: float,
+) -> None:
+    """One parameter's update, slice by slice; its gradient is used up.
+
+    bf16: the fp32 master is updated and the parameter rounded from it. bf16-sr: the parameter is updated in
+    fp32 and rounded at random. fp32: in place.
+    """
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    master = scratch[f"master/{name}"] if recipe.precision == "bf16" else parameter
+    working, exact, gradient, *state = (
+        tensor.detach().view(-1)
+        for tensor in (
+            parameter,
+            master,
+            scratch[f"gradient/{name}"],
+            *(scratch[f"{state}/{name}"] for state in optimizer.state),
+        )
+    )
+    decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
+    for place in slices(parameter.numel()):
+        if scale is not None:
+            gradient[place].mul_(scale)
+        weight = exact[place].float()  # a copy only for bf16-sr
+        optimizer.update(
+            weight,
+            gradient[place],
+            *(tensor[place] for tensor in state),
+            step=step,
+            learning_rate=learning_rate,
+            weight_decay=decay,
+            recipe=recipe,
+        )
+        if recipe.precision == "bf16":
+            working[place].copy_(weight)
+        elif recipe.precision == "bf16-sr":
+            round_stochastically_(working[place], weight)
+    scratch.drop(f"gradient/{name}")

@@ -1,0 +1,137 @@
+"""Small models and tokenizers, made on the spot: no test needs a hub, a GPU or another folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from talik.cli import main
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QUESTIONS = [
+    (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}." + " Yes." * (a % 3))
+    for a in range(6)
+    for b in range(5)
+]
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tests run side by side, so each takes one core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's caches."""
+    monkeypatch.setenv("TALIK_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def make_model(kind: str = "qwen2", *, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Any:
+    """A random causal LM of a family, small, with weights large enough that every layer matters."""
+    config = AutoConfig.for_model(kind)
+    for key, value in {**SMALL, **changes}.items():
+        if hasattr(config, key) or key in changes:
+            with contextlib.suppress(AttributeError):  # derived from others in this family
+                setattr(config, key, value)
+    if getattr(config, "layer_types", None) and not isinstance(
+        vars(type(config)).get("layer_types"), property
+    ):
+        kinds = list(dict.fromkeys(config.layer_types))
+        config.layer_types = [kinds[i % len(kinds)] for i in range(config.num_hidden_layers)]
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., Any]:
+    """`build_model("qwen2", tie_word_embeddings=True)`."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer with ChatML; its pad token also ends a turn."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SMALL["vocab_size"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([text for pair in QUESTIONS for text in pair], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A small Qwen2 with tied embeddings and its tokenizer, as a plain Transformers folder in bf16."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=True, eos_token_id=2).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty questions and answers as JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [json.dumps({"input": question, "output": answer}) + "\n" for question, answer in QUESTIONS]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(model_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the small model in fp32 with questions held out; tests that change it copy it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = (
+        "--top-layers 2 --precision fp32 --epochs 1 --batch-tokens 300 --held-out 0.2 --learning-rate 0.01"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TALIK_HOME", str(tmp_path_factory.mktemp("home")))
+        assert main(["train", str(model_folder), str(rows), "-o", str(folder), *options.split()]) == 0
+    return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew")

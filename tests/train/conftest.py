@@ -1,0 +1,88 @@
+"""A small training problem, and the same by plain PyTorch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talik.data.batches import collate
+from talik.data.labels import Example, Span
+from talik.data.rows import Place
+from talik.model.chain import Chain
+from talik.model.freeze import freeze
+from talik.recipe import Plan, Recipe
+from talik.train.loss import trained_rows
+from talik.train.step import MicroBatch, Top, make_top
+from talik.train.trunk import run_trunk
+
+
+def make_examples(lengths: tuple[int, ...] = (9, 14, 14, 6, 11, 20), seed: int = 0) -> list[Example]:
+    """Random tokens; the last half of each example is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number, length in enumerate(lengths):
+        ids = array("i", torch.randint(3, 380, (length,), generator=generator).tolist())
+        spans = (Span(0, length // 2, False), Span(length // 2, length, True))
+        made.append(Example(ids, spans, Place("made.jsonl", number + 1)))
+    return made
+
+
+def make_plan(top: Top, **changes: Any) -> Plan:
+    fields = {
+        "device": "cpu",
+        "threads": 1,
+        "cut": top.cut,
+        "layers": len(top.chain.layers),
+        "trunk": "resident",
+        "top": "resident",
+        "cache": "disk",
+        "trunk_batch_tokens": 64,
+        "micro_batch_tokens": 40,
+        "loss_chunk": 7,
+    }
+    return Plan.model_validate({**fields, **changes})
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, **changes})
+
+
+def freeze_top(model: Any, layers: int = 2, also: tuple[str, ...] = ()) -> Top:
+    trained = freeze(model, layers, also)
+    return make_top(Chain(model), trained)
+
+
+def micro_batch(top: Top, examples: list[Example]) -> MicroBatch:
+    """Padded together, each with what the trunk hands on for it alone, unpadded."""
+    batch = collate(examples, pad_id=0)
+    hidden = torch.zeros(*batch["input_ids"].shape, top.chain.hidden_size, dtype=top.chain.dtype)
+    for row, example in zip(hidden, examples, strict=True):
+        row[: example.length] = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))[0]
+    rows, targets = trained_rows(batch["labels"])
+    return MicroBatch(batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
+
+
+def plain_loss(model: Any, examples: list[Example], count: int) -> torch.Tensor:
+    """What everybody writes: the whole model on padded batches, cross-entropy over shifted labels."""
+    batch = collate(examples, pad_id=0)
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    wanted = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    flat = logits[:, :-1].flatten(0, 1).to(wanted)
+    return F.cross_entropy(flat, batch["labels"][:, 1:].flatten(), reduction="sum") / count
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    return make_examples()
+
+
+@pytest.fixture(scope="session")
+def top_of() -> Callable[..., Top]:
+    return freeze_top

@@ -1,0 +1,118 @@
+"""Loss and gradients of a step against the plain model with the same frozen set."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import freeze_top, make_plan, micro_batch, plain_loss
+from talik.data.labels import Example
+from talik.train.loss import chunked_loss
+from talik.train.scratch import MemoryScratch
+from talik.train.step import Top, forward_backward, run_top
+
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("llama", {}, ()),
+    ("qwen2", {"tie_word_embeddings": True}, ()),
+    ("qwen2", {"tie_word_embeddings": True}, ("head",)),
+    ("qwen3", {"tie_word_embeddings": False}, ("head",)),
+    ("gemma2", {"final_logit_softcapping": 5.0}, ()),
+    ("gpt2", {}, ()),
+    ("gpt_neox", {}, ("head",)),
+    ("granite", {"logits_scaling": 4.0}, ()),
+    ("cohere", {}, ()),
+    ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}, ()),
+    ("mixtral", {"num_local_experts": 4}, ()),
+    ("phi3", {}, ()),
+]
+
+
+def gradients(top: Top, examples: list[Example], groups: list[list[int]]) -> tuple[float, dict[str, Any]]:
+    """Ours: the loss and every trained tensor's gradient, over micro-batches of these examples."""
+    scratch = MemoryScratch(torch.device("cpu"))
+    for name, parameter in top.parameters():
+        scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+    batches = [micro_batch(top, [examples[i] for i in group]) for group in groups]
+    count = sum(len(batch.targets) for batch in batches)
+    loss = forward_backward(top, batches, scratch, make_plan(top), count)
+    return loss.item(), {name: scratch[f"gradient/{name}"] for name, _ in top.parameters()}
+
+
+def plain_gradients(model: Any, examples: list[Example]) -> tuple[float, dict[str, Any]]:
+    """Theirs: one padded batch through the whole model."""
+    model.zero_grad()
+    count = sum(e.trained_tokens for e in examples)
+    loss = plain_loss(model, examples, count)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "changes", "also"), CASES)
+def test_error_is_at_most_twice_that_of_plain_fp32(
+    build_model: Callable[..., Any],
+    examples: list[Example],
+    family: str,
+    changes: dict[str, Any],
+    also: tuple[str, ...],
+) -> None:
+    model = build_model(family, **changes)
+    model.config._experts_implementation = "eager"  # the only one that knows float64
+    top = freeze_top(model, 2, also)
+    exact_loss, exact = plain_gradients(copy.deepcopy(model).double(), examples)
+    plain_value, plain = plain_gradients(model, examples)
+    model.zero_grad()
+    loss, ours = gradients(top, examples, [[0, 3], [1, 2], [4], [5]])
+    assert ours.keys() == plain.keys() == exact.keys()
+    # One rounding of an fp32 number: below it nobody's error says anything.
+    assert abs(loss - exact_loss) <= max(2 * abs(plain_value - exact_loss), 2**-23 * exact_loss)
+    for name in exact:
+        floor = 2**-23 * exact[name].norm()
+        error, allowed = (ours[name] - exact[name]).norm(), 2 * (plain[name] - exact[name]).norm()
+        assert error <= allowed + floor, name
+
+
+def test_micro_batches_do_not_matter(build_model: Callable[..., Any], examples: list[Example]) -> None:
+    """A step's loss is the sum over its trained tokens divided by their count, however it is split."""
+    top = freeze_top(build_model("qwen2"))
+    one_loss, one = gradients(top, examples, [[0, 1, 2, 3, 4, 5]])
+    many_loss, many = gradients(top, examples, [[i] for i in range(6)])
+    assert many_loss == pytest.approx(one_loss, rel=1e-6)
+    for name in one:
+        assert torch.allclose(one[name], many[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_gradients_accumulate_in_fp32(build_model: Callable[..., Any], examples: list[Example]) -> None:
+    """In bf16, sixty-four equal micro-batches give sixty-four times the gradient of one."""
+    top = freeze_top(build_model("qwen2", dtype=torch.bfloat16))
+    _, one = gradients(top, examples, [[0]])
+    _, many = gradients(top, examples, [[0]] * 64)  # each weighs 1/64 of the one
+    for name in one:
+        assert torch.allclose(one[name], many[name], rtol=0.01, atol=1e-5 + 0.01 * one[name].abs().max()), (
+            name
+        )
+        assert many[name].dtype == torch.float32
+
+
+def test_chunked_loss_in_a_loop_of_ones_own(build_model: Callable[..., Any], examples: list[Example]) -> None:
+    """The public loss: the value and the gradients of the model's own, also scaled by the caller."""
+    model = build_model("qwen2", tie_word_embeddings=True)
+    top = freeze_top(model, 2, ("head",))
+    batch = micro_batch(top, examples[:2])
+    labels = torch.full_like(batch.input_ids, -100)
+    for row, example in zip(labels, examples[:2], strict=True):
+        row[: example.length] = torch.tensor(example.labels)
+    count = sum(e.trained_tokens for e in examples[:2])
+    expected = plain_loss(model, examples[:2], count)
+    (expected * 3).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = chunked_loss(top.chain, run_top(top, batch), labels, chunk=5)
+    (loss * 3).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in wanted.items():
+        found = dict(model.named_parameters())[name].grad
+        assert found is not None and torch.allclose(found, gradient, rtol=1e-4, atol=1e-6), name

@@ -1,0 +1,246 @@
+"""Whole runs: against a plain PyTorch loop, against golden losses, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import talik
+from conftest import plain_loss
+from talik import run
+from talik.data.batches import steps_of_epoch
+from talik.data.dataset import read_sets
+from talik.errors import Interrupted, NonFiniteError
+from talik.files import read_json
+from talik.recipe import Recipe
+from talik.train import trunk
+from talik.train.loop import StepDone
+from talik.train.optim import learning_rate_at
+from talik.train.resume import checkpoints, latest_checkpoint
+from talik.train.run_folder import load_tokenizer, load_top
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "qwen2-fp32.txt"
+
+
+def recipe_for(model_folder: Path, rows: Path, **changes: Any) -> Recipe:
+    fields = {"model": str(model_folder), "data": str(rows), "precision": "fp32", "batch_tokens": 200}
+    return Recipe.model_validate({**fields, "top_layers": 2, "learning_rate": 3e-3, **changes})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def plain_losses(recipe: Recipe, steps: int) -> list[float]:
+    """The loop that everybody writes: the whole model, frozen below, torch's AdamW and clipping."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    trained = [*model.model.layers[2:].parameters(), *model.model.norm.parameters()]
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad = True
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon)
+    examples = read_sets(recipe, load_tokenizer(Path(recipe.model)))[0].examples
+    lengths, losses, epoch = [e.length for e in examples], [], 0
+    while len(losses) < steps:
+        for indices in steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch)[
+            : steps - len(losses)
+        ]:
+            batch = [examples[i] for i in indices]
+            loss = plain_loss(model, batch, sum(e.trained_tokens for e in batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(recipe, len(losses) + 1, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        epoch += 1
+    return losses
+
+
+def test_twenty_steps_equal_a_plain_loop(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(model_folder, rows, steps=20)
+    talik.train(recipe, tmp_path / "run")
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
+    assert losses == pytest.approx(plain_losses(recipe, 20), abs=1e-5)
+
+
+def test_golden_losses(
+    model_folder: Path, rows: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A refactoring gives the same losses; other kernels may differ in the last digits."""
+    talik.train(recipe_for(model_folder, rows, steps=10, also=["head"]), tmp_path / "run")
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    if request.config.getoption("--update-golden"):
+        GOLDEN.write_text("".join(f"{loss!r}\n" for loss in losses), encoding="utf-8")
+    golden = [float(line) for line in GOLDEN.read_text(encoding="utf-8").split()]
+    assert losses == pytest.approx(golden, rel=1e-5)
+
+
+def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    seen: list[Any] = []
+    recipe = recipe_for(model_folder, rows, held_out=0.2, epochs=2)
+    result = talik.train(recipe, folder, notify=seen.append)
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.yaml",
+        "plan.json",
+        "source.json",
+        "metrics.jsonl",
+        "results.json",
+        "log.txt",
+        "checkpoints",
+    }
+    first = metrics(folder)[0]
+    assert first.keys() == {
+        "step",
+        "epoch",
+        "loss",
+        "trained_tokens",
+        "tokens",
+        "learning_rate",
+        "grad_norm",
+        "seconds",
+        "peak_memory_bytes",
+    }
+    assert first["peak_memory_bytes"] > 50e6 and first["tokens"] <= 200
+    done = [event for event in seen if isinstance(event, StepDone)]
+    assert [event.step for event in done] == list(range(1, result.steps + 1))
+    assert result.base and result.tuned and result.tuned.loss < 0.9 * result.base.loss
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    trained = load_file(newest / "weights.safetensors")
+    assert all("layers.2." in name or "layers.3." in name or name == "model.norm.weight" for name in trained)
+    # Two fp32 tensors for each trained one; a master only in precision bf16.
+    assert len(load_file(newest / "optimizer.safetensors")) == 2 * len(trained)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-sr"])
+def test_stopped_and_resumed_is_the_same_bit_for_bit(
+    model_folder: Path, rows: Path, tmp_path: Path, precision: str
+) -> None:
+    """Ctrl-C in the middle of the second epoch, twice, and dropout's randomness in between."""
+    recipe = recipe_for(model_folder, rows, precision=precision, epochs=3, held_out=0.2)
+    talik.train(recipe, tmp_path / "whole")
+
+    def press(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step in (9, 13):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="after step 9"):
+        talik.train(recipe, tmp_path / "parts", notify=press)
+    torch.manual_seed(123)  # whatever else happened to the generator
+    with pytest.raises(Interrupted, match="after step 13"):
+        talik.resume(tmp_path / "parts", notify=press)
+    result = talik.resume(tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert result.steps == len(metrics(tmp_path / "parts"))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    names = [path.name for path in checkpoints(one)]
+    assert [path.name for path in checkpoints(other)] == names
+    for kind in ("weights", "optimizer"):
+        first, second = (
+            load_file(run / "checkpoints" / names[-1] / f"{kind}.safetensors") for run in (one, other)
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    timeless = [
+        [
+            {k: v for k, v in record.items() if k not in ("seconds", "peak_memory_bytes")}
+            for record in metrics(run)
+        ]
+        for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_killed_after_a_save_and_resumed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """SIGKILL between a save and the next: metrics are ahead of the checkpoint, and are taken back."""
+    recipe = recipe_for(model_folder, rows, steps=9, save_every=4)
+    talik.train(recipe, tmp_path / "whole")
+    script = (
+        "import os, signal, sys, torch, talik\n"
+        "torch.set_num_threads(1)\n"
+        "def kill(event):\n"
+        "    if type(event).__name__ == 'StepDone' and event.step == 6:\n"
+        "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+        "talik.train(talik.Recipe.model_validate_json(sys.argv[1]), sys.argv[2], notify=kill)\n"
+    )
+    killed = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", script, recipe.model_dump_json(), str(killed)], check=False)
+    assert done.returncode != 0 and len(metrics(killed)) == 6
+    assert [path.name for path in checkpoints(killed)] == ["step-00000004"]
+    talik.resume(killed)
+    assert_same_run(tmp_path / "whole", killed)
+
+
+def test_a_finished_run_resumed_does_nothing(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    talik.train(recipe_for(model_folder, rows, steps=3), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    talik.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_not_finite_stops_and_names_the_examples(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(model_folder, rows, learning_rate=0.9, clip=0, precision="bf16", epochs=30, warmup=0)
+
+    def poison(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            for weights in spy:
+                weights.data.fill_(math.inf)
+
+    spy: list[torch.nn.Parameter] = []
+
+    def load_and_spy(*args: Any) -> Any:
+        model, top = load_top(*args)
+        spy.extend(dict(top.parameters()).values())
+        return model, top
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_top", load_and_spy)
+        with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*rows\.jsonl:\d+"):
+            talik.train(recipe, tmp_path / "run", notify=poison)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_early_stop_and_the_best_checkpoint(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A learning rate far too high: the loss on held-out questions gets worse, and the best stays."""
+    recipe = recipe_for(
+        model_folder, rows, learning_rate=0.3, held_out=0.3, eval_every=1, early_stop=3, epochs=20, warmup=0
+    )
+    result = talik.train(recipe, tmp_path / "run")
+    state = read_json(checkpoints(tmp_path / "run")[-1] / "state.json")
+    assert state["worse"] == 3 and result.steps == state["best_step"] + 3
+    assert result.best_step == state["best_step"]
+
+
+def test_the_trunk_runs_once(model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever the epochs, and not again for another learning rate."""
+    passed: list[int] = []
+    honest = trunk.run_trunk
+    monkeypatch.setattr(trunk, "run_trunk", lambda *args: passed.append(args[2].numel()) or honest(*args))
+    result = talik.train(recipe_for(model_folder, rows, epochs=3), tmp_path / "one")
+    tokens = sum(record["tokens"] for record in metrics(tmp_path / "one"))
+    assert result.steps > 3 and sum(passed) * 3 == tokens
+    talik.train(recipe_for(model_folder, rows, epochs=1, learning_rate=1e-3), tmp_path / "two")
+    assert sum(passed) * 3 == tokens
