@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def demo(folder: Path) -> None:
     show.result(show.comparison([("base", result.base.measures()), ("tuned", result.tuned.measures())]))
     show.result(
         f"The demo took {time.perf_counter() - started:.0f} s. The model is a plain Transformers folder:\n"
-        f"  {folder / 'model'}\nTalk to it:\n  talik chat {folder / 'model'}"
+        f"  {folder / 'model'}\nTalk to it:\n  {_command()} chat {folder / 'model'}"
     )
 
 
@@ -83,6 +84,12 @@ def _answers(target: Path, questions: list[str], *, base: bool) -> list[str]:
     model, tokenizer = load_for_chat(target, base=base)
     asked = ([{"role": "user", "content": question}] for question in questions)
     return ["".join(answer(model, tokenizer, messages, max_tokens=32)).strip() for messages in asked]
+
+
+def _command() -> str:
+    """The `talik` that belongs to this Python, as one would type it here."""
+    script = Path(sys.executable).with_name("talik")
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _precision() -> Literal["bf16", "fp32"]:

@@ -63,11 +63,11 @@ def evaluate(
         recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder)
     else:
         folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
-        # Everything is below the cut: the whole model runs once.
-        recipe = check(
-            {"model": str(target), "data": str(data), "top_layers": 0, "also": ["head"], **options}
-        )
-        plan = choose(recipe, AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
+        recipe = check({"model": str(target), "data": str(data), "precision": precision, **options})
+        recipe = recipe.model_copy(update={"top_layers": 0})  # the whole model is below the cut and runs once
+        plan = choose(recipe, config)
     found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
     notify(found)
     torch.set_num_threads(plan.threads)

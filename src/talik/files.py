@@ -102,7 +102,7 @@ def need_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed + margin:
         raise NoRoomError(
-            f"{what} needs {in_words(needed)}, and the disk has {in_words(free)} free "
+            f"{what}: {in_words(needed)} are needed, and the disk has {in_words(free)} free "
             f"({in_words(margin)} of which stay free)",
             where=folder,
             remedy="Make room, or name a folder on another disk.",

@@ -166,3 +166,19 @@ def read_fields(path: Path) -> dict[str, Any]:
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes every field, defaults included, as YAML."""
     write_text(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+def table() -> str:
+    """docs/recipe.md: every field with its help and its default."""
+    rows = [
+        "| field | default | what it does |\n|---|---|---|\n",
+        *(
+            f"| `{name}` | {'' if field.is_required() else f'`{field.default}`'} | {field.description} |\n"
+            for name, field in Recipe.model_fields.items()
+        ),
+    ]
+    head = (
+        "# The recipe\n\nEvery field is an option of `talik train` (`top_layers` is `--top-layers`) and a "
+        "line of recipe.yaml (`talik train -c recipe.yaml`). This page is written from the code.\n\n"
+    )
+    return head + "".join(rows)

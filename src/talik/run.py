@@ -14,26 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from talik.data.dataset import Data, check_positions, read_sets
 from talik.data.labels import Example
 from talik.errors import ChainError
 from talik.evaluate import evaluate_top
 from talik.events import Notify, Progress, Said, silent
-from talik.files import write_json
+from talik.files import need_room, write_json
 from talik.machine import matmul_rate
 from talik.model.chain import verify_chain
+from talik.model.freeze import count_trained
 from talik.model.source import find_model
 from talik.plan.solve import choose
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits
 from talik.train.loop import Evaluation, Job, train_loop
-from talik.train.resume import State, latest_checkpoint, load_checkpoint
-from talik.train.run_folder import Run, check_new, load_tokenizer, load_top, open_run, start_run
+from talik.train.resume import State, checkpoint_bytes, latest_checkpoint, load_checkpoint
+from talik.train.run_folder import (
+    Run,
+    check_new,
+    load_tokenizer,
+    load_top,
+    open_run,
+    start_run,
+    working_dtype,
+)
 from talik.train.scratch import MemoryScratch
 from talik.train.step import Top, prepare
-from talik.train.trunk import trunk_cache
+from talik.train.trunk import cache_root, trunk_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,7 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     plan = choose(recipe, config)
     check_positions(config, *sets)
+    _check_room(folder, recipe, config, sets)
     _note_slow_precision(recipe, plan, notify)
     return _carry_out(start_run(folder, recipe, plan, source), *sets, notify)
 
@@ -80,6 +90,18 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
         if data is not None:
             notify(data)
     return sets
+
+
+def _check_room(
+    folder: Path, recipe: Recipe, config: PreTrainedConfig, sets: tuple[Data, Data | None]
+) -> None:
+    """NoRoomError if the cache or the checkpoints will not fit on the disk."""
+    dtype = working_dtype(recipe)
+    tokens = sum(data.report.tokens for data in sets if data)
+    hidden = config.get_text_config(decoder=True).hidden_size
+    need_room(cache_root(recipe), tokens * hidden * dtype.itemsize, "the trunk's cache")
+    trained = count_trained(config, recipe.top_layers, tuple(recipe.also))
+    need_room(folder, checkpoint_bytes(trained, dtype, recipe), "the run's checkpoints")
 
 
 def _note_slow_precision(recipe: Recipe, plan: Plan, notify: Notify) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 
 from talik.data.batches import (
+    OVERHEAD,
     collate,
     equal_length_groups,
     micro_batches,
@@ -62,6 +64,22 @@ def test_micro_batches_hold_a_step_by_length() -> None:
     assert all(len(b) == 1 or len(b) * max(LENGTHS[i] for i in b) <= 128 for b in batches)
     assert micro_batches(indices[::-1], LENGTHS, 128) == batches
     assert micro_batches([500], LENGTHS, 128) == [[500]]
+
+
+def test_micro_batches_are_the_cheapest_cut() -> None:
+    """Against every way to cut twelve sorted examples."""
+    lengths = sorted(DICE.sample(range(1, 200), 12))
+
+    def cost(batches: list[list[int]]) -> int:
+        return sum(len(batch) * lengths[batch[-1]] + OVERHEAD for batch in batches)
+
+    def cuts() -> Iterator[list[list[int]]]:
+        for marks in range(2**11):
+            edges = [0, *(i + 1 for i in range(11) if marks >> i & 1), 12]
+            yield [list(range(a, b)) for a, b in pairwise(edges)]
+
+    allowed = (cut for cut in cuts() if all(len(b) == 1 or len(b) * lengths[b[-1]] <= 300 for b in cut))
+    assert cost(micro_batches(range(12), lengths, 300)) == min(map(cost, allowed))
 
 
 def test_groups_of_equal_length() -> None:

@@ -97,5 +97,7 @@ def test_no_room(
     top = freeze_top(build_model("qwen2"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(NoRoomError, match=r"the trunk.s cache needs 9\.2 KiB, and the disk has 1000 B free"):
+    with pytest.raises(
+        NoRoomError, match=r"the trunk.s cache: 9\.2 KiB are needed, and the disk has 1000 B free"
+    ):
         trunk_cache(top, examples, make_recipe(cache=str(tmp_path)), make_plan(top), silent)

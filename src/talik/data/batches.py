@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -19,15 +18,8 @@ from talik.data.formats import Conversation
 from talik.data.labels import IGNORED, Example
 from talik.files import fingerprint
 
+OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens
 DRAWS = 2.0**-52  # what two draws that differ are apart at least
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where in the data: the next step is `step` of `epoch`, both counted from 0."""
-
-    epoch: int = 0
-    step: int = 0
 
 
 class Batch(TypedDict):
@@ -51,14 +43,23 @@ def steps_of_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: 
 def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
     """A step's examples by ascending length, in batches of at most `micro_batch_tokens` tokens with padding.
 
-    A longer example is a batch of its own.
+    Of all ways to cut that order, the one with the fewest tokens, padding and OVERHEAD for each batch
+    included. A longer example is a batch of its own.
     """
+    order = sorted(indices, key=lambda i: (lengths[i], i))
+    cost, begins = [0], [0]  # the cheapest way to cut the first n examples, and where its last batch begins
+    for stop, index in enumerate(order, start=1):
+        longest = lengths[index]
+        most = max(1, micro_batch_tokens // longest)
+        starts = range(max(0, stop - most), stop)
+        best = min(starts, key=lambda start: cost[start] + (stop - start) * longest)
+        cost.append(cost[best] + (stop - best) * longest + OVERHEAD)
+        begins.append(best)
     batches: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= micro_batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    stop = len(order)
+    while stop:
+        batches.insert(0, order[begins[stop] : stop])
+        stop = begins[stop]
     return batches
 
 

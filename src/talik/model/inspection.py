@@ -60,12 +60,16 @@ class Inspection:
 
 
 def inspect_model(
-    model: str, *, top_layers: int = 5, revision: str | None = None, offline: bool = False
+    model: str, *, top_layers: int | None = None, revision: str | None = None, offline: bool = False
 ) -> Inspection:
-    """What config.json alone tells of a model; no weights are read or downloaded. SourceError, UsageError."""
+    """What config.json alone tells of a model, and what training its last `top_layers` (5) would train.
+
+    No weights are read or downloaded. Raises SourceError, and UsageError for layers that it does not have.
+    """
     source = find_model(model, revision=revision, weights=False, offline=offline)
     anatomy = anatomy_of(_without_storage(source.folder))
     count = len(anatomy.layers)
+    top_layers = min(5, count) if top_layers is None else top_layers
     if not 1 <= top_layers <= count:
         remedy = f"Name a number from 1 to {count}."
         raise UsageError(

@@ -251,7 +251,8 @@ def _hub_error(model: str, revision: str | None, offline: bool, error: Exception
         problem = f"{model} is not, or not wholly, in the Hugging Face cache, and this is offline"
         return SourceError(problem, where=constants.HF_HUB_CACHE, remedy=remedy)
     remedy = f"Run it again; files that came whole are kept. Another way, if it is there: modelscope:{model}"
-    return SourceError(f"the download failed: {one_line(error)}", where=where, remedy=remedy)
+    problem = f"there is no folder {here}, and the download failed: {one_line(error)}"
+    return SourceError(problem, where=where, remedy=remedy)
 
 
 def _from_modelscope(model: str, revision: str | None, weights: bool, offline: bool) -> Source:

@@ -50,6 +50,12 @@ def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
     return [f"{kind}/{name}" for name, _ in top.parameters() for kind in kinds]
 
 
+def checkpoint_bytes(trained: int, dtype: torch.dtype, recipe: Recipe) -> int:
+    """What the checkpoints of a run take at most: those to keep, the best one, and one being written."""
+    states = len(OPTIMIZERS[recipe.optimizer].state) + (recipe.precision == "bf16")
+    return trained * (dtype.itemsize + 4 * states) * (recipe.keep + 2)
+
+
 def save_checkpoint(run: Path, top: Top, scratch: Scratch, recipe: Recipe, state: State) -> Path:
     """Writes a checkpoint of this state, unless there is one already; then drops those not to be kept."""
     path = checkpoint_path(run, state.step)

@@ -32,9 +32,14 @@ def run_trunk(
         return run_layers(chain, range(cut), skeleton.embedded, skeleton.calls)
 
 
+def cache_root(recipe: Recipe) -> Path:
+    """The folder of all caches: the recipe's, or Talik's own."""
+    return Path(recipe.cache) if recipe.cache else home_folder() / "cache"
+
+
 def trunk_cache(top: Top, examples: Sequence[Example], recipe: Recipe, plan: Plan, notify: Notify) -> Cache:
     """The cache of these examples: found, or made by one pass over them."""
-    root = Path(recipe.cache) if recipe.cache else home_folder() / "cache"
+    root = cache_root(recipe)
     chain, lengths = top.chain, [example.length for example in examples]
     key = cache_key(chain, top.cut, examples, plan)
     found = open_cache(root, key, lengths, chain)

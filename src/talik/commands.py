@@ -1,0 +1,233 @@
+"""The commands: each parses its options, calls one function, and shows what came of it.
+
+What needs torch or Transformers is imported only after the options are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from talik.options import (
+    DATA_FIELDS,
+    arg,
+    fits,
+    optional,
+    options,
+    parse,
+    positional,
+    recipe_fields,
+)
+
+
+def train_command(argv: list[str]) -> None:
+    """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
+    from talik.recipe import Recipe, check, read_fields
+
+    first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config")
+    config = first.parse_known_args(argv)[0].config
+    written = read_fields(Path(config)) if config else {}
+    shown = {key: value for key, value in written.items() if fits(key, value)}
+    if config:  # MODEL and DATA keep their places, whichever of them the file names
+        shown = {"model": None, "data": None, **shown}
+    help_config = "a recipe.yaml whose fields stand in for the defaults"
+    wanted = options(
+        "Train",
+        *recipe_fields(**shown),
+        ("run", arg(str, "folder of the run; must be new", "-o", name="output")),
+        ("config", arg(str | None, help_config, "-c"), None),
+        ("json", arg(bool, "print the result as JSON"), False),
+    )
+    parsed = vars(parse("train", wanted, argv, "Trains the top of a model on a file of rows."))
+    run, as_json = parsed.pop("run"), parsed.pop("json")
+    del parsed["config"]
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()} | {"also": []} | shown
+    given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
+    recipe = check({**written, **given}, config)
+
+    from talik import show
+    from talik.run import train
+
+    _quiet()
+    _show_recipe(recipe)
+    with show.Watch() as watch:
+        result = train(recipe, run, notify=watch)
+    _show_result(result, as_json)
+
+
+def _show_recipe(recipe: Any) -> None:
+    from talik import show
+
+    shown = [f"{name} {value}" for name, value in recipe.model_dump().items() if value not in (None, [])]
+    show.said("recipe", "; ".join(shown))
+
+
+def _show_result(result: Any, as_json: bool) -> None:
+    from talik import show
+
+    if as_json:
+        show.result_json(dataclasses.asdict(result))
+        return
+    show.result(f"{result.steps} steps in {result.seconds:.0f} s; the run is in {result.run}")
+    if result.base and result.tuned:
+        rows = [("base", result.base.measures()), ("tuned", result.tuned.measures())]
+        show.result(show.comparison(rows))
+    show.result(f"talk to it: talik chat {result.run}\nexport it:  talik export {result.run} FOLDER")
+
+
+def resume_command(argv: list[str]) -> None:
+    wanted = options(
+        "Resume",
+        ("run", positional(str, "folder of the run", "RUN")),
+        ("json", arg(bool, "print the result as JSON"), False),
+    )
+    parsed = parse("resume", wanted, argv, "Goes on with a run from its newest checkpoint, bit for bit.")
+    from talik import show
+    from talik.run import resume
+
+    _quiet()
+    with show.Watch() as watch:
+        result = resume(parsed.run, notify=watch)
+    _show_result(result, parsed.json)
+
+
+def eval_command(argv: list[str]) -> None:
+    unset = {name: None for name in DATA_FIELDS}
+    fields = [(name, optional(kind), default) for name, kind, default in recipe_fields(DATA_FIELDS, **unset)]
+    wanted = options(
+        "Eval",
+        ("target", positional(str, "folder of a run, or a model", "RUN|MODEL")),
+        ("data", positional(str, "a file of rows: JSON, JSON lines or CSV", "DATA")),
+        *fields,
+        ("json", arg(bool, "print the result as JSON"), False),
+    )
+    parsed = vars(parse("eval", wanted, argv, "Loss per trained token, perplexity and token accuracy."))
+    given = {name: parsed[name] for name in DATA_FIELDS if parsed[name] is not None}
+    from talik import show
+    from talik.evaluate import evaluate
+
+    _quiet()
+    with show.Watch() as watch:
+        report = evaluate(parsed["target"], parsed["data"], notify=watch, **given)
+    if parsed["json"]:
+        show.result_json(report)
+        return
+    marks = [(name, report[name]) for name in ("model", "base", "tuned") if name in report]
+    show.result(f"{report['examples']:,} examples, {report['trained_tokens']:,} trained tokens")
+    show.result(show.comparison(marks))
+
+
+def chat_command(argv: list[str]) -> None:
+    wanted = options(
+        "Chat",
+        ("target", positional(str, "folder of a run, or a model", "RUN|MODEL")),
+        ("prompt", arg(str | None, "ask this one question and end"), None),
+        ("system", arg(str | None, "a system message"), None),
+        ("base", arg(bool, "of a run: talk to the model as it was before"), False),
+        ("max_tokens", arg(int, "longest answer"), 256),
+        ("temperature", arg(float, "0: always the likeliest token"), 0.0),
+    )
+    parsed = parse("chat", wanted, argv, "Talks to a run or a model. An empty line or Ctrl-D ends it.")
+    from talik import show
+    from talik.chat import answer, load_for_chat
+
+    _quiet()
+    with show.Watch() as watch:
+        model, tokenizer = load_for_chat(parsed.target, base=parsed.base, notify=watch)
+    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    for question in [parsed.prompt] if parsed.prompt is not None else show.questions():
+        messages.append({"role": "user", "content": question})
+        pieces = []
+        for text in answer(
+            model, tokenizer, messages, max_tokens=parsed.max_tokens, temperature=parsed.temperature
+        ):
+            show.piece(text)
+            pieces.append(text)
+        show.piece("\n")
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def export_command(argv: list[str]) -> None:
+    wanted = options(
+        "Export",
+        ("run", positional(str, "folder of the run", "RUN")),
+        ("out", positional(str, "a new folder", "OUT")),
+    )
+    parsed = parse("export", wanted, argv, "Writes the result of a run as a plain Transformers folder.")
+    from talik import show
+    from talik.export import export
+
+    _quiet()
+    with show.Watch() as watch:
+        exported = export(parsed.run, parsed.out, notify=watch)
+    show.result(f"{exported.folder}: {show.in_words(exported.size)}, a plain Transformers folder")
+
+
+def inspect_command(argv: list[str]) -> None:
+    wanted = options(
+        "Inspect",
+        ("model", positional(str, "a folder, a config.json, a hub id or a .gguf file", "MODEL")),
+        ("top_layers", arg(int | None, "say what training the last N layers would train"), None),
+        ("json", arg(bool, "print it as JSON"), False),
+    )
+    parsed = parse("inspect", wanted, argv, "A model's config in words and its sizes; no weights are read.")
+    from talik import show
+    from talik.model.inspection import inspect_model, inspection_text
+
+    _quiet()
+    inspection = inspect_model(parsed.model, top_layers=parsed.top_layers)
+    if parsed.json:
+        show.result_json(inspection.as_dict())
+    else:
+        show.result(inspection_text(inspection))
+
+
+def preview_command(argv: list[str]) -> None:
+    wanted = options(
+        "Preview",
+        ("data", positional(str, "a file of rows: JSON, JSON lines or CSV", "DATA")),
+        ("model", arg(str, "the model whose tokenizer and chat template are used")),
+        ("count", arg(int, "how many examples", "-n"), 3),
+        ("html", arg(str | None, "write a page to this file, too"), None),
+        *recipe_fields(DATA_FIELDS),
+    )
+    parsed = vars(parse("preview", wanted, argv, "Shows every token of examples, trained or masked."))
+    from talik import show
+    from talik.data.dataset import preview, read_data
+    from talik.data.preview import preview_html
+    from talik.files import write_text
+    from talik.model.source import find_model
+    from talik.train.run_folder import load_tokenizer
+
+    _quiet()
+    tokenizer = load_tokenizer(find_model(parsed["model"], weights=False).folder)
+    data = read_data(parsed["data"], tokenizer, **{name: parsed[name] for name in DATA_FIELDS})
+    for line in show.data_lines(data):
+        show.said("data", line)
+    for part in preview(data, tokenizer, parsed["count"]):
+        show.result(part)
+    if parsed["html"]:
+        write_text(Path(parsed["html"]), preview_html(data.examples[: parsed["count"]], tokenizer))
+        show.said("written", parsed["html"])
+
+
+def demo_command(argv: list[str]) -> None:
+    wanted = options(
+        "Demo",
+        ("output", arg(str, "folder for the data, the run and the model", "-o"), "talik-demo"),
+    )
+    parsed = parse("demo", wanted, argv, "Fine-tunes SmolLM2-135M-Instruct on real questions and answers.")
+    from talik.demo import demo
+
+    _quiet()
+    demo(Path(parsed.output))
+
+
+def _quiet() -> None:
+    """Transformers' own progress bars would break the progress line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,68 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import talik
+from talik.recipe import Recipe, table
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def test_the_public_names() -> None:
+    assert talik.__all__ == [
+        "Chain",
+        "Plan",
+        "Recipe",
+        "chunked_loss",
+        "collate",
+        "evaluate",
+        "export",
+        "freeze",
+        "inspect_model",
+        "preview",
+        "read_data",
+        "resume",
+        "train",
+        "verify_chain",
+    ]
+    assert all(getattr(talik, name).__doc__ for name in talik.__all__)
+
+
+def test_a_submodule_does_not_replace_a_public_name() -> None:
+    from talik.train import step  # noqa: F401
+
+    assert callable(talik.train) and talik.train.__name__ == "train"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno:
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_only_show_prints(path: Path) -> None:
+    """The command line prints its own help before anything is imported."""
+    if path.name in ("show.py", "cli.py"):
+        return
+    calls = (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    )
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_every_field_of_the_recipe_has_help_and_stands_in_the_docs(request: pytest.FixtureRequest) -> None:
+    page = ROOT / "docs" / "recipe.md"
+    if request.config.getoption("--update-golden"):
+        page.write_text(table(), encoding="utf-8")
+    assert all(field.description for field in Recipe.model_fields.values())
+    assert page.read_text(encoding="utf-8") == table()
