@@ -36,11 +36,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _share(folder: Path) -> None:
-    """Gives a folder and all in it the modes that the umask asks for; some libraries make files private."""
+def _settle(folder: Path) -> None:
+    """Brings every file to the disk, readable as the umask allows: some libraries write private files."""
     mask = _umask()
-    for path in (folder, *folder.rglob("*")):
+    for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
 
 
 def _umask() -> int:
@@ -67,12 +70,16 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def finished_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under `path` only once everything in it is written; `path` must not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    """A folder that appears under `path` only once everything in it is on the disk; `path` must not exist.
+
+    What a killed process left of the same folder is removed first, so no two may make it at once.
+    """
+    part = path.parent / f".{path.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     try:
         yield part
-        _share(part)
+        _settle(part)
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

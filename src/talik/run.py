@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from talik.data.dataset import Data, check_positions, read_sets
+from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
 from talik.data.labels import Example
 from talik.errors import ChainError
 from talik.evaluate import evaluate_top
@@ -25,17 +25,25 @@ from talik.files import need_room, write_json
 from talik.machine import matmul_rate
 from talik.model.chain import verify_chain
 from talik.model.freeze import count_trained
-from talik.model.source import find_model
+from talik.model.source import Source, find_model
 from talik.plan.solve import choose
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits
 from talik.train.loop import Evaluation, Job, train_loop
-from talik.train.resume import State, checkpoint_bytes, latest_checkpoint, load_checkpoint
+from talik.train.resume import (
+    State,
+    checkpoint_bytes,
+    clear_unfinished,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from talik.train.run_folder import (
     Run,
     check_new,
+    check_same_data,
     load_tokenizer,
     load_top,
+    only_process,
     open_run,
     start_run,
     working_dtype,
@@ -75,13 +83,23 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     check_positions(config, *sets)
     _check_room(folder, recipe, config, sets)
     _note_slow_precision(recipe, plan, notify)
-    return _carry_out(start_run(folder, recipe, plan, source), *sets, notify)
+    started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
+    return _carry_out(started, *sets, notify)
 
 
 def resume(run: str | Path, *, notify: Notify = silent) -> Result:
     """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
     opened = open_run(run, notify)
-    return _carry_out(opened, *_read_sets(opened.recipe, opened.source.folder, notify), notify)
+    sets = _read_sets(opened.recipe, opened.source.folder, notify)
+    check_same_data(opened, examples_fingerprint(*sets))
+    return _carry_out(opened, *sets, notify)
+
+
+def _findable(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with whole paths, so that the run goes on from any folder."""
+    fields = ["data", "eval_data", "cache"] + (["model"] if source.kind in ("folder", "gguf") else [])
+    paths = {field: getattr(recipe, field) for field in fields}
+    return recipe.model_copy(update={k: str(Path(v).absolute()) for k, v in paths.items() if v})
 
 
 def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data | None]:
@@ -119,8 +137,15 @@ def _note_slow_precision(recipe: Recipe, plan: Plan, notify: Notify) -> None:
 
 def _carry_out(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Result:
     """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
-    notify = _logged(run.folder, notify)
+    with only_process(run.folder):
+        result = _train(run, data, evaluation, _logged(run.folder, notify))
+        write_json(run.folder / "results.json", asdict(result))
+    return result
+
+
+def _train(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Result:
     started = time.perf_counter()
+    clear_unfinished(run.folder)
     torch.set_num_threads(run.plan.threads)
     model, top = load_top(run.recipe, run.plan, run.source.folder)
     notify(Said("trained", _what_is_trained(model, top, run.plan)))
@@ -152,9 +177,7 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, notify: Notify) ->
             interrupted,
         )
         state = train_loop(job, state)
-    result = _result(run.folder, state, time.perf_counter() - started)
-    write_json(run.folder / "results.json", asdict(result))
-    return result
+    return _result(run.folder, state, time.perf_counter() - started)
 
 
 def _logged(folder: Path, notify: Notify) -> Notify:

@@ -21,7 +21,7 @@ from conftest import plain_loss
 from talik import run
 from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
-from talik.errors import Interrupted, NonFiniteError
+from talik.errors import Interrupted, NonFiniteError, RunError
 from talik.files import read_json
 from talik.recipe import Recipe
 from talik.train import trunk
@@ -108,6 +108,7 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
         "results.json",
         "log.txt",
         "checkpoints",
+        "run.lock",
     }
     first = metrics(folder)[0]
     assert first.keys() == {
@@ -244,3 +245,40 @@ def test_the_trunk_runs_once(model_folder: Path, rows: Path, tmp_path: Path, mon
     assert result.steps > 3 and sum(passed) * 3 == tokens
     talik.train(recipe_for(model_folder, rows, epochs=1, learning_rate=1e-3), tmp_path / "two")
     assert sum(passed) * 3 == tokens
+
+
+def test_other_data_is_refused(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "rows.jsonl"
+    mine.write_bytes(rows.read_bytes())
+    talik.train(recipe_for(model_folder, mine, steps=2), tmp_path / "run")
+    mine.write_text(mine.read_text(encoding="utf-8").replace("plus 1 is", "plus 1 makes"), encoding="utf-8")
+    with pytest.raises(RunError, match="not those that this run began with"):
+        talik.resume(tmp_path / "run")
+
+
+def test_a_run_goes_on_from_another_folder(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    recipe = recipe_for(Path(os.path.relpath(model_folder)), Path(rows.name), steps=2)
+    talik.train(recipe, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert talik.resume("run").steps == 2
+
+
+def test_two_processes_do_not_work_on_one_run(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    def second(event: Any) -> None:
+        if isinstance(event, StepDone):
+            with pytest.raises(RunError, match="another process"):
+                talik.resume(tmp_path / "run")
+
+    talik.train(recipe_for(model_folder, rows, steps=1), tmp_path / "run", notify=second)
+
+
+def test_what_a_killed_save_left_is_removed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    talik.train(recipe_for(model_folder, rows, steps=2), tmp_path / "run")
+    part = tmp_path / "run" / "checkpoints" / ".step-00000009.part"
+    part.mkdir()
+    (part / "weights.safetensors").write_bytes(b"half")
+    talik.resume(tmp_path / "run")
+    assert not part.exists()

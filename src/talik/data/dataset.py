@@ -13,6 +13,7 @@ from talik.data.labels import Example, Report, make_examples
 from talik.data.preview import length_histogram, preview_text
 from talik.data.rows import read_rows
 from talik.errors import DataError, UsageError
+from talik.files import fingerprint
 from talik.recipe import Recipe, check
 
 
@@ -73,6 +74,12 @@ def _make(
         too_long=recipe.too_long,
     )
     return Data(str(path), use, form, examples, report)
+
+
+def examples_fingerprint(*sets: Data | None) -> str:
+    """Names the examples of some sets: every token and which are trained, in order."""
+    examples = (example for data in sets if data for example in data.examples)
+    return fingerprint(*(part for e in examples for part in (e.input_ids.tobytes(), repr(e.spans))))
 
 
 def preview(data: Data, tokenizer: Any, count: int = 3) -> list[Any]:

@@ -41,6 +41,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def clear_unfinished(run: Path) -> None:
+    """Removes what a killed process left of a checkpoint that it was writing."""
+    for part in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(part)
+
+
 def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 

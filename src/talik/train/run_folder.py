@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedModel
 
 from talik.errors import RunError
 from talik.events import Notify, Said
-from talik.files import read_json, write_json
+from talik.files import finished_folder, read_json, write_json
 from talik.model.chain import Chain, load_model
 from talik.model.checkpoint import weights_fingerprint
 from talik.model.freeze import freeze
@@ -45,28 +48,47 @@ def check_new(folder: Path) -> None:
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
 
 
-def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source) -> Run:
-    """Makes the folder and writes what the run will be; nothing of it stays if that fails."""
+def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: str) -> Run:
+    """Makes the folder with what the run will be, whole or not at all; `data` names the examples."""
     known = {
         "folder": str(source.folder.resolve()),
         "origin": source.origin,
         "kind": source.kind,
         "revision": source.revision,
         "weights": weights_fingerprint(source.folder),
+        "data": data,
     }
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_json(folder / "source.json", known)
-        write_json(folder / "plan.json", plan.model_dump())
-        write_recipe(recipe, folder / "recipe.yaml")
-    except BaseException:
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
-        if made:
-            folder.rmdir()
-        raise
+    if folder.exists():
+        folder.rmdir()  # it is empty, or another run has begun in it since that was checked
+    with finished_folder(folder) as part:
+        write_json(part / "source.json", known)
+        write_json(part / "plan.json", plan.model_dump())
+        write_recipe(recipe, part / "recipe.yaml")
     return Run(folder, recipe, plan, source)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Holds a run folder: RunError where another process works on it."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError("another process works on this run", where=folder, remedy="Wait for it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_same_data(run: Run, data: str) -> None:
+    """RunError if the examples are not those that the run began with."""
+    if read_json(run.folder / "source.json")["data"] != data:
+        raise RunError(
+            f"the examples that {run.recipe.data} gives are not those that this run began with",
+            where=run.folder,
+            remedy="Put the former rows, tokenizer and chat template back, or start a new run.",
+        )
 
 
 def open_run(folder: str | Path, notify: Notify) -> Run:
