@@ -76,7 +76,8 @@ def finished_folder(path: Path) -> Iterator[Path]:
     """
     part = path.parent / f".{path.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.mkdir()
     try:
         yield part
         _settle(part)

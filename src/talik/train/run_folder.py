@@ -42,7 +42,10 @@ def is_run(path: str | Path) -> bool:
 
 
 def check_new(folder: Path) -> None:
-    """RunError if the folder has something in it."""
+    """RunError if the folder has something in it, or cannot be one."""
+    if blocked := next((parent for parent in folder.parents if parent.is_file()), None):
+        problem = f"cannot be used: Not a directory: {blocked}"
+        raise RunError(problem, where=folder, remedy="Name another place.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         go_on = f"Go on with it: talik resume {folder}\n  Or name" if is_run(folder) else "Name"
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
