@@ -76,7 +76,8 @@ def _held_out_questions(recipe: Recipe) -> list[str]:
     """Questions that the model was not trained on, by the same split as the run's."""
     _, found = conversations(read_rows(Path(recipe.data)))
     _, held = split_held_out(found, recipe.held_out, recipe.seed)
-    return [conversation.messages[0].content for conversation in held[:: len(held) // ASKED]][:ASKED]
+    spread = held[:: max(1, len(held) // ASKED)][:ASKED]
+    return [conversation.messages[0].content for conversation in spread]
 
 
 def _answers(target: Path, questions: list[str], *, base: bool) -> list[str]:
