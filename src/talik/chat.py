@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
 
-from talik.data.template import plain_template
+from talik.data.template import ends_of_turn, plain_template
 from talik.events import Notify, Said, silent
 from talik.machine import choose_device
 from talik.model.chain import load_model
@@ -61,6 +61,7 @@ def answer(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_tokens,
+                eos_token_id=ends_of_turn(tokenizer, model.generation_config.eos_token_id),
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
                 **drawn,

@@ -5,21 +5,23 @@ The model is never held: one tensor at a time. The folder appears once it is com
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from talik.data.template import plain_template
+from talik.card import model_card
+from talik.data.template import ends_of_turn, plain_template
 from talik.errors import TalikError, UsageError
 from talik.events import Notify, Said, silent
 from talik.files import finished_folder, in_words, need_room, read_json, write_json, write_text
+from talik.model.anatomy import parts_of
 from talik.model.chain import load_model
 from talik.model.checkpoint import (
     Entry,
@@ -63,7 +65,12 @@ def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Expo
     checkpoint = result_checkpoint(opened.folder)
     dtype, untied = working_dtype(recipe), "head" in recipe.also
     exported = export_folder(
-        source, checkpoint / "weights.safetensors", out, dtype, untied=untied, card=_card(opened, checkpoint)
+        source,
+        checkpoint / "weights.safetensors",
+        out,
+        dtype,
+        untied=untied,
+        card=model_card(opened, checkpoint),
     )
     notify(
         Said(
@@ -74,7 +81,11 @@ def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Expo
     )
     if untied and exported.added:
         notify(Said("export", "the head was tied to the embeddings and has weights of its own now"))
-    notify(Said("export", _verify_logits(opened, checkpoint, out, exported.size)))
+    try:
+        notify(Said("export", _verify_logits(opened, checkpoint, out, exported.size)))
+    except TalikError:
+        shutil.rmtree(out)
+        raise
     return exported
 
 
@@ -96,36 +107,6 @@ def _verify_logits(run: Run, checkpoint: Path, out: Path, size: int) -> str:
     if difference:
         raise TalikError(f"its logits differ from the tuned model's by {difference:.3g}", where=out)
     return f"loaded by plain Transformers, {ids.numel()} tokens: logits equal to the tuned model's"
-
-
-def _card(run: Run, checkpoint: Path) -> str:
-    """The model card: what it is, how to use it, what was measured, the recipe."""
-    marks = read_json(checkpoint / "state.json")["evaluations"]
-    measured = "Not evaluated.\n"
-    if marks:
-        best = min(marks, key=lambda mark: mark["loss"])
-        rows = [("base", marks[0]), ("tuned", best)]
-        measured = "| model | loss per trained token | token accuracy |\n|---|---|---|\n" + "".join(
-            f"| {name} | {mark['loss']:.4f} | {100 * mark['accuracy']:.1f} % |\n" for name, mark in rows
-        )
-        measured += f"\nOn {best['trained_tokens']:.0f} trained tokens that were held out.\n"
-    # Paths of somebody's machine do not belong into a card.
-    names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
-    recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": run.source.origin}
-    recipe |= {key: name for key, name in names.items() if recipe[key] is not None}
-    if run.source.kind in ("folder", "gguf"):
-        recipe["model"] = Path(run.source.origin).name
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {recipe['model']}, fine-tuned\n\n"
-        f"Layers {run.plan.cut} to {run.plan.layers - 1} of {run.plan.layers} and the final norm were "
-        f"trained with Talik ({checkpoint.name}).\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
-        f"## Measured\n\n{measured}\n## Recipe\n\n```yaml\n"
-        f"{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
-    )
 
 
 def check_destination(source: Path, out: Path) -> None:
@@ -153,38 +134,56 @@ def export_folder(
         config.tie_word_embeddings = False
     config.dtype = dtype
     tables = read_tables(source)
-    delta = _delta(config, load_file(weights), dtype)
     known = {name for table in tables.values() for name in table}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    delta = _delta(model, load_file(weights), known)
+    head = parts_of(model).head
     added = {name: delta[name] for name in delta.keys() - known}
-    if added and not untied:
-        raise TalikError(f"{len(added)} trained tensors have no place in the checkpoint: {sorted(added)[:5]}")
-    need_room(
-        out, sum(_size(entry, dtype) for table in tables.values() for entry in table.values()), "export"
-    )
+    if strange := sorted(added.keys() - ({f"{head}.weight"} if untied else set())):
+        raise TalikError(f"{len(strange)} trained tensors have no place in the checkpoint: {strange[:5]}")
+    dtypes = Dtypes(dtype, model)
+    need_room(out, sum(_size(n, e, dtypes) for table in tables.values() for n, e in table.items()), "export")
     if out.exists():
         out.rmdir()  # empty, checked above
     with finished_folder(out) as folder:
         for number, (file, table) in enumerate(tables.items()):
             extra = added if number == len(tables) - 1 else {}
-            _write_file(folder / file.name, table, delta, extra, dtype)
+            _write_file(folder / file.name, table, delta, extra, dtypes)
         _write_index(folder, tables, added)
         _write_rest(source, folder, config, card)
-        return _verify(folder, tables, delta, dtype, out)
+        return _verify(folder, tables, delta, dtypes, out)
 
 
-def _delta(config: PreTrainedConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The trained tensors under the names that the checkpoint uses."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return {name: tensor.to(dtype) for name, tensor in checkpoint_names(model, trained).items()}
+def _delta(model: PreTrainedModel, trained: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+    """The trained tensors under the names that the checkpoint uses, in the dtypes they were trained in.
+
+    Checkpoints saved from the bare model (GPT-2's, Bloom's) lack its prefix.
+    """
+    prefix = f"{model.base_model_prefix}."
+    named = checkpoint_names(model, trained)
+    return {
+        bare if name not in known and (bare := name.removeprefix(prefix)) in known else name: tensor
+        for name, tensor in named.items()
+    }
 
 
-def _dtype(entry: Entry, dtype: torch.dtype) -> torch.dtype:
-    return dtype if entry.dtype.is_floating_point else entry.dtype
+class Dtypes:
+    """The dtype of each floating tensor: the run's, or fp32 where the model's class insists on it."""
+
+    def __init__(self, dtype: torch.dtype, model: PreTrainedModel) -> None:
+        self._dtype = dtype
+        kept = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        self._kept = re.compile(rf"(^|\.)({'|'.join(map(re.escape, kept)) or '(?!)'})($|\.)")
+
+    def of(self, name: str, entry: Entry) -> torch.dtype:
+        if not entry.dtype.is_floating_point:
+            return entry.dtype
+        return torch.float32 if self._kept.search(name) else self._dtype
 
 
-def _size(entry: Entry, dtype: torch.dtype) -> int:
-    return torch.Size(entry.shape).numel() * _dtype(entry, dtype).itemsize
+def _size(name: str, entry: Entry, dtypes: Dtypes) -> int:
+    return torch.Size(entry.shape).numel() * dtypes.of(name, entry).itemsize
 
 
 def _write_file(
@@ -192,20 +191,20 @@ def _write_file(
     table: dict[str, Entry],
     delta: dict[str, Tensor],
     added: dict[str, Tensor],
-    dtype: torch.dtype,
+    dtypes: Dtypes,
 ) -> None:
     """One weight file: the source's tensors in their order, changed ones replaced, added ones behind."""
     with path.open("wb") as file:
-        rows = [(name, _dtype(entry, dtype), entry.shape) for name, entry in table.items()]
+        rows = [(name, dtypes.of(name, entry), entry.shape) for name, entry in table.items()]
         rows += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()]
         write_tensors(file, rows)
         for name, entry in table.items():
             if name in delta:
                 file.write(tensor_bytes(delta[name]))
-            elif entry.dtype == _dtype(entry, dtype):
+            elif entry.dtype == dtypes.of(name, entry):
                 copy_bytes(entry, file)
             else:
-                file.write(tensor_bytes(entry.read().to(dtype)))
+                file.write(tensor_bytes(entry.read().to(dtypes.of(name, entry))))
         for tensor in added.values():
             file.write(tensor_bytes(tensor))
 
@@ -238,6 +237,11 @@ def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copy2(file, place)
     tokenizer = load_tokenizer(source)
+    generation = read_json(
+        folder / "generation_config.json"
+    )  # the tuned model ends its turns as it was trained to
+    generation["eos_token_id"] = ends_of_turn(tokenizer, generation.get("eos_token_id"))
+    write_json(folder / "generation_config.json", generation)
     if tokenizer.chat_template is None:  # what it was trained with must be what it is asked with
         write_text(folder / "chat_template.jinja", plain_template(tokenizer))
     write_text(folder / "README.md", card)
@@ -247,7 +251,7 @@ def _verify(
     folder: Path,
     tables: dict[Path, dict[str, Entry]],
     delta: dict[str, Tensor],
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     out: Path,
 ) -> Exported:
     """Reads every tensor back: names, shapes and bytes. TalikError where one is not what it should be."""
@@ -267,7 +271,7 @@ def _verify(
             same = entry.shape == source[name].shape and all(a == b for a, b in pairs)
         else:
             converted += 1
-            same = torch.equal(entry.read(), source[name].read().to(dtype))
+            same = torch.equal(entry.read(), source[name].read().to(dtypes.of(name, source[name])))
         if not same:
             raise TalikError(f"{name} was written wrongly; nothing is kept", where=out)
     size = sum(entry.size for entry in written.values())

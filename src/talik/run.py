@@ -223,5 +223,5 @@ def _result(folder: Path, state: State, seconds: float) -> Result:
     marks = [
         Evaluation(mark["loss"], mark["accuracy"], int(mark["trained_tokens"])) for mark in state.evaluations
     ]
-    best = min(marks, key=lambda mark: mark.loss) if marks else None
+    best = min(marks[1:], key=lambda mark: mark.loss, default=None)  # the first is the base's
     return Result(str(folder), state.step, seconds, marks[0] if marks else None, best, state.best_step)

@@ -97,6 +97,18 @@ def template_of(tokenizer: Any) -> Template:
     return Template(tokenizer, _untrimmed(tokenizer), plain, _any_of(special), end_of_turn)
 
 
+def ends_of_turn(tokenizer: Any, known: int | list[int] | None) -> list[int]:
+    """The `known` ids that end an answer, and the one that the template writes and training teaches."""
+    ids = [known] if isinstance(known, int) else list(known or ())
+    template, answer = template_of(tokenizer), "talik"
+    (text,) = _apply([[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]], template)
+    if isinstance(text, Exception):
+        return ids
+    end = template.end_of_turn.match(text, text.rfind(answer) + len(answer))
+    token = tokenizer.convert_tokens_to_ids(end.group().strip()) if end else tokenizer.eos_token_id
+    return ids if token is None or token in ids else [*ids, token]
+
+
 def _untrimmed(tokenizer: Any) -> Tokenizer:
     """A copy without the step that adds special tokens: it also takes blanks out of the tokens' ranges."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from talik.errors import ChainError
+from talik.errors import ChainError, SourceError
 from talik.model.anatomy import parts_of
 
 
@@ -64,8 +64,12 @@ class Chain:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the hidden states."""
+        """The dtype of the embeddings."""
         return self.embedding.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    def handed_on(self, cut: int) -> torch.dtype:
+        """The dtype of what goes into layer `cut`: fp32 in a bf16 model that keeps its residual in fp32."""
+        return self._dtypes[cut]
 
     @property
     def hidden_size(self) -> int:
@@ -141,11 +145,18 @@ class Chain:
         """Runs two tokens through the model to see what each layer returns and that each is called once."""
         returned: list[tuple[int, Any]] = []
         embedded: list[Any] = []
+        into: list[torch.dtype] = []
         hooks = [
             layer.register_forward_hook(lambda _m, _a, out, i=i: returned.append((i, out)))
             for i, layer in enumerate(self.layers)
         ]
         hooks.append(self.embedding.register_forward_hook(lambda _m, _a, out: embedded.append(out)))
+        hooks.append(
+            self.layers[0].register_forward_pre_hook(
+                lambda _m, args, kwargs: into.append((args[0] if args else kwargs["hidden_states"]).dtype),
+                with_kwargs=True,
+            )
+        )
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         try:
             with torch.no_grad(), _evaluating(self.model):
@@ -161,6 +172,7 @@ class Chain:
             )
         self._embedding_size = embedded[0].shape[-1]
         outputs = [out for _, out in returned]
+        self._dtypes = [into[0], *(_first(out).dtype for out in outputs)]
         self._hidden_size = _first(outputs[0]).shape[-1]
         return [_wrap_as(out) for out in outputs]
 
@@ -267,7 +279,16 @@ def run_layers(
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The causal LM in a local folder, as Transformers loads it, in eval mode. No remote code, no pickle."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
     )
-    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # Transformers would fill them with random numbers
+        shown = ", ".join(missing[:5])
+        raise SourceError(f"the weights lack {len(missing)} tensors: {shown}", where=folder)
+    return model.to(torch.device(device)).eval()

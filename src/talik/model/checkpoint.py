@@ -60,7 +60,7 @@ class Entry:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # as Transformers chooses
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [folder / "model.safetensors"]
 

@@ -31,5 +31,8 @@ def choose(recipe: Recipe, config: PreTrainedConfig) -> Plan:
         cache="disk",
         trunk_batch_tokens=2048,
         micro_batch_tokens=2048,
-        loss_chunk=max(64, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
+        loss_chunk=min(
+            max(64, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
+            getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
+        ),
     )

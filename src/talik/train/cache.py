@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from talik.data.labels import Example
-from talik.errors import TalikError
+from talik.errors import ChainError, TalikError
 from talik.files import file_fingerprint, fingerprint, finished_folder, need_room, read_json, write_json
 from talik.model.chain import Chain
 from talik.model.checkpoint import tensor_bytes
@@ -64,8 +64,12 @@ class CacheWriter:
 
     def write(self, index: int, hidden: Float[Tensor, "sequence hidden"]) -> None:
         """Takes what the trunk hands on for one example."""
+        data = tensor_bytes(hidden)
+        expected = (self._starts[index + 1] - self._starts[index]) * self._width
+        if len(data) != expected:
+            raise ChainError(f"the trunk hands on {len(data)} bytes for an example, not {expected}")
         self._file.seek(self._starts[index] * self._width)
-        self._file.write(tensor_bytes(hidden))
+        self._file.write(data)
 
     def close(self) -> None:
         self._file.close()
@@ -75,8 +79,9 @@ def cache_key(chain: Chain, cut: int, examples: Sequence[Example], plan: Plan) -
     """Names everything that what the trunk hands on depends on: tokens, their order, weights, kernels."""
     config = chain.model.config
     facts = (
-        f"cut {cut}; {chain.dtype}; {config._attn_implementation}; {plan.device}; threads {plan.threads}; "
-        f"batch {plan.trunk_batch_tokens}; torch {torch.__version__}; transformers {transformers.__version__}"
+        f"cut {cut}; {chain.dtype}; {chain.handed_on(cut)}; {config._attn_implementation}; {plan.device}; "
+        f"threads {plan.threads}; batch {plan.trunk_batch_tokens}; torch {torch.__version__}; "
+        f"transformers {transformers.__version__}"
     )
     tokens = (example.input_ids.tobytes() for example in examples)
     trunk = {"embeddings", *(f"layer {i}" for i in range(cut))}
@@ -88,7 +93,7 @@ def cache_key(chain: Chain, cut: int, examples: Sequence[Example], plan: Plan) -
     return fingerprint(facts, config.to_json_string(), *tokens, *weights)
 
 
-def open_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain) -> Cache | None:
+def open_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain, cut: int) -> Cache | None:
     """The finished cache with this key, if there is one whose bytes are what its manifest says."""
     folder = root / key
     if not (folder / "manifest.json").is_file():
@@ -97,16 +102,17 @@ def open_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain) -> Ca
     if file_fingerprint(folder / "hidden.bin") != manifest["fingerprint"]:
         shutil.rmtree(folder)
         return None
-    return Cache(folder, lengths, chain.hidden_size, chain.dtype)
+    return Cache(folder, lengths, chain.hidden_size, chain.handed_on(cut))
 
 
 @contextmanager
-def new_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain) -> Iterator[CacheWriter]:
+def new_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain, cut: int) -> Iterator[CacheWriter]:
     """A cache that appears under its key once it is complete; nothing stays of one that is not."""
-    size = sum(lengths) * chain.hidden_size * chain.dtype.itemsize
+    dtype = chain.handed_on(cut)
+    size = sum(lengths) * chain.hidden_size * dtype.itemsize
     need_room(root, size, "the trunk's cache")
     with finished_folder(root / key) as folder:
-        writer = CacheWriter(folder, lengths, chain.hidden_size, chain.dtype)
+        writer = CacheWriter(folder, lengths, chain.hidden_size, dtype)
         try:
             yield writer
         finally:

@@ -130,7 +130,7 @@ def train_loop(job: Job, state: State) -> State:
     """Trains from `state` to the end. Raises NonFiniteError, or Interrupted after saving."""
     lengths = [example.length for example in job.examples]
     steps = count_steps(lengths, job.recipe)
-    metrics = _open_metrics(job.run, state.step)
+    metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: nothing is saved yet
     with metrics, PeakMemory(job.top.chain.device) as peak:
         if job.evaluate and not state.evaluations:
             _evaluate(job, state, metrics)
@@ -184,7 +184,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
     """Evaluates and saves where that is due; saves and stops where somebody pressed Ctrl-C."""
     epoch_ends = state.step_in_epoch == 0
     interrupted = job.interrupted()
-    if job.evaluate and (last or _due(job.recipe.eval_every, state.step, epoch_ends)) and not interrupted:
+    if job.evaluate and (last or _due(job.recipe.eval_every, state.step, epoch_ends)):
         _evaluate(job, state, metrics)
     last = last or _patience_lost(job.recipe, state)
     best = state.best_step == state.step
@@ -205,10 +205,13 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
 def _evaluate(job: Job, state: State, metrics: Any) -> None:
     assert job.evaluate is not None
     evaluation = job.evaluate()
-    best = state.best_loss is None or evaluation.loss < state.best_loss
+    tuned = (
+        state.step > 0
+    )  # the base is what the tuned are compared with; it has no checkpoint to be the best
+    best = tuned and (state.best_loss is None or evaluation.loss < state.best_loss)
     if best:
         state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0
-    else:
+    elif tuned:
         state.worse += 1
     state.evaluations.append({"step": state.step, **asdict(evaluation)})
     record = {"step": state.step, "eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy}

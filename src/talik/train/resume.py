@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
     load_weights(path, dict(top.parameters()))
     device = str(top.chain.device)
     for name, tensor in load_file(path / "optimizer.safetensors", device=device).items():
-        scratch[name] = tensor
+        scratch[name] = tensor.clone()  # what is loaded maps the file, which is deleted later
     return State(**read_json(path / "state.json"))
 
 

@@ -214,6 +214,6 @@ def update(
         )
         if recipe.precision == "bf16":
             working[place].copy_(weight)
-        elif recipe.precision == "bf16-sr":
+        elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
             round_stochastically_(working[place], weight)
     scratch.drop(f"gradient/{name}")

@@ -45,15 +45,15 @@ def trunk_cache(top: Top, examples: Sequence[Example], recipe: Recipe, plan: Pla
     key = cache_key(chain, top.cut, examples, plan)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):  # another process that wants the same one waits, and then finds it
-        if found := open_cache(root, key, lengths, chain):
+        if found := open_cache(root, key, lengths, chain, top.cut):
             notify(Said("trunk", f"its {sum(lengths):,} tokens are in the cache already"))
             return found
         done = 0
-        with new_cache(root, key, lengths, chain) as writer:
+        with new_cache(root, key, lengths, chain, top.cut) as writer:
             for group in equal_length_groups(lengths, plan.trunk_batch_tokens):
                 ids = torch.tensor([list(examples[i].input_ids) for i in group], device=chain.device)
                 for index, hidden in zip(group, run_trunk(chain, top.cut, ids).cpu(), strict=True):
                     writer.write(index, hidden)
                 done += ids.numel()
                 notify(Progress("trunk", done, sum(lengths)))
-    return Cache(root / key, lengths, chain.hidden_size, chain.dtype)
+    return Cache(root / key, lengths, chain.hidden_size, chain.handed_on(top.cut))
