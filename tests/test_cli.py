@@ -136,7 +136,11 @@ def test_inspect(model_folder: Path, talik: Talik) -> None:
 def test_preview(model_folder: Path, rows: Path, talik: Talik, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = talik("preview", rows, "--model", model_folder, "-n", 1, "--html", page)
-    assert done.code == 0 and "+ 0 plus 0 is 0.<|im_end|>" in done.out and "What is 0 plus 1?" not in done.out
+    assert (
+        done.code == 0
+        and "+ 0 plus 0 is 0.<|im_end|>" in done.out.replace("\u00b7", "")
+        and "What is 0 plus 1?" not in done.out
+    )
     assert "30 examples" in done.err and "&lt;|im_end|&gt;" in page.read_text(encoding="utf-8")
 
 

@@ -39,7 +39,8 @@ def test_the_readmes_lines_run_on_a_small_model(
 ) -> None:
     """Qwen2.5-7B stands for the small model here, and the demo has a test of its own."""
     monkeypatch.chdir(tmp_path)
-    Path("questions.jsonl").write_bytes(rows.read_bytes())
+    for name in ("questions.jsonl", "other.jsonl"):
+        Path(name).write_bytes(rows.read_bytes())
     lines = talik_lines(readme)
     assert {line.split()[1] for line in lines} >= {
         "inspect",

@@ -12,15 +12,16 @@ from talik.train.run_folder import Run
 
 def model_card(run: Run, checkpoint: Path) -> str:
     """README.md of the exported folder, without paths of the machine that it was made on."""
-    marks = read_json(checkpoint / "state.json")["evaluations"]
+    state = read_json(checkpoint / "state.json")
+    marks = state["evaluations"]
+    mark = next((mark for mark in marks[1:] if mark["step"] == state["step"]), None)
     measured = "Not evaluated.\n"
-    if marks[1:]:
-        best = min(marks[1:], key=lambda mark: mark["loss"])
-        rows = [("base", marks[0]), ("tuned", best)]
+    if mark:
         measured = "| model | loss per trained token | token accuracy |\n|---|---|---|\n" + "".join(
-            f"| {name} | {mark['loss']:.4f} | {100 * mark['accuracy']:.1f} % |\n" for name, mark in rows
+            f"| {name} | {one['loss']:.4f} | {100 * one['accuracy']:.1f} % |\n"
+            for name, one in (("base", marks[0]), ("tuned", mark))
         )
-        measured += f"\nOn {best['trained_tokens']:.0f} trained tokens that were held out.\n"
+        measured += f"\nOn {mark['trained_tokens']:,} trained tokens that the model was not trained on.\n"
     # Paths of somebody's machine do not belong into a card.
     names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
     recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": run.source.origin}
@@ -30,11 +31,18 @@ def model_card(run: Run, checkpoint: Path) -> str:
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         f"# {recipe['model']}, fine-tuned\n\n"
-        f"Layers {run.plan.cut} to {run.plan.layers - 1} of {run.plan.layers} and the final norm were "
-        f"trained with Talik ({checkpoint.name}).\n\n"
+        f"Trained with Talik, {checkpoint.name}: {_trained(run)}. Everything else is as it was.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
         f"## Measured\n\n{measured}\n## Recipe\n\n```yaml\n"
         f"{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
     )
+
+
+def _trained(run: Run) -> str:
+    """The parts that were trained, in words."""
+    count = run.plan.layers - run.plan.cut
+    layers = [f"the last {count} of {run.plan.layers} layers"] if count else []
+    head = ["the head (with weights of its own)"] if run.recipe.also else []
+    return ", ".join([*layers, "the final norm", *head])

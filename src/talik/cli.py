@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -34,6 +35,8 @@ COMMANDS = ("inspect", "preview", "train", "resume", "eval", "chat", "export", "
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console or pipe without Unicode gets escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0 if argv else 2
@@ -59,7 +62,9 @@ def _guarded(command: str, argv: list[str]) -> int:
     except TalikError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        return _fail(TalikError("stopped by Ctrl-C", remedy="`talik resume RUN` goes on with a run."))
+        goes_on = command in ("train", "resume", "demo")
+        remedy = "A run that has begun goes on with: talik resume RUN" if goes_on else None
+        return _fail(TalikError("stopped by Ctrl-C", remedy=remedy))
     except Exception as error:
         known = _of_the_disk(error)
         if known is None:
@@ -74,7 +79,8 @@ def _of_the_disk(error: Exception) -> TalikError | None:
     if number == errno.ENOSPC or re.search(r"os error (28|112)\)", str(error)):  # safetensors' own class
         remedy = "Make room; a run goes on with: talik resume RUN"
         return NoRoomError("the disk is full; nothing was left half-written", where=where, remedy=remedy)
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    places = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
+    if number in places and where is not None:
         return UsageError(f"cannot be used: {os.strerror(number)}", where=where, remedy="Name another place.")
     return None
 

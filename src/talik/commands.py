@@ -18,6 +18,7 @@ from talik.options import (
     options,
     parse,
     positional,
+    read_as,
     recipe_fields,
 )
 
@@ -30,7 +31,7 @@ def train_command(argv: list[str]) -> None:
     first.add_argument("-c", "--config")
     config = first.parse_known_args(argv)[0].config
     written = read_fields(Path(config)) if config else {}
-    shown = {key: value for key, value in written.items() if fits(key, value)}
+    shown = {key: read_as(key, value) for key, value in written.items() if fits(key, value)}
     if config:  # MODEL and DATA keep their places, whichever of them the file names
         shown = {"model": None, "data": None, **shown}
     help_config = "a recipe.yaml whose fields stand in for the defaults"
@@ -133,6 +134,10 @@ def chat_command(argv: list[str]) -> None:
     parsed = parse("chat", wanted, argv, "Talks to a run or a model. An empty line or Ctrl-D ends it.")
     from talik import show
     from talik.chat import answer, load_for_chat
+    from talik.errors import UsageError
+
+    if parsed.max_tokens < 1 or parsed.temperature < 0:
+        raise UsageError("--max-tokens must be at least 1, and --temperature at least 0")
 
     _quiet()
     with show.Watch() as watch:
@@ -190,7 +195,7 @@ def preview_command(argv: list[str]) -> None:
         "Preview",
         ("data", positional(str, "a file of rows: JSON, JSON lines or CSV", "DATA")),
         ("model", arg(str, "the model whose tokenizer and chat template are used")),
-        ("count", arg(int, "how many examples", "-n"), 3),
+        ("count", arg(int, "how many examples; 0 for the counts alone", "-n"), 3),
         ("html", arg(str | None, "write a page to this file, too"), None),
         *recipe_fields(DATA_FIELDS),
     )
@@ -207,10 +212,10 @@ def preview_command(argv: list[str]) -> None:
     data = read_data(parsed["data"], tokenizer, **{name: parsed[name] for name in DATA_FIELDS})
     for line in show.data_lines(data):
         show.said("data", line)
-    for part in preview(data, tokenizer, parsed["count"]):
+    for part in preview(data, tokenizer, max(parsed["count"], 0)):
         show.result(part)
     if parsed["html"]:
-        write_text(Path(parsed["html"]), preview_html(data.examples[: parsed["count"]], tokenizer))
+        write_text(Path(parsed["html"]), preview_html(data.examples[: max(parsed["count"], 0)], tokenizer))
         show.said("written", parsed["html"])
 
 

@@ -66,8 +66,13 @@ def optional(kind: Any) -> Any:
 def fits(name: str, value: Any) -> bool:
     """Whether a value may be shown as the default of a field."""
     try:
-        kind: Any = Recipe.model_fields[name].annotation
-        TypeAdapter(kind).validate_python(value)
+        read_as(name, value)
     except (KeyError, ValidationError):
         return False
     return True
+
+
+def read_as(name: str, value: Any) -> Any:
+    """A value of a recipe.yaml in the field's own type: YAML 1.1 reads 1e-5 as a text."""
+    kind: Any = Recipe.model_fields[name].annotation
+    return TypeAdapter(kind).validate_python(value)

@@ -77,9 +77,9 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
         recipe.model, revision=recipe.revision, progress=lambda text: notify(Said("model", text))
     )
     notify(Said("model", f"{recipe.model} in {source.folder}"))
-    sets = _read_sets(recipe, source.folder, notify)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     plan = choose(recipe, config)
+    sets = _read_sets(recipe, source.folder, notify)
     check_positions(config, *sets)
     _check_room(folder, recipe, config, sets)
     _note_slow_precision(recipe, plan, notify)
@@ -186,7 +186,8 @@ def _logged(folder: Path, notify: Notify) -> Notify:
     def both(event: Any) -> None:
         if not isinstance(event, Progress):
             with (folder / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event}\n")
+                text = f"{event.topic}: {event.text}" if isinstance(event, Said) else str(event)
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         notify(event)
 
     return both

@@ -151,8 +151,8 @@ def data_lines(data: Data) -> list[str]:
     ]
     for kind, counted in report.too_long.items():
         if counted.count:
-            places = ", ".join(map(str, counted.places[:3]))
-            lines.append(f"longer than --max-length: {counted.count:,} x {kind} ({places}, ...)")
+            places = ", ".join(map(str, counted.places[:3])) + (", ..." if counted.count > 3 else "")
+            lines.append(f"longer than --max-length: {counted.count:,} x {kind} ({places})")
     if report.dropped or report.cut:
         lines.append(f"{report.dropped:,} examples dropped, {report.cut:,} cut (--too-long)")
     if report.ends_added:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,20 +39,24 @@ def anonymous_bytes() -> int:
 
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function true; a second one interrupts at once."""
-    pressed = False
+    """Inside, the first Ctrl-C only makes the yielded function true; a later one interrupts at once.
+
+    Within a second it is the same one: a terminal and the program above it may both pass it on.
+    """
+    pressed = 0.0
 
     def note(number: int, frame: object) -> None:
         nonlocal pressed
-        if pressed:
+        now = time.monotonic()
+        if pressed and now - pressed > 1:
             signal.default_int_handler(number, frame)  # pyright: ignore[reportArgumentType]
-        pressed = True
+        pressed = pressed or now
 
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield lambda: False
         return
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: pressed
+        yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -23,8 +23,9 @@ def made(tokenizer: Any, question: str, answer: str) -> Example:
 
 def test_the_text_of_a_conversation(chatml: Any) -> None:
     text = preview_text(made(chatml, "你好 🎉", "Hello\n  \x1b[31m蓝"), chatml)
-    assert text.plain.split("\n") == [
-        "rows.json:7  43 tokens, 12 trained; lines marked + are trained",
+    head, *lines = text.plain.split("\n")
+    assert head == "rows.json:7  43 tokens, 12 trained; lines marked + are trained, \u00b7 is between tokens"
+    assert [line.replace("\u00b7", "") for line in lines] == [
         "  <|im_start|>system\\n",
         "  You are a helpful assistant.<|im_end|>\\n",
         "  <|im_start|>user\\n",
@@ -46,12 +47,30 @@ def test_trained_and_masked_differ_in_style(chatml: Any) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_no_character_is_lost_or_broken(name: str) -> None:
     tokenizer, answer = make_tokenizer(name), "蓝色 é 👩‍👩‍👧 def f(x):  return"
-    plain = preview_text(made(tokenizer, "你好 there you", answer), tokenizer).plain
+    plain = preview_text(made(tokenizer, "你好 there you", answer), tokenizer).plain.replace("\u00b7", "")
     assert "\ufffd" not in plain and answer in plain and "你好 there you" in plain
 
 
 def test_a_replacement_character_of_the_data_is_shown(chatml: Any) -> None:
-    assert "a\ufffdb<|im_end|>" in preview_text(made(chatml, "q", "a\ufffdb"), chatml).plain
+    assert "a\u00b7\ufffd" in preview_text(made(chatml, "q", "a\ufffdb"), chatml).plain
+
+
+def test_every_token_ends_where_one_can_see_it(chatml: Any) -> None:
+    """Without colour: a dot or the end of a line after each token, whole characters in one piece."""
+    example = made(chatml, "a", "Hello there")
+    *_, answer, _, _ = preview_text(example, chatml).plain.split("\n")
+    tokens = [
+        chatml.decode([token])
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+        if label >= 0
+    ]
+    assert answer == "+ " + "\u00b7".join(tokens) and len(tokens) > 2
+
+
+def test_what_has_no_shape_is_escaped(chatml: Any) -> None:
+    """A right-to-left override would reorder the line; a backslash of the data is not one of ours."""
+    plain = preview_text(made(chatml, "q", "a\u202eb\u00a0c \\n \u200bd"), chatml).plain.replace("\u00b7", "")
+    assert "a\\u202eb\\xa0c \\\\n \\u200bd" in plain
 
 
 class Tokens(HTMLParser):

@@ -35,7 +35,7 @@ def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
     input_field, output_field, train_on, max_length, too_long. Raises DataError with file and line.
     """
     recipe = check({"model": "-", "data": str(path), **options})
-    return read_all(recipe, path, tokenizer, "read")
+    return read_all(recipe, path, tokenizer, "reading")
 
 
 def read_all(recipe: Recipe, path: str | Path, tokenizer: Any, use: str) -> Data:

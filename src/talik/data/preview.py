@@ -17,8 +17,10 @@ from rich.text import Text
 from talik.data.labels import Example
 
 LONGEST_CHARACTER = 8  # tokens that one character, or a few that share tokens, may take
+BETWEEN = "\u00b7"  # in the code pages of Windows consoles, too
 GUTTER = {True: "+ ", False: "  "}
 STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}  # in turn, so that every token stands out
+JOINERS = "\u200c\u200d"  # parts of words in Persian, and of emoji
 BINS = 10
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
@@ -45,13 +47,18 @@ class _Piece:
 
 
 def preview_text(example: Example, tokenizer: Any) -> Text:
-    """The example for a terminal: lines that start with "+" are trained, as in a diff; the rest is masked."""
-    text = Text(f"{_header(example)}; lines marked + are trained\n", style="")
+    """The example for a terminal: lines that start with "+" are trained, as in a diff; the rest is masked.
+
+    A middle dot stands between two tokens; nothing but the signs tells trained from masked without colour.
+    """
+    text = Text(f"{_header(example)}; lines marked + are trained, {BETWEEN} is between tokens\n", style="")
     at_start, before = True, False
     for count, piece in enumerate(_pieces(example, tokenizer)):
         if piece.trained != before and not at_start:
             text.append("\n")
             at_start = True
+        if not at_start:
+            text.append(BETWEEN, style="dim")
         for part in _visible(piece.text).splitlines(keepends=True):
             if at_start:
                 text.append(GUTTER[piece.trained], style=STYLES[piece.trained][0])
@@ -124,13 +131,15 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Line breaks as \\n and a line break, other control characters as escapes: none reaches the terminal."""
+    """Line breaks as \\n and a line break; what has no shape of its own, and the backslash, as escapes."""
     shown = []
     for character in text:
         escaped = character.encode("unicode_escape").decode("ascii")
         if character == "\n":
             shown.append("\\n\n")
-        elif unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+        elif character in JOINERS or character == " ":
+            shown.append(character)
+        elif character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs"):
             shown.append(escaped)
         else:
             shown.append(character)

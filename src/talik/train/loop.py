@@ -110,11 +110,13 @@ def load_micro_batches(
     examples: Sequence[Example], indices: Sequence[int], cache: Cache, plan: Plan, device: torch.device
 ) -> Iterator[MicroBatch]:
     """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
-    lengths = [example.length for example in examples]
-    for group in micro_batches(indices, lengths, plan.micro_batch_tokens):
-        batch = collate([examples[i] for i in group], pad_id=0)
+    chosen = [examples[i] for i in indices]
+    lengths = [example.length for example in chosen]
+    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens):
+        batch = collate([chosen[i] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
-        tensors = (batch["input_ids"], batch["attention_mask"], cache.read(group), rows, targets)
+        hidden = cache.read([indices[i] for i in group])
+        tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
         yield MicroBatch(*(tensor.to(device) for tensor in tensors))
 
 
@@ -134,8 +136,10 @@ def train_loop(job: Job, state: State) -> State:
     with metrics, PeakMemory(job.top.chain.device) as peak:
         if job.evaluate and not state.evaluations:
             _evaluate(job, state, metrics)
+        epoch: list[list[int]] = []
         while state.step < steps and not _patience_lost(job.recipe, state):
-            epoch = steps_of_epoch(lengths, job.recipe.batch_tokens, job.recipe.seed, state.epoch)
+            if not epoch or state.step_in_epoch == 0:
+                epoch = steps_of_epoch(lengths, job.recipe.batch_tokens, job.recipe.seed, state.epoch)
             done = _one_step(job, state, epoch[state.step_in_epoch], steps, peak)
             metrics.write(json.dumps(_without(asdict(done), "steps")) + "\n")
             metrics.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
     known = read_json(folder / "source.json")
     model = known["folder"] if Path(known["folder"]).is_dir() else recipe.model
     source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Said("model", text)))
+    source = replace(source, origin=known["origin"], kind=known["kind"], revision=known["revision"])
     if weights_fingerprint(source.folder) != known["weights"]:
         raise RunError(
             f"the weights of {recipe.model} are not those that this run began with",
