@@ -199,7 +199,8 @@ def _what_is_trained(model: PreTrainedModel, top: Top, plan: Plan) -> str:
     parts = [f"layers {plan.cut} to {plan.layers - 1}"] if plan.cut < plan.layers else []
     parts += dict.fromkeys(top.chain.parts.part(name) for name in top.blocks["tail"])
     share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
-    return f"{', '.join(parts)}: {share}; layers 0 to {plan.cut - 1} and the embeddings are frozen"
+    frozen = f"layers 0 to {plan.cut - 1} and the embeddings are" if plan.cut else "the embeddings are"
+    return f"{', '.join(parts)}: {share}; {frozen} frozen"
 
 
 def _refuse_if_different(model: PreTrainedModel, examples: Sequence[Example]) -> None:
