@@ -232,6 +232,8 @@ def test_chat_answers_a_prompt_or_what_comes_in(
     base = talik("chat", run_folder, "--base", "--prompt", QUESTION, "--max-tokens", 8)
     assert (base.code, base.out != done.out) == (0, True)
     assert talik("chat", model_folder, "--prompt", QUESTION, "--max-tokens", 8).code == 0
+    assert talik("chat", model_folder, "--base", "--prompt", QUESTION).code == 2
+    assert talik("chat", run_folder, "--max-tokens", 0, "--prompt", QUESTION).code == 2
 
 
 def test_resume_of_a_finished_run_changes_nothing(run_folder: Path, talik: Talik) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
 
 from talik.data.template import ends_of_turn, plain_template
+from talik.errors import UsageError
 from talik.events import Notify, Said, silent
 from talik.machine import choose_device
 from talik.model.chain import load_model
@@ -29,6 +30,8 @@ def load_for_chat(
         if not base:
             load_weights(result_checkpoint(run.folder), dict(top.parameters()))
         return model, load_tokenizer(run.source.folder)
+    if base:
+        raise UsageError("--base is for a run: a model by itself has no other", where=target)
     folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
     dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
     assert dtype is None or isinstance(dtype, torch.dtype)
