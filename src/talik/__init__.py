@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from talik.data.batches import collate as collate
     from talik.data.dataset import preview as preview
     from talik.data.dataset import read_data as read_data
-    from talik.data.rows import read_rows as read_rows
     from talik.evaluate import evaluate as evaluate
     from talik.export import export as export
     from talik.model.chain import Chain as Chain

@@ -155,6 +155,10 @@ def data_lines(data: Data) -> list[str]:
             lines.append(f"longer than --max-length: {counted.count:,} x {kind} ({places})")
     if report.dropped or report.cut:
         lines.append(f"{report.dropped:,} examples dropped, {report.cut:,} cut (--too-long)")
+    if report.tails_cut:
+        lines.append(
+            f"{report.tails_cut:,} examples cut behind their last trained token, where nothing is lost"
+        )
     if report.ends_added:
         lines.append(f"{report.ends_added:,} answers got an end token: the template has no end of turn")
     if report.boundary_merged:
