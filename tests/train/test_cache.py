@@ -31,6 +31,18 @@ def test_cached_states_are_those_of_the_trunk(
             assert torch.equal(row[:length], alone[0]) and not row[length:].any()
 
 
+def test_a_residual_in_fp32_is_cached_in_fp32(
+    build_model: Callable[..., Any], examples: list[Example], tmp_path: Path
+) -> None:
+    """A bf16 Mamba 2 hands on fp32 hidden states: laid out for bf16, each would overwrite the next."""
+    sizes = {"num_heads": 8, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 16}
+    top = freeze_top(build_model("mamba2", dtype=torch.bfloat16, **sizes))
+    with trunk_cache(top, examples, make_recipe(cache=str(tmp_path)), make_plan(top), silent) as cache:
+        for index, example in enumerate(examples):
+            alone = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))
+            assert alone.dtype == torch.float32 and torch.equal(cache.read([index]), alone)
+
+
 def test_key_covers_tokens_weights_cut_and_order(
     build_model: Callable[..., Any], examples: list[Example]
 ) -> None:
