@@ -21,7 +21,7 @@ def model_card(run: Run, checkpoint: Path) -> str:
             f"| {name} | {one['loss']:.4f} | {100 * one['accuracy']:.1f} % |\n"
             for name, one in (("base", marks[0]), ("tuned", mark))
         )
-        measured += f"\nOn {mark['trained_tokens']:,} trained tokens that the model was not trained on.\n"
+        measured += f"\nOn {mark['trained_tokens']:,} trained tokens of the evaluation set.\n"
     # Paths of somebody's machine do not belong into a card.
     names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
     recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": run.source.origin}

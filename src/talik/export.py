@@ -237,9 +237,8 @@ def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copy2(file, place)
     tokenizer = load_tokenizer(source)
-    generation = read_json(
-        folder / "generation_config.json"
-    )  # the tuned model ends its turns as it was trained to
+    # The tuned model ends its turns as it was trained to.
+    generation = read_json(folder / "generation_config.json")
     generation["eos_token_id"] = ends_of_turn(tokenizer, generation.get("eos_token_id"))
     write_json(folder / "generation_config.json", generation)
     if tokenizer.chat_template is None:  # what it was trained with must be what it is asked with

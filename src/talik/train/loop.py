@@ -209,9 +209,8 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
 def _evaluate(job: Job, state: State, metrics: Any) -> None:
     assert job.evaluate is not None
     evaluation = job.evaluate()
-    tuned = (
-        state.step > 0
-    )  # the base is what the tuned are compared with; it has no checkpoint to be the best
+    # The base is what the tuned ones are compared with; it has no checkpoint to be the best.
+    tuned = state.step > 0
     best = tuned and (state.best_loss is None or evaluation.loss < state.best_loss)
     if best:
         state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0

@@ -52,14 +52,17 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
-    kinds = [*(["master"] if recipe.precision == "bf16" else []), *OPTIMIZERS[recipe.optimizer].state]
-    return [f"{kind}/{name}" for name, _ in top.parameters() for kind in kinds]
+    return [f"{kind}/{name}" for name, _ in top.parameters() for kind in _kinds(recipe)]
+
+
+def _kinds(recipe: Recipe) -> list[str]:
+    """The fp32 tensors that a run keeps for each trained one."""
+    return [*(["master"] if recipe.precision == "bf16" else []), *OPTIMIZERS[recipe.optimizer].state]
 
 
 def checkpoint_bytes(trained: int, dtype: torch.dtype, recipe: Recipe) -> int:
     """What the checkpoints of a run take at most: those to keep, the best one, and one being written."""
-    states = len(OPTIMIZERS[recipe.optimizer].state) + (recipe.precision == "bf16")
-    return trained * (dtype.itemsize + 4 * states) * (recipe.keep + 2)
+    return trained * (dtype.itemsize + 4 * len(_kinds(recipe))) * (recipe.keep + 2)
 
 
 def save_checkpoint(run: Path, top: Top, scratch: Scratch, recipe: Recipe, state: State) -> Path:
