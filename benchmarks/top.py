@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 import sys
+import tempfile
 from array import array
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,9 @@ def main(precision: str = "fp32") -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     recipe = Recipe.model_validate({"model": "-", "data": "-", "precision": precision, "batch_tokens": 1024})
     config = LlamaConfig(**SHAPE)
-    plan = choose(recipe, config)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        plan = choose(recipe, Path(folder))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     trained = freeze(model, recipe.top_layers)
     top = make_top(Chain(model), trained)

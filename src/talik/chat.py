@@ -16,8 +16,9 @@ from talik.events import Notify, Said, silent
 from talik.machine import choose_device
 from talik.model.chain import load_model
 from talik.model.source import find_model
+from talik.train.loading import load_whole
 from talik.train.resume import load_weights
-from talik.train.run_folder import is_run, load_tokenizer, load_top, open_run, result_checkpoint
+from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
 
 
 def load_for_chat(
@@ -26,7 +27,7 @@ def load_for_chat(
     """The model to talk to and its tokenizer: any model, or a run with what it trained (unless `base`)."""
     if is_run(target):
         run = open_run(target, notify)
-        model, top = load_top(run.recipe, run.plan, run.source.folder)
+        model, top = load_whole(run.recipe, run.plan, run.source.folder)
         if not base:
             load_weights(result_checkpoint(run.folder), dict(top.parameters()))
         return model, load_tokenizer(run.source.folder)

@@ -23,13 +23,14 @@ Fine-tunes the top layers of a language model on the machine you have.
   eval RUN|MODEL DATA       loss, perplexity and accuracy; base beside tuned
   chat RUN|MODEL            talk to it
   export RUN OUT            the result as a plain Transformers folder
+  cache list|clear          what the trunk handed on, kept for later runs: sizes; remove by KEY or --all
   demo                      all of this on a small model and real questions, in minutes
 
 MODEL is a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file.
 Exit codes: 0 done, 1 failed, 2 asked for something that cannot be done, 3 does not fit.
 """
 
-COMMANDS = ("inspect", "preview", "train", "resume", "eval", "chat", "export", "demo")
+COMMANDS = ("inspect", "preview", "train", "resume", "eval", "chat", "export", "cache", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from talik.options import (
     DATA_FIELDS,
@@ -217,6 +217,31 @@ def preview_command(argv: list[str]) -> None:
     if parsed["html"]:
         write_text(Path(parsed["html"]), preview_html(data.examples[: max(parsed["count"], 0)], tokenizer))
         show.said("written", parsed["html"])
+
+
+def cache_command(argv: list[str]) -> None:
+    wanted = options(
+        "Cache",
+        ("action", positional(Literal["list", "clear"], "show caches, or remove them", "list|clear")),
+        ("keys", positional(list[str], "these alone; the beginning of a key is enough", "[KEY ...]"), []),
+        ("all", arg(bool, "with clear: every cache"), False),
+        ("cache", arg(str | None, "folder of the caches; default: Talik's own"), None),
+        ("json", arg(bool, "print it as JSON"), False),
+    )
+    parsed = parse("cache", wanted, argv, "What the trunk handed on: kept for the next run, listed, removed.")
+    from talik import show
+    from talik.errors import UsageError
+    from talik.train.cache_folder import cache_folders, chosen, default_root, remove
+
+    root = Path(parsed.cache) if parsed.cache else default_root()
+    if parsed.action == "clear" and bool(parsed.keys) == parsed.all:
+        remedy = "`talik cache list` shows the keys."
+        raise UsageError("name the caches to remove, or --all for every one", where=root, remedy=remedy)
+    folders = chosen(root, parsed.keys) if parsed.keys else cache_folders(root)
+    if parsed.action == "clear":
+        show.cleared(root, [(folder, remove(folder)) for folder in folders], parsed.json)
+    else:
+        show.caches(root, folders, parsed.json)
 
 
 def demo_command(argv: list[str]) -> None:

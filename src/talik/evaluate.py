@@ -16,20 +16,21 @@ from talik.events import Notify, Said, silent
 from talik.model.source import find_model
 from talik.plan.solve import choose
 from talik.recipe import Plan, check
-from talik.train.cache import Cache
+from talik.train.cache import States
+from talik.train.loading import load
 from talik.train.loop import Evaluation, load_micro_batches
 from talik.train.resume import load_weights
-from talik.train.run_folder import is_run, load_tokenizer, load_top, open_run, result_checkpoint
+from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
 from talik.train.step import MicroBatch, Top, run_top
-from talik.train.trunk import trunk_cache
+from talik.train.trunk import trunk_states
 
 
 @torch.no_grad()
-def evaluate_top(top: Top, examples: Sequence[Example], cache: Cache, plan: Plan) -> Evaluation:
+def evaluate_top(top: Top, examples: Sequence[Example], states: States, plan: Plan) -> Evaluation:
     """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
     top.train_mode(False)
     loss, right, count = 0.0, 0, 0
-    batches = load_micro_batches(examples, range(len(examples)), cache, plan, top.chain.device)
+    batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain.device)
     for batch in batches:
         batch_loss, batch_right = _evaluate_batch(top, batch, plan.loss_chunk)
         loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)
@@ -67,16 +68,17 @@ def evaluate(
         precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
         recipe = check({"model": str(target), "data": str(data), "precision": precision, **options})
         recipe = recipe.model_copy(update={"top_layers": 0})  # the whole model is below the cut and runs once
-        plan = choose(recipe, config)
+        plan = choose(recipe, folder, notify)
     found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
     notify(found)
     torch.set_num_threads(plan.threads)
-    _, top = load_top(recipe, plan, folder)
-    with trunk_cache(top, found.examples, recipe, plan, notify) as cache:
-        first = evaluate_top(top, found.examples, cache, plan)
+    loaded = load(recipe, plan, folder)
+    with trunk_states(loaded, [found.examples], recipe, notify) as [states]:
+        top = loaded.top()
+        first = evaluate_top(top, found.examples, states, plan)
         report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
         if checkpoint is None:
             return {**report, "model": first.measures()}
         load_weights(checkpoint, dict(top.parameters()))
-        tuned = evaluate_top(top, found.examples, cache, plan)
+        tuned = evaluate_top(top, found.examples, states, plan)
     return {**report, "base": first.measures(), "tuned": tuned.measures()}

@@ -25,7 +25,6 @@ from talik.model.anatomy import parts_of
 from talik.model.chain import load_model
 from talik.model.checkpoint import (
     Entry,
-    checkpoint_names,
     copy_bytes,
     pieces,
     read_header,
@@ -33,8 +32,10 @@ from talik.model.checkpoint import (
     tensor_bytes,
     write_tensors,
 )
+from talik.model.conversion import checkpoint_names
+from talik.train.loading import load_whole, working_dtype
 from talik.train.resume import load_weights
-from talik.train.run_folder import Run, load_tokenizer, load_top, open_run, result_checkpoint, working_dtype
+from talik.train.run_folder import Run, load_tokenizer, open_run, result_checkpoint
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model")
 TEMPLATE = ("*.jinja", "chat_template*", "additional_chat_templates/*")
@@ -97,7 +98,7 @@ def _verify_logits(run: Run, checkpoint: Path, out: Path, size: int) -> str:
     ids = load_tokenizer(out)(
         "The exported folder has the tuned model's logits.", return_tensors="pt"
     ).input_ids
-    model, top = load_top(run.recipe, run.plan, run.source.folder)
+    model, top = load_whole(run.recipe, run.plan, run.source.folder)
     load_weights(checkpoint, dict(top.parameters()))
     with torch.no_grad():
         expected = model(input_ids=ids.to(model.device)).logits

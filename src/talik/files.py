@@ -87,6 +87,16 @@ def finished_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's list of files to the disk, where the system lets a program do that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def fingerprint(*parts: bytes | memoryview | str) -> str:
     """32 hexadecimal digits that are the same for the same parts in the same order."""
     digest = hashlib.blake2b(digest_size=16)

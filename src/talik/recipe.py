@@ -83,8 +83,18 @@ class Recipe(BaseModel):
         default=0, ge=0, description="stop after N evaluations without a better loss; 0: never"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="decides order, dropout and stochastic rounding")
+    trunk: Literal["auto", "resident", "streamed"] = Field(
+        default="auto",
+        description="where the frozen weights are while they run once: in memory, or one layer at a time "
+        "from the files; the numbers are the same",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
     cache: str | None = Field(default=None, description="folder of the trunk's cache; default: Talik's own")
+    cache_gb: float = Field(
+        default=0.0,
+        ge=0,
+        description="largest size of all caches there, in GB; the least recently used go first; 0: no bound",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -114,10 +124,15 @@ class Plan(BaseModel):
     threads: int = Field(description="threads of a CPU kernel; another number may round differently")
     cut: int = Field(description="the first trained layer")
     layers: int = Field(description="layers of the model")
-    trunk: Literal["resident"] = Field(description="where the frozen weights are")
+    trunk: Literal["resident", "streamed"] = Field(
+        description="where the frozen weights are while they run: in memory, or one layer at a time"
+    )
     top: Literal["resident"] = Field(description="where the trained weights are")
     cache: Literal["disk"] = Field(description="where the trunk's hidden states are kept")
     trunk_batch_tokens: int = Field(description="tokens that go through the trunk at once")
+    hidden_bytes: int = Field(
+        description="what is held between the trunk's layers, about; a shard of the data"
+    )
     micro_batch_tokens: int = Field(description="tokens that go through the top at once, padding included")
     loss_chunk: int = Field(description="trained positions whose logits exist at once")
 

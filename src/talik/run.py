@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
-from talik.data.labels import Example
-from talik.errors import ChainError
 from talik.evaluate import evaluate_top
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, write_json
 from talik.machine import matmul_rate
-from talik.model.chain import verify_chain
 from talik.model.freeze import count_trained
 from talik.model.source import Source, find_model
 from talik.plan.solve import choose
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits
+from talik.train.loading import Loaded, load, working_dtype
 from talik.train.loop import Evaluation, Job, train_loop
 from talik.train.resume import (
     State,
@@ -42,15 +39,13 @@ from talik.train.run_folder import (
     check_new,
     check_same_data,
     load_tokenizer,
-    load_top,
     only_process,
     open_run,
     start_run,
-    working_dtype,
 )
 from talik.train.scratch import MemoryScratch
-from talik.train.step import Top, prepare
-from talik.train.trunk import cache_root, trunk_cache
+from talik.train.step import prepare
+from talik.train.trunk import cache_root, trunk_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +73,7 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     )
     notify(Said("model", f"{recipe.model} in {source.folder}"))
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    plan = choose(recipe, config)
+    plan = choose(recipe, source.folder, notify)
     sets = _read_sets(recipe, source.folder, notify)
     check_positions(config, *sets)
     _check_room(folder, recipe, config, sets)
@@ -147,27 +142,25 @@ def _train(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Res
     started = time.perf_counter()
     clear_unfinished(run.folder)
     torch.set_num_threads(run.plan.threads)
-    model, top = load_top(run.recipe, run.plan, run.source.folder)
-    notify(Said("trained", _what_is_trained(model, top, run.plan)))
-    _refuse_if_different(model, data.examples)
-    notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
-    scratch = MemoryScratch(top.chain.device)
-    prepare(top, run.recipe, scratch)
-    checkpoint = latest_checkpoint(run.folder)
-    state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
-    if checkpoint:
-        notify(Said("resumed", f"after step {state.step}, from {checkpoint}"))
+    loaded = load(run.recipe, run.plan, run.source.folder)
+    notify(Said("trained", _what_is_trained(loaded)))
+    sets = [one.examples for one in (data, evaluation) if one is not None]
     with contextlib.ExitStack() as stack:
-        cache = stack.enter_context(trunk_cache(top, data.examples, run.recipe, run.plan, notify))
-        evaluate = None
+        states = stack.enter_context(trunk_states(loaded, sets, run.recipe, notify))
+        top, evaluate = loaded.top(), None
         if evaluation is not None:
-            held = stack.enter_context(trunk_cache(top, evaluation.examples, run.recipe, run.plan, notify))
-            evaluate = partial(evaluate_top, top, evaluation.examples, held, run.plan)
+            evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan)
+        scratch = MemoryScratch(top.chain.device)
+        prepare(top, run.recipe, scratch)
+        checkpoint = latest_checkpoint(run.folder)
+        state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
+        if checkpoint:
+            notify(Said("resumed", f"after step {state.step}, from {checkpoint}"))
         interrupted = stack.enter_context(ctrl_c_waits())
         job = Job(
             top,
             data.examples,
-            cache,
+            states[0],
             scratch,
             run.recipe,
             run.plan,
@@ -193,32 +186,18 @@ def _logged(folder: Path, notify: Notify) -> Notify:
     return both
 
 
-def _what_is_trained(model: PreTrainedModel, top: Top, plan: Plan) -> str:
-    trained = sum(parameter.numel() for _, parameter in top.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    parts = [f"layers {plan.cut} to {plan.layers - 1}"] if plan.cut < plan.layers else []
-    parts += dict.fromkeys(top.chain.parts.part(name) for name in top.blocks["tail"])
+def _what_is_trained(loaded: Loaded) -> str:
+    named = loaded.chain.model.named_parameters()
+    sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
+    parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
+    layers = sorted(int(part.split()[1]) for part in parts if part.startswith("layer "))
+    shown = [f"layers {layers[0]} to {layers[-1]}"] if layers else []
+    shown += [part for part in parts if not part.startswith("layer ")]
+    trained, total = sum(sizes.values()), loaded.weights.parameters
     share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
-    frozen = f"layers 0 to {plan.cut - 1} and the embeddings are" if plan.cut else "the embeddings are"
-    return f"{', '.join(parts)}: {share}; {frozen} frozen"
-
-
-def _refuse_if_different(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """ChainError if the chain differs from the model's own forward on the first tokens of two examples."""
-    rows = [list(examples[0].input_ids[:16]), list(examples[-1].input_ids[:8])]
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
-    kind = type(model).__name__
-    try:
-        difference = verify_chain(model, ids, mask)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
-        raise ChainError(problem, remedy=report) from error
-    if difference:
-        problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
-        raise ChainError(problem, remedy=report)
+    first = layers[0] if layers else loaded.plan.layers
+    frozen = f"layers 0 to {first - 1} and the embeddings are" if first else "the embeddings are"
+    return f"{', '.join(shown)}: {share}; {frozen} frozen"
 
 
 def _result(folder: Path, state: State, seconds: float) -> Result:

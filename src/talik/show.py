@@ -6,6 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from talik.files import in_words
 
 if TYPE_CHECKING:
     from talik.data.dataset import Data
+    from talik.train.cache_folder import CacheFolder
     from talik.train.loop import Evaluated, StepDone
 
 out = Console(highlight=False, soft_wrap=True)
@@ -181,3 +184,44 @@ def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
         accuracy = f"{100 * mark['accuracy']:.1f} %"
         table.add_row(name, f"{mark['loss']:.4f}", f"{mark['perplexity']:.2f}", accuracy)
     return table
+
+
+def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
+    """The trunk's caches, least recently used first, and what they take together."""
+    total = sum(folder.size for folder in folders)
+    if as_json:
+        result_json({"folder": str(root), "bytes": total, "caches": [_cache_fields(f) for f in folders]})
+        return
+    rows = [("key", "model", "tokens", "size", "last used", "state")]
+    for folder in folders:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.used))
+        cells = (
+            folder.key[:12],
+            folder.model,
+            f"{folder.tokens:,}",
+            in_words(folder.size),
+            used,
+            folder.state,
+        )
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if folders else ():  # no Table: it would cut names off where nobody has a terminal
+        result("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    result(f"{len(folders)} caches, {in_words(total)}, in {root}")
+
+
+def cleared(root: Path, done: Sequence[tuple[CacheFolder, bool]], as_json: bool) -> None:
+    """Which caches were removed and which were left, and the bytes that were freed."""
+    freed = sum(folder.size for folder, removed in done if removed)
+    if as_json:
+        rows = [{**_cache_fields(folder), "removed": removed} for folder, removed in done]
+        result_json({"folder": str(root), "freed": freed, "caches": rows})
+        return
+    for folder, removed in done:
+        what = "removed" if removed else "left, another process uses it right now"
+        result(f"{folder.key[:12]}  {folder.model}  {in_words(folder.size)}: {what}")
+    result(f"{in_words(freed)} ({freed:,} bytes) freed in {root}")
+
+
+def _cache_fields(folder: CacheFolder) -> dict[str, Any]:
+    return {**asdict(folder), "path": str(folder.path)}

@@ -37,6 +37,12 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_full_info().uss
 
 
+def forget_pages(file: int, start: int, size: int) -> None:
+    """Says that these bytes of an open file will not be read again soon, where a system takes hints."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def ctrl_c_waits() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function true; a later one interrupts at once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from talik.data.rows import Place
 from talik.model.chain import Chain
 from talik.model.freeze import freeze
 from talik.recipe import Plan, Recipe
+from talik.train.loading import Loaded, load
 from talik.train.loss import trained_rows
 from talik.train.step import MicroBatch, Top, make_top
 from talik.train.trunk import run_trunk
@@ -42,6 +44,7 @@ def make_plan(top: Top, **changes: Any) -> Plan:
         "top": "resident",
         "cache": "disk",
         "trunk_batch_tokens": 64,
+        "hidden_bytes": 1 << 30,
         "micro_batch_tokens": 40,
         "loss_chunk": 7,
     }
@@ -50,6 +53,23 @@ def make_plan(top: Top, **changes: Any) -> Plan:
 
 def make_recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, **changes})
+
+
+def load_from(
+    model: Any, folder: Path, *, layers: int = 2, also: tuple[str, ...] = (), **changes: Any
+) -> Loaded:
+    """The model in files, as a run loads it: the last `layers` trained, the trunk streamed."""
+    model.save_pretrained(folder)
+    precision = "fp32" if model.dtype == torch.float32 else "bf16"
+    recipe = make_recipe(precision=precision, top_layers=layers, also=also)
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    plan = make_plan(top_at(Chain(model), count - layers), **{"trunk": "streamed", **changes})
+    return load(recipe, plan, folder)
+
+
+def top_at(chain: Chain, cut: int) -> Top:
+    """A top of which only the cut matters."""
+    return Top(chain, cut, {})
 
 
 def freeze_top(model: Any, layers: int = 2, also: tuple[str, ...] = ()) -> Top:

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM
 
 import talik
 from conftest import plain_loss
-from talik import run
 from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
 from talik.errors import Interrupted, NonFiniteError, RunError
 from talik.files import read_json
 from talik.recipe import Recipe
-from talik.train import trunk
+from talik.train import loading, trunk
 from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
 from talik.train.resume import checkpoints, latest_checkpoint
-from talik.train.run_folder import load_tokenizer, load_top
+from talik.train.run_folder import load_tokenizer
+from talik.train.step import make_top
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "qwen2-fp32.txt"
 
@@ -212,13 +212,13 @@ def test_not_finite_stops_and_names_the_examples(model_folder: Path, rows: Path,
 
     spy: list[torch.nn.Parameter] = []
 
-    def load_and_spy(*args: Any) -> Any:
-        model, top = load_top(*args)
+    def spy_out(*args: Any) -> Any:
+        top = make_top(*args)
         spy.extend(dict(top.parameters()).values())
-        return model, top
+        return top
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_top", load_and_spy)
+        patch.setattr(loading, "make_top", spy_out)
         with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*rows\.jsonl:\d+"):
             talik.train(recipe, tmp_path / "run", notify=poison)
     assert len(metrics(tmp_path / "run")) == 2
@@ -238,8 +238,13 @@ def test_early_stop_and_the_best_checkpoint(model_folder: Path, rows: Path, tmp_
 def test_the_trunk_runs_once(model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Whatever the epochs, and not again for another learning rate."""
     passed: list[int] = []
-    honest = trunk.run_trunk
-    monkeypatch.setattr(trunk, "run_trunk", lambda *args: passed.append(args[2].numel()) or honest(*args))
+    honest = trunk.trunk_pass
+
+    def counted(*args: Any) -> None:
+        passed.append(sum(group.tokens for group, _ in args[2]))
+        honest(*args)
+
+    monkeypatch.setattr(trunk, "trunk_pass", counted)
     result = talik.train(recipe_for(model_folder, rows, epochs=3), tmp_path / "one")
     tokens = sum(record["tokens"] for record in metrics(tmp_path / "one"))
     assert result.steps > 3 and sum(passed) * 3 == tokens

@@ -82,8 +82,12 @@ def parts_of(model: torch.nn.Module) -> Parts:
 def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
     from torch import nn
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    count = _text_config(model.config).num_hidden_layers
+    def lists_in(module: nn.Module) -> list[nn.ModuleList]:
+        return [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m)]
+
+    decoder = getattr(model, "get_decoder", lambda: None)()  # beside which there may be a tower for images
+    lists = lists_in(decoder if decoder is not None else model) or lists_in(model)
+    count = getattr(_text_config(model.config), "num_hidden_layers", None)
     exact = [module for module in lists if len(module) == count] or lists
     if not exact:
         raise SourceError(
@@ -115,13 +119,25 @@ def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
 
 
 def _place(parent: type, child: str, layers: str) -> str | None:
-    """Whether `parent.forward` uses `child` before or after the loop over `layers`, if it says so."""
+    """Whether `parent.forward` uses `child` before or after the loop over `layers`, if it says so.
+
+    A method that uses `child` stands for it: Gemma 3n norms its inputs per layer in one of its own.
+    """
     try:
         source = inspect.getsource(parent.forward)  # pyright: ignore[reportAttributeAccessIssue]
     except (OSError, TypeError):
         return None
-    use, loop = re.search(rf"self\.{child}\b", source), re.search(rf"\bfor\b[^\n]*self\.{layers}\b", source)
+    names = "|".join((child, *_methods_with(parent, child)))
+    use = re.search(rf"self\.({names})\b", source)
+    loop = re.search(rf"\bfor\b[^\n]*self\.{layers}\b", source)
     return None if use is None or loop is None else ("before" if use.start() < loop.start() else "after")
+
+
+def _methods_with(parent: type, child: str) -> list[str]:
+    """The methods of a class, beside forward and __init__, whose code uses `self.child`."""
+    own = ((name, value) for name, value in vars(parent).items() if inspect.isfunction(value))
+    methods = ((name, value) for name, value in own if name not in ("forward", "__init__"))
+    return [name for name, value in methods if re.search(rf"self\.{child}\b", inspect.getsource(value))]
 
 
 def _text_config(config: Any) -> Any:

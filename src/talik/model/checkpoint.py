@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from talik.errors import SourceError
-from talik.files import fingerprint, read_json
+from talik.files import read_json
+from talik.system import forget_pages
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,14 +46,24 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        data = bytearray(self.size)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor_bytes(tensor))
+        return tensor
+
+    def read_into(self, place: memoryview, *, forget: bool = False) -> None:
+        """The tensor's bytes into memory of `size` bytes. SourceError if the file ends before.
+
+        `forget`: the system need not keep them in memory for another reading.
+        """
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            if file.readinto(data) != self.size:
-                raise SourceError("is shorter than its header says", where=self.file)
-        if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+            done = 0
+            while done < self.size:
+                if not (more := file.readinto(place[done:])):
+                    raise SourceError("is shorter than its header says", where=self.file)
+                done += more
+            if forget:
+                forget_pages(file.fileno(), self.start, self.size)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,20 +108,6 @@ def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
     return {file: read_header(file) for file in weight_files(folder)}
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Names what weights a folder holds: names, shapes, dtypes and the first bytes of every tensor.
-
-    Quick also where reading every byte would take minutes; another model, or one trained further, differs.
-    """
-    parts: list[bytes | str] = []
-    for file, table in read_tables(folder).items():
-        parts.append(file.name)
-        for name, entry in sorted(table.items()):
-            first = next(pieces(entry, 4096), b"")[:4096]
-            parts += [f"{name} {entry.dtype} {entry.shape}", first]
-    return fingerprint(*parts)
-
-
 def write_tensors(file: BinaryIO, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
     """Writes the header for these tensors; their bytes must follow in the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -149,11 +144,3 @@ def pieces(entry: Entry, piece: int = 16 << 20) -> Iterator[bytes]:
         source.seek(entry.start)
         for start in range(0, entry.size, piece):
             yield source.read(min(piece, entry.size - start))
-
-
-def checkpoint_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names, and in the shapes, in which the model's checkpoints hold them.
-
-    The way back through Transformers' own conversion mapping (merged experts, renamed parts).
-    """
-    return dict(revert_weight_conversion(model, dict(tensors)))

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
+import psutil
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig
 
 from talik.errors import UsageError
+from talik.events import Notify, Said, silent
 from talik.machine import choose_device
+from talik.model.anatomy import anatomy_of
+from talik.model.chain import Chain
+from talik.model.hollow import hollow_model
 from talik.recipe import Plan, Recipe
+from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
 
 
-def choose(recipe: Recipe, config: PreTrainedConfig) -> Plan:
-    """The plan for this recipe on this machine. UsageError if the model has fewer layers than asked for."""
+def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
+    """The plan for this recipe and the model in a folder, on this machine.
+
+    UsageError if the model has fewer layers than asked for, ChainError if it cannot be run layer by layer.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     text = config.get_text_config(decoder=True)
     layers = text.num_hidden_layers
     if recipe.top_layers > layers:
@@ -21,18 +34,40 @@ def choose(recipe: Recipe, config: PreTrainedConfig) -> Plan:
             f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
             remedy=f"Choose --top-layers between 1 and {layers}.",
         )
+    device = choose_device(recipe.device)
+    chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
+    cut, reason = chain.lowest_cut(layers - recipe.top_layers)
+    if reason:
+        notify(Said("cut", f"moved from layer {layers - recipe.top_layers} to {cut}: {reason}"))
+    free = _free_memory(device)
     return Plan(
-        device=str(choose_device(recipe.device)),
+        device=str(device),
         threads=torch.get_num_threads(),
-        cut=layers - recipe.top_layers,
+        cut=cut,
         layers=layers,
-        trunk="resident",
+        trunk=_trunk(recipe, chain, free),
         top="resident",
         cache="disk",
         trunk_batch_tokens=2048,
+        hidden_bytes=max(64 << 20, min(1 << 30, free // 16)),
         micro_batch_tokens=2048,
         loss_chunk=min(
             max(64, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
             getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
         ),
     )
+
+
+def _trunk(recipe: Recipe, chain: Chain, free: int) -> Literal["resident", "streamed"]:
+    """In memory where the whole model leaves room for what trains: every step would wait for nothing less."""
+    if recipe.trunk != "auto":
+        return recipe.trunk
+    size = anatomy_of(chain.model).parameters * working_dtype(recipe).itemsize
+    return "resident" if size < free // 2 else "streamed"
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that this machine could give now."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.accelerator.get_memory_info(device)[0]

@@ -1,129 +1,182 @@
-"""What the trunk hands on, one vector per token, unpadded, in one file that any epoch reads in any order.
+"""What the trunk hands on, one vector per token, unpadded, kept for every epoch and every later run.
 
-A folder named by its key holds `hidden.bin` (tokens x hidden, in the order of the examples) and
-`manifest.json`, which is written last. The key covers everything that the numbers depend on.
+The unit is a group: examples of one length that went through the trunk together. A hidden state depends on
+the batch it was computed in, so a group is named by the tokens of its examples, in order, and is found again
+in whatever data holds the same group. Groups lie in shards. A shard's table is written last, so a shard
+without one was broken off; the others stay.
 """
 
 from __future__ import annotations
 
-import shutil
+import errno
+import json
+import os
+import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from jaxtyping import Float
-from torch import Tensor
+from filelock import Timeout
 
-from talik.data.labels import Example
-from talik.errors import ChainError, TalikError
-from talik.files import file_fingerprint, fingerprint, finished_folder, need_room, read_json, write_json
-from talik.model.chain import Chain
-from talik.model.checkpoint import tensor_bytes
-from talik.recipe import Plan
+from talik.errors import NoRoomError, TalikError
+from talik.events import Notify, Said, silent
+from talik.files import need_room, read_json, sync_folder, write_json
+from talik.train.cache_folder import CacheFolder, key_of, lock_of, remove
+from talik.train.cache_shard import Damaged, Group, Place, ShardWriter, States, groups_of, read_table
+
+__all__ = ["Cache", "Group", "States", "groups_of", "open_cache"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, longest file of the file system
+
+
+def open_cache(
+    root: Path,
+    facts: dict[str, Any],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    model: str = "",
+    notify: Notify = silent,
+) -> Cache:
+    """The cache of the trunk that these facts (values of JSON) describe, empty if there was none.
+
+    Hidden states have `width` numbers of `dtype`. `model` is what `talik cache list` shows. A folder whose
+    key.json disagrees with its name is removed: nobody knows what is in it. TalikError if it is in use.
+    """
+    covered = json.loads(json.dumps({**facts, "format": 1, "width": width, "dtype": str(dtype)}))
+    folder = root / key_of(covered)
+    root.mkdir(parents=True, exist_ok=True)
+    about = {"model": model, "token_bytes": width * dtype.itemsize, "facts": covered}
+    if not _agrees(folder):
+        notify(Said("cache", f"{folder / 'key.json'} disagrees with its folder, which is made anew"))
+        if not remove(CacheFolder(folder, folder.name, "unfinished", "", 0, 0, 0.0)):
+            raise TalikError("is in use and its key.json is damaged", where=folder, remedy="Try again later.")
+    return Cache(folder, about, width, dtype, notify)
 
 
 class Cache:
-    """A finished cache. Examples are named by their index in the data."""
+    """The cache of one trunk, as it was when it was opened or when `writing` was entered."""
 
-    def __init__(self, folder: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
-        self._file = (folder / "hidden.bin").open("rb", buffering=0)
-        self._hidden_size, self._dtype = hidden_size, dtype
-        self._starts = [0, *accumulate(lengths)]
+    def __init__(
+        self, folder: Path, about: dict[str, Any], width: int, dtype: torch.dtype, notify: Notify
+    ) -> None:
+        self.folder = folder
+        self._about, self._width, self._dtype, self._notify = about, width, dtype, notify
+        self._token_bytes = width * dtype.itemsize
+        self._places: dict[str, Place] = {}
+        self._look()
 
-    def read(self, indices: Sequence[int]) -> Float[Tensor, "batch sequence hidden"]:
-        """The hidden states of these examples, right-padded with zeros, on the CPU."""
-        lengths = [self._starts[i + 1] - self._starts[i] for i in indices]
-        batch = torch.zeros(len(indices), max(lengths), self._hidden_size, dtype=self._dtype)
-        width = self._hidden_size * self._dtype.itemsize
-        for row, index, length in zip(batch, indices, lengths, strict=True):
-            self._file.seek(self._starts[index] * width)
-            place = tensor_bytes(row[:length])
-            if self._file.readinto(place) != len(place):
-                raise TalikError("the trunk's cache is shorter than it was", where=self._file.name)
-        return batch
+    def missing(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that have to be computed, each once, in their order."""
+        first = {group.digest: group for group in reversed(groups)}
+        return [
+            group for group in groups if group.digest not in self._places and group is first[group.digest]
+        ]
 
-    def __enter__(self) -> Cache:
-        return self
+    def size(self, groups: Sequence[Group]) -> int:
+        """The bytes that their hidden states take."""
+        return sum(group.tokens for group in groups) * self._token_bytes
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()  # an open file cannot be removed on Windows
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Nobody else writes meanwhile; first looks at what others have written, and tidies up.
 
-
-class CacheWriter:
-    """A cache that is being made: each example is written once, in any order."""
-
-    def __init__(self, folder: Path, lengths: Sequence[int], hidden_size: int, dtype: torch.dtype) -> None:
-        self._width = hidden_size * dtype.itemsize
-        self._starts = [0, *accumulate(lengths)]
-        self._file = (folder / "hidden.bin").open("wb")
-        self._file.truncate(self._starts[-1] * self._width)
-
-    def write(self, index: int, hidden: Float[Tensor, "sequence hidden"]) -> None:
-        """Takes what the trunk hands on for one example."""
-        data = tensor_bytes(hidden)
-        expected = (self._starts[index + 1] - self._starts[index]) * self._width
-        if len(data) != expected:
-            raise ChainError(f"the trunk hands on {len(data)} bytes for an example, not {expected}")
-        self._file.seek(self._starts[index] * self._width)
-        self._file.write(data)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def cache_key(chain: Chain, cut: int, examples: Sequence[Example], plan: Plan) -> str:
-    """Names everything that what the trunk hands on depends on: tokens, their order, weights, kernels."""
-    config = chain.model.config
-    facts = (
-        f"cut {cut}; {chain.dtype}; {chain.handed_on(cut)}; {config._attn_implementation}; {plan.device}; "
-        f"threads {plan.threads}; batch {plan.trunk_batch_tokens}; torch {torch.__version__}; "
-        f"transformers {transformers.__version__}"
-    )
-    tokens = (example.input_ids.tobytes() for example in examples)
-    trunk = {"embeddings", *(f"layer {i}" for i in range(cut))}
-    weights = (
-        f"{name} {fingerprint(tensor_bytes(tensor))}"
-        for name, tensor in chain.model.state_dict(keep_vars=True).items()
-        if chain.parts.part(name) in trunk
-    )
-    return fingerprint(facts, config.to_json_string(), *tokens, *weights)
-
-
-def open_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain, cut: int) -> Cache | None:
-    """The finished cache with this key, if there is one whose bytes are what its manifest says."""
-    folder = root / key
-    if not (folder / "manifest.json").is_file():
-        return None
-    manifest = read_json(folder / "manifest.json")
-    if file_fingerprint(folder / "hidden.bin") != manifest["fingerprint"]:
-        shutil.rmtree(folder)
-        return None
-    return Cache(folder, lengths, chain.hidden_size, chain.handed_on(cut))
-
-
-@contextmanager
-def new_cache(root: Path, key: str, lengths: Sequence[int], chain: Chain, cut: int) -> Iterator[CacheWriter]:
-    """A cache that appears under its key once it is complete; nothing stays of one that is not."""
-    dtype = chain.handed_on(cut)
-    size = sum(lengths) * chain.hidden_size * dtype.itemsize
-    need_room(root, size, "the trunk's cache")
-    with finished_folder(root / key) as folder:
-        writer = CacheWriter(folder, lengths, chain.hidden_size, dtype)
+        Waits for a process that is writing. Until it ends, no other process removes the cache.
+        """
+        lock = lock_of(self.folder)
         try:
-            yield writer
+            lock.acquire(timeout=0)
+        except Timeout:
+            self._notify(Said("cache", f"another process is writing {self.folder}: waiting for it"))
+            lock.acquire()
+        try:
+            finished, damaged = self._look()
+            self._tidy(finished, damaged)
+            yield
         finally:
-            writer.close()
-        write_json(
-            folder / "manifest.json",
-            {
-                "tokens": sum(lengths),
-                "bytes": size,
-                "made": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "model": getattr(chain.model.config, "name_or_path", ""),
-                "fingerprint": file_fingerprint(folder / "hidden.bin"),
-            },
-        )
+            lock.release()
+
+    @contextmanager
+    def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
+        """A shard of these groups, found once all of them are written and on the disk; only in `writing`.
+
+        `groups` as `missing` gives them, or a part. Nothing stays of a shard that was broken off. Raises
+        NoRoomError, before it begins where that can be known.
+        """
+        need_room(self.folder, self.size(groups), "the trunk's cache")
+        numbers = (re.match(r"shard-(\d+)\.", path.name) for path in self.folder.iterdir())
+        number = 1 + max((int(match[1]) for match in numbers if match), default=-1)
+        path = self.folder / f"shard-{number:05d}.bin"
+        stream = path.open("xb")
+        try:
+            with stream as file:
+                writer = ShardWriter(file, groups, self._width, self._dtype)
+                yield writer
+                table = {"key": self.folder.name, "groups": writer.finish()}
+            write_json(path.with_suffix(".json"), table)
+            sync_folder(self.folder)
+        except BaseException as error:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise _full(path, self.size(groups), error) from None
+            raise
+        self._places |= read_table(path, self.folder.name, self._token_bytes)
+
+    def states(self, groups: Sequence[Group]) -> States:
+        """The hidden states of these groups' examples, to read in any order. TalikError if one is missing."""
+        if missing := self.missing(groups):
+            raise TalikError(
+                f"{sum(group.tokens for group in missing):,} tokens are not in the trunk's cache",
+                where=self.folder,
+                remedy="Start the run again, or go on with it: talik resume RUN. They are computed again.",
+            )
+        return States([(group, self._places[group.digest]) for group in groups], self._width, self._dtype)
+
+    def _look(self) -> tuple[set[str], dict[str, Damaged]]:
+        """Reads all tables; returns the names of finished shards, and what is wrong with the others."""
+        self.folder.mkdir(exist_ok=True)
+        if not (self.folder / "key.json").exists():
+            write_json(self.folder / "key.json", {**self._about, "made": time.strftime("%Y-%m-%dT%H:%M:%S")})
+        with suppress(OSError):  # somebody else's folder, which may be read
+            os.utime(self.folder / "key.json")
+        self._places, finished, damaged = {}, set(), {}
+        for path in sorted(self.folder.glob("shard-*.json")):
+            try:
+                file = path.with_suffix(".bin")
+                self._places |= read_table(file, self.folder.name, self._token_bytes)
+                finished.add(path.stem)
+            except Damaged as error:
+                damaged[path.stem] = error
+        return finished, damaged
+
+    def _tidy(self, finished: set[str], damaged: dict[str, Damaged]) -> None:
+        """Removes what was broken off and what cannot be used."""
+        for name, error in damaged.items():
+            where = self.folder / f"{name}.bin"
+            self._notify(Said("cache", f"{where} is damaged and removed, to be computed again: {error}"))
+        for path in sorted(self.folder.iterdir(), reverse=True):  # tables before their shards
+            if path.name.lstrip(".").startswith("shard-") and path.stem not in finished:
+                with suppress(PermissionError):  # Windows: somebody still has it open
+                    path.unlink(missing_ok=True)
+
+
+def _agrees(folder: Path) -> bool:
+    """Whether the facts in a folder's key.json are those of its name; also if there is none yet."""
+    try:
+        return key_of(read_json(folder / "key.json")["facts"]) == folder.name
+    except FileNotFoundError:
+        return True
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _full(path: Path, size: int, error: OSError) -> NoRoomError:
+    return NoRoomError(
+        f"the trunk's cache cannot be written: {error.strerror}; this file takes {size:,} bytes",
+        where=path,
+        remedy="Make room or name another folder (cache); finished files stay: talik resume RUN goes on.",
+    )

@@ -25,7 +25,7 @@ from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
 from talik.machine import PeakMemory
 from talik.recipe import Plan, Recipe
-from talik.train.cache import Cache
+from talik.train.cache import States
 from talik.train.loss import trained_rows
 from talik.train.optim import learning_rate_at
 from talik.train.resume import State, save_checkpoint
@@ -96,7 +96,7 @@ class Job:
 
     top: Top
     examples: Sequence[Example]
-    cache: Cache
+    states: States
     scratch: Scratch
     recipe: Recipe
     plan: Plan
@@ -107,7 +107,7 @@ class Job:
 
 
 def load_micro_batches(
-    examples: Sequence[Example], indices: Sequence[int], cache: Cache, plan: Plan, device: torch.device
+    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, device: torch.device
 ) -> Iterator[MicroBatch]:
     """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
     chosen = [examples[i] for i in indices]
@@ -115,7 +115,7 @@ def load_micro_batches(
     for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens):
         batch = collate([chosen[i] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
-        hidden = cache.read([indices[i] for i in group])
+        hidden = states.read([indices[i] for i in group])
         tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
         yield MicroBatch(*(tensor.to(device) for tensor in tensors))
 
@@ -156,7 +156,7 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: 
     rate = learning_rate_at(job.recipe, step, steps)
     monitor = ScalarMonitor()
     world = World(ResidentStore(), job.scratch, monitor)
-    batches = list(load_micro_batches(job.examples, indices, job.cache, job.plan, job.top.chain.device))
+    batches = list(load_micro_batches(job.examples, indices, job.states, job.plan, job.top.chain.device))
     job.top.train_mode(True)
     train_step(job.top, batches, world, job.recipe, job.plan, step=step, learning_rate=rate)
     job.top.train_mode(False)

@@ -8,20 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer, PreTrainedModel
+from pydantic import ValidationError
+from transformers import AutoTokenizer
 
 from talik.errors import RunError
 from talik.events import Notify, Said
 from talik.files import finished_folder, read_json, write_json
-from talik.model.chain import Chain, load_model
-from talik.model.checkpoint import weights_fingerprint
-from talik.model.freeze import freeze
+from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
 from talik.recipe import Plan, Recipe, check, read_fields, write_recipe
 from talik.train.resume import checkpoint_path, latest_checkpoint
-from talik.train.step import Top, make_top
 
 FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
 
@@ -103,7 +100,12 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
         )
         raise RunError(problem, where=folder, remedy="Name the folder that `talik train -o` was given.")
     recipe = check(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
-    plan = Plan.model_validate(read_json(folder / "plan.json"))
+    try:
+        plan = Plan.model_validate(read_json(folder / "plan.json"))
+    except ValidationError as error:
+        problem = f"plan.json is not one of this version of Talik ({error.error_count()} fields differ)"
+        remedy = "Go on with the version that the run began with, or begin a new run."
+        raise RunError(problem, where=folder, remedy=remedy) from None
     known = read_json(folder / "source.json")
     model = known["folder"] if Path(known["folder"]).is_dir() else recipe.model
     source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Said("model", text)))
@@ -124,18 +126,6 @@ def result_checkpoint(folder: Path) -> Path:
         raise RunError("has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {folder}")
     best = read_json(newest / "state.json")["best_step"]
     return checkpoint_path(folder, best) if best else newest
-
-
-def working_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the model computes in and that the export has."""
-    return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-
-
-def load_top(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
-    """The model of a folder in memory, everything frozen but what the recipe trains."""
-    model = load_model(folder, working_dtype(recipe), plan.device)
-    trained = freeze(model, recipe.top_layers, tuple(recipe.also))
-    return model, make_top(Chain(model), trained)
 
 
 def load_tokenizer(folder: Path) -> Any:

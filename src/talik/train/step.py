@@ -62,12 +62,17 @@ class Top:
             layer.train(on)
 
 
-def make_top(chain: Chain, trained: dict[str, nn.Parameter]) -> Top:
-    """Sorts the trained parameters into blocks: "layer 17" and "tail"."""
-    layers = range(len(chain.layers))
+def make_top(chain: Chain, trained: dict[str, nn.Parameter], cut: int | None = None) -> Top:
+    """Sorts the trained parameters into blocks: "layer 17" and "tail".
+
+    The cut is the first layer with a trained parameter, or given: lower, where layers share state.
+    """
     of_layer = {name: chain.parts.part(name) for name in trained}
-    cut = next((i for i in layers if f"layer {i}" in of_layer.values()), len(chain.layers))
-    blocks: dict[str, dict[str, nn.Parameter]] = {f"layer {i}": {} for i in layers[cut:]} | {"tail": {}}
+    if cut is None:
+        layers = range(len(chain.layers))
+        cut = next((i for i in layers if f"layer {i}" in of_layer.values()), len(chain.layers))
+    blocks: dict[str, dict[str, nn.Parameter]] = {f"layer {i}": {} for i in range(cut, len(chain.layers))}
+    blocks["tail"] = {}
     for name, parameter in trained.items():
         blocks[of_layer[name] if of_layer[name] in blocks else "tail"][name] = parameter
     return Top(chain, cut, blocks)

@@ -1,12 +1,21 @@
-"""Blocks of weights in and out of a device. The step asks a store for every block that it touches.
+"""Blocks of weights in and out of a device. The step and the trunk ask a store for every block they touch.
 
-A block is named "embeddings", "layer 17" or "tail". After `get` the block's parameters may be computed with;
-`release` ends that; `put` says that they were changed; `read_ahead` says which block is next.
+A block is named "embeddings", "layer 17", "tail" or "rest". After `get` the block's parameters may be
+computed with; `release` ends that; `put` says that they were changed; `read_ahead` says which block is next.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from talik.model.weights import Weights
 
 
 @runtime_checkable
@@ -33,3 +42,146 @@ class ResidentStore:
 
     def release(self, block: str) -> None:
         pass
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a store has read, in bytes of the files, and the seconds in which somebody waited for it."""
+
+    bytes: int = 0
+    waited: float = 0.0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Memory for one streamed block: on the device, and pinned beside it where that is an accelerator."""
+
+    device: Tensor
+    host: Tensor
+    free: torch.Event | None = None
+
+
+class FileStore:
+    """Blocks of a hollow model, read from the files of its checkpoint.
+
+    The `streamed` ones take turns in two buffers, each of the size of the largest: one is computed with while
+    a thread reads the next. Every other block is loaded by `get` and stays until `release`. Not for blocks
+    that change: `put` is refused.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device, streamed: Collection[str] = ()) -> None:
+        self.traffic = Traffic()
+        self._weights, self._device = weights, device
+        self._streamed = frozenset(streamed)
+        self._largest = max((weights.size(weights.names(block)) for block in streamed), default=0)
+        self._slots: list[_Slot] = []
+        self._in_use: dict[str, _Slot] = {}
+        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._users: dict[int, set[str]] = {}
+        self._staying: set[str] = set()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="talik-reader")
+        self._stream = None if device.type == "cpu" else torch.Stream(device)
+
+    def get(self, block: str) -> None:
+        """The block's parameters become real. Waits for the reader."""
+        if block in self._staying:
+            return
+        if block not in self._streamed:
+            self._keep(block)
+            return
+        if block not in self._coming:
+            self.read_ahead(block)
+        start = time.perf_counter()
+        tensors = self._coming.pop(block).result()
+        self.traffic.waited += time.perf_counter() - start
+        self._weights.place(tensors)
+
+    def stay(self, block: str) -> None:
+        """Gets a block for as long as the store is there: `release` leaves it."""
+        self._keep(block)
+        self._staying.add(block)
+
+    def put(self, block: str) -> None:
+        raise NotImplementedError("blocks read from a checkpoint do not change")
+
+    def read_ahead(self, block: str) -> None:
+        """Begins to read a streamed block, if a buffer is free for it; `get` does so otherwise."""
+        streamed = block in self._streamed and block not in self._staying
+        if streamed and block not in self._in_use and (slot := self._free_slot()):
+            self._in_use[block] = slot
+            self._coming[block] = self._reader.submit(self._read, block, slot)
+
+    def release(self, block: str) -> None:
+        """The block is hollow again, and its memory free for another."""
+        if block in self._staying:
+            return
+        if block in self._streamed:
+            slot = self._in_use.pop(block)
+            if self._stream is not None:  # what was queued on the device may still read the buffer
+                slot.free = torch.Event(self._device)
+                slot.free.record(torch.accelerator.current_stream(self._device))
+            self._slots.append(slot)
+        self._weights.remove(block)
+        for key in {id(self._weights.hollow(name)) for name in self._weights.names(block)}:
+            self._users.get(key, set()).discard(block)
+            if not self._users.get(key):
+                self._kept.pop(key, None)
+
+    def drop_buffers(self) -> None:
+        """Gives the buffers of streamed blocks back; what was got without being streamed stays."""
+        for block in list(self._in_use):
+            if coming := self._coming.pop(block, None):
+                wait([coming])
+            self.release(block)
+        self._slots.clear()
+
+    def _free_slot(self) -> _Slot | None:
+        if self._slots:
+            return self._slots.pop()
+        if len(self._in_use) >= 2:
+            return None
+        pinned = self._device.type != "cpu"
+        host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=pinned)
+        return _Slot(torch.empty_like(host, device=self._device) if pinned else host, host)
+
+    def _read(self, block: str, slot: _Slot) -> dict[str, Tensor]:
+        """In the reader's thread: from the files to the device."""
+        names = self._weights.names(block)
+        tensors = self._weights.read(names, slot.host)
+        self.traffic.bytes += self._weights.bytes_in_files(names)
+        if self._stream is None:
+            return tensors
+        if slot.free is not None:
+            slot.free.synchronize()
+        with self._stream:
+            slot.device.copy_(slot.host, non_blocking=True)
+        self._stream.synchronize()
+        return {name: _same_place(tensor, slot) for name, tensor in tensors.items()}
+
+    def _keep(self, block: str) -> None:
+        """Loads what no block has loaded yet; tied tensors are loaded once."""
+        start = time.perf_counter()
+        names = {id(self._weights.hollow(name)): name for name in self._weights.names(block)}
+        for key, name in names.items():
+            if key not in self._kept:
+                self._kept[key] = self._reader.submit(self._load, name).result()
+            self._users.setdefault(key, set()).add(block)
+        self._weights.place(
+            {name: self._kept[id(self._weights.hollow(name))] for name in self._weights.names(block)}
+        )
+        self.traffic.waited += time.perf_counter() - start
+
+    def _load(self, name: str) -> Tensor:
+        """In the reader's thread, as all reading: one tensor in memory of its own on the device."""
+        hollow = self._weights.hollow(name)
+        buffer = torch.empty(self._weights.size([name]), dtype=torch.uint8)
+        tensor = self._weights.read([name], buffer)[name].to(self._device)
+        self.traffic.bytes += self._weights.bytes_in_files([name])
+        return nn.Parameter(tensor, hollow.requires_grad) if isinstance(hollow, nn.Parameter) else tensor
+
+
+def _same_place(tensor: Tensor, slot: _Slot) -> Tensor:
+    """The view of the device's buffer that this is of the host's."""
+    start = tensor.data_ptr() - slot.host.data_ptr()
+    return slot.device[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

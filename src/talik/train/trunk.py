@@ -1,36 +1,180 @@
 """The frozen trunk, run once: what it hands on is a constant of each token, so every epoch reads it back.
 
-Examples of equal length go through together, unpadded, in an order that the data and `trunk_batch_tokens`
-fix: a hidden state depends on the batch that it was computed in.
+Layer by layer over all the data that fits the hidden-state budget (a shard), so that each layer's weights are
+read once per shard. Examples of equal length go through together, unpadded, in groups that the data and
+`trunk_batch_tokens` fix: a hidden state depends on the batch that it was computed in, and on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from talik.data.batches import equal_length_groups
 from talik.data.labels import Example
 from talik.events import Notify, Progress, Said
-from talik.model.chain import Chain, run_layers
+from talik.files import in_words
+from talik.model.chain import Call, Chain, run_layers
 from talik.recipe import Plan, Recipe
 from talik.system import home_folder
-from talik.train.cache import Cache, cache_key, new_cache, open_cache
-from talik.train.step import Top
+from talik.train.cache import Cache, Group, States, groups_of, open_cache
+from talik.train.cache_folder import make_room
+from talik.train.loading import Loaded
+from talik.train.store import Store
+
+
+@dataclass(slots=True)
+class Flow:
+    """One group on its way through the layers."""
+
+    group: Group
+    hidden: Float[Tensor, "batch sequence width"]
+    calls: tuple[Call, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What is held for it between two layers."""
+        tensors = [leaf for leaf in tree_leaves([(c.args, c.kwargs) for c in self.calls]) if _is_tensor(leaf)]
+        storages = {tensor.untyped_storage() for tensor in [self.hidden, *tensors]}
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def run_trunk(
     chain: Chain, cut: int, input_ids: Int[Tensor, "batch sequence"]
-) -> Float[Tensor, "batch sequence hidden"]:
+) -> Float[Tensor, "batch sequence width"]:
     """What the layers below the cut hand on for unpadded examples, on the model's device."""
     skeleton = chain.skeleton(input_ids)
     with torch.inference_mode():
         return run_layers(chain, range(cut), skeleton.embedded, skeleton.calls)
+
+
+def trunk_pass(
+    chain: Chain,
+    plan: Plan,
+    work: Iterable[tuple[Group, Sequence[Example]]],
+    store: Store,
+    cache: Cache,
+    notify: Notify,
+) -> None:
+    """Runs groups, each with the examples it indexes, through the layers below the cut into the cache.
+
+    A shard is finished before the next begins, so that a pass that was stopped goes on behind it.
+    """
+    waiting, cut = deque(work), plan.cut
+    total, done = sum(group.tokens for group, _ in waiting), 0
+    while waiting:
+        flows = _embed(chain, cut, waiting, store, plan.hidden_bytes)
+        tokens = sum(flow.group.tokens for flow in flows)
+        with cache.new_shard([flow.group for flow in flows]) as writer:  # room is checked before the work
+            for layer in range(cut):
+                _run_layer(chain, layer, cut, flows, store)
+                notify(Progress("trunk", done + tokens * (layer + 1) // cut, total))
+            if waiting and cut:
+                store.read_ahead("layer 0")
+            for flow in flows:
+                writer.write(flow.group, flow.hidden)
+        done += tokens
+
+
+def _embed(
+    chain: Chain,
+    cut: int,
+    waiting: deque[tuple[Group, Sequence[Example]]],
+    store: Store,
+    budget: int,
+) -> list[Flow]:
+    """Takes groups until what is held for them between layers reaches the budget; one at least."""
+    store.get("embeddings")
+    if cut:
+        store.read_ahead("layer 0")
+    flows: list[Flow] = []
+    held = 0
+    while waiting and (not flows or held < budget):
+        group, examples = waiting.popleft()
+        ids = torch.tensor([list(examples[i].input_ids) for i in group.indices], device=chain.device)
+        skeleton = chain.skeleton(ids)
+        flows.append(Flow(group, skeleton.embedded, skeleton.calls[:cut]))
+        held += flows[-1].bytes
+    store.release("embeddings")
+    return flows
+
+
+def _run_layer(chain: Chain, layer: int, cut: int, flows: Sequence[Flow], store: Store) -> None:
+    """One layer over all groups of a shard, while the next layer's weights are read."""
+    store.get(f"layer {layer}")
+    if layer + 1 < cut:
+        store.read_ahead(f"layer {layer + 1}")
+    for flow in flows:
+        with torch.inference_mode():
+            flow.hidden = chain.layer(layer, flow.hidden, flow.calls[layer])
+    store.release(f"layer {layer}")
+
+
+@contextmanager
+def trunk_states(
+    loaded: Loaded, sets: Sequence[Sequence[Example]], recipe: Recipe, notify: Notify
+) -> Iterator[list[States]]:
+    """What the trunk hands on for each set of examples: from the cache, and by one pass what is not in it."""
+    plan, chain, cut = loaded.plan, loaded.chain, loaded.plan.cut
+    weights = loaded.weights.fingerprint(loaded.weights.trunk_names(cut))
+    facts = trunk_facts(chain, cut, weights, plan)
+    root, width = cache_root(recipe), chain.width(cut)
+    cache = open_cache(root, facts, width, chain.handed_on(cut), model=recipe.model, notify=notify)
+    groups = [groups_of(examples, plan.trunk_batch_tokens) for examples in sets]
+    with cache.writing():
+        work = _missing(cache, groups, sets)
+        all_tokens = sum(group.tokens for of_set in groups for group in of_set)
+        if work:
+            needed = cache.size([group for group, _ in work])
+            for removed in make_room(root, needed, recipe.cache_gb * 1e9, cache.folder):
+                notify(Said("cache", f"{removed.path} was used least lately and is removed"))
+            _run(loaded, work, cache, notify)
+        else:
+            notify(Said("trunk", f"its {all_tokens:,} tokens are in the cache already"))
+    with ExitStack() as stack:
+        yield [stack.enter_context(cache.states(of_set)) for of_set in groups]
+
+
+def _missing(
+    cache: Cache, groups: Sequence[Sequence[Group]], sets: Sequence[Sequence[Example]]
+) -> list[tuple[Group, Sequence[Example]]]:
+    """The groups that have to be computed, each once, with the examples that it indexes."""
+    wanted = {group.digest for group in cache.missing([group for of_set in groups for group in of_set])}
+    work = []
+    for of_set, examples in zip(groups, sets, strict=True):
+        for group in of_set:
+            if group.digest in wanted:
+                wanted.remove(group.digest)
+                work.append((group, examples))
+    return work
+
+
+def _run(
+    loaded: Loaded, work: Sequence[tuple[Group, Sequence[Example]]], cache: Cache, notify: Notify
+) -> None:
+    """Checks the chain, runs the pass, and says what it took."""
+    traffic = loaded.store.traffic
+    with loaded.trunk() as store:
+        loaded.check_chain(work[0][1], store)
+        notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
+        start, waited, read = time.perf_counter(), traffic.waited, traffic.bytes
+        trunk_pass(loaded.chain, loaded.plan, work, store, cache, notify)
+        seconds = time.perf_counter() - start
+    tokens = sum(group.tokens for group, _ in work)
+    text = f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second"
+    if loaded.plan.trunk == "streamed":
+        text += f"; {in_words(traffic.bytes - read)} of weights read, {traffic.waited - waited:.1f} s waited"
+    notify(Said("trunk", text))
 
 
 def cache_root(recipe: Recipe) -> Path:
@@ -38,22 +182,30 @@ def cache_root(recipe: Recipe) -> Path:
     return Path(recipe.cache) if recipe.cache else home_folder() / "cache"
 
 
-def trunk_cache(top: Top, examples: Sequence[Example], recipe: Recipe, plan: Plan, notify: Notify) -> Cache:
-    """The cache of these examples: found, or made by one pass over them."""
-    root = cache_root(recipe)
-    chain, lengths = top.chain, [example.length for example in examples]
-    key = cache_key(chain, top.cut, examples, plan)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{key}.lock"):  # another process that wants the same one waits, and then finds it
-        if found := open_cache(root, key, lengths, chain, top.cut):
-            notify(Said("trunk", f"its {sum(lengths):,} tokens are in the cache already"))
-            return found
-        done = 0
-        with new_cache(root, key, lengths, chain, top.cut) as writer:
-            for group in equal_length_groups(lengths, plan.trunk_batch_tokens):
-                ids = torch.tensor([list(examples[i].input_ids) for i in group], device=chain.device)
-                for index, hidden in zip(group, run_trunk(chain, top.cut, ids).cpu(), strict=True):
-                    writer.write(index, hidden)
-                done += ids.numel()
-                notify(Progress("trunk", done, sum(lengths)))
-    return Cache(root / key, lengths, chain.hidden_size, chain.handed_on(top.cut))
+def trunk_facts(chain: Chain, cut: int, weights: str, plan: Plan) -> dict[str, Any]:
+    """Everything but the tokens that what the trunk hands on depends on; `weights` names the trunk's."""
+    config: dict[str, Any] = chain.model.config.to_dict()
+    names = ("_name_or_path", "name_or_path", "transformers_version", "use_cache")
+    return {
+        "weights": weights,
+        "config": {key: str(value) for key, value in config.items() if key not in names},
+        "cut": cut,
+        "computed_in": str(chain.dtype),
+        "kernels": str(chain.model.config._attn_implementation),
+        "device": _device_name(plan.device),
+        "threads": plan.threads,
+        "trunk_batch_tokens": plan.trunk_batch_tokens,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _device_name(device: str) -> str:
+    """The device and what it can do: another processor may round differently."""
+    if torch.device(device).type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device} {torch.accelerator.current_accelerator()}"
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)

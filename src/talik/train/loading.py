@@ -1,0 +1,130 @@
+"""A model for a run: hollow at first, then its trunk as long as it runs, then its top."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from talik.data.labels import Example
+from talik.errors import ChainError
+from talik.model.chain import Chain, load_model, verify_layers
+from talik.model.freeze import freeze
+from talik.model.hollow import hollow_model
+from talik.model.weights import Weights
+from talik.recipe import Plan, Recipe
+from talik.train.step import Top, make_top
+from talik.train.store import FileStore, ResidentStore, Store
+
+Around = Callable[[int], contextlib.AbstractContextManager[None]]
+
+
+def working_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the model computes in and that the export has."""
+    return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model whose weights are in its files until they are asked for."""
+
+    chain: Chain
+    weights: Weights
+    store: FileStore
+    plan: Plan
+
+    @contextlib.contextmanager
+    def trunk(self) -> Iterator[Store]:
+        """The store that the trunk runs from: all in memory while this is entered, or layer by layer."""
+        if self.plan.trunk == "streamed":
+            try:
+                yield self.store
+            finally:
+                self.store.drop_buffers()
+            return
+        blocks = ["embeddings", *(f"layer {i}" for i in range(self.plan.cut))]
+        for block in blocks:
+            self.store.get(block)
+        try:
+            yield ResidentStore()
+        finally:
+            for block in blocks:
+                self.store.release(block)
+
+    def top(self) -> Top:
+        """Loads what is trained and what runs beside it; it stays in memory."""
+        for block in (*(f"layer {i}" for i in range(self.plan.cut, self.plan.layers)), "tail"):
+            self.store.stay(block)
+        parameters = self.chain.model.named_parameters()
+        return make_top(self.chain, {name: p for name, p in parameters if p.requires_grad}, self.plan.cut)
+
+    def check_chain(self, examples: Sequence[Example], store: Store) -> None:
+        """ChainError if the chain differs from the model's own forward on the first tokens of two examples.
+
+        Layer by layer, each compared while it is loaded: below the cut from `store`.
+        """
+        rows = [list(examples[0].input_ids[:16]), list(examples[-1].input_ids[:8])]
+        width = max(len(row) for row in rows)
+        ids = [row + [0] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        store.get("embeddings")
+
+        @contextlib.contextmanager
+        def around(layer: int) -> Iterator[None]:
+            below = store if layer < self.plan.cut else self.store
+            if layer == 0:
+                store.release("embeddings")  # its turn is over, and the tail takes as much again
+            below.get(f"layer {layer}")
+            below.read_ahead(f"layer {layer + 1}")
+            yield
+            below.release(f"layer {layer}")
+            if layer == self.plan.layers - 1:
+                self.store.get("tail")
+
+        device = self.chain.device
+        tokens, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        _refuse_if_different(self.chain, tokens, mask, around)
+        self.store.release("tail")
+
+
+def _refuse_if_different(chain: Chain, ids: Tensor, mask: Tensor, around: Around) -> None:
+    report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
+    kind = type(chain.model).__name__
+    try:
+        difference = verify_layers(chain, ids, mask, around)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
+        raise ChainError(problem, remedy=report) from error
+    if difference:
+        problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
+        raise ChainError(problem, remedy=report)
+
+
+def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
+    """The model of a folder with everything frozen but what the recipe trains; no block is loaded yet."""
+    model = hollow_model(folder, working_dtype(recipe), plan.device)
+    weights = Weights(model, folder)
+    freeze(model, recipe.top_layers, tuple(recipe.also))
+    weights.look_again()
+    every = [name for name, _ in model.named_parameters()]
+    weights.forget = weights.bytes_in_files(every) > psutil.virtual_memory().available // 2
+    streamed = [f"layer {i}" for i in range(plan.layers)] if plan.trunk == "streamed" else []
+    store = FileStore(weights, torch.device(plan.device), streamed)
+    store.stay("rest")
+    chain = Chain(model, plan.device)
+    if chain.calls_need_embeddings:
+        store.stay("embeddings")
+    return Loaded(chain, weights, store, plan)
+
+
+def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
+    """The whole model of a folder in memory, everything frozen but what the recipe trains."""
+    model = load_model(folder, working_dtype(recipe), plan.device)
+    trained = freeze(model, recipe.top_layers, tuple(recipe.also))
+    return model, make_top(Chain(model), trained, plan.cut)

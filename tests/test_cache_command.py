@@ -1,0 +1,204 @@
+"""The folders of caches: `talik cache list` and `clear`, and the bound on their size."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from talik import cli
+from talik.data.labels import Example, Span
+from talik.data.rows import Place
+from talik.errors import NoRoomError
+from talik.train.cache import groups_of, open_cache
+from talik.train.cache_folder import cache_folders, lock_of, make_room, remove
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def make_cache(root: Path, name: str, tokens: int = 100, used: int = 0) -> Path:
+    """A cache of one example, 1,024 bytes a token, last used at the given second."""
+    from array import array
+
+    groups = groups_of([Example(array("i", range(tokens)), (Span(0, tokens, True),), Place("-", 1))], 1)
+    cache = open_cache(root, {"trunk": name}, 256, torch.float32, model=name)
+    with cache.writing(), cache.new_shard(groups) as writer:
+        writer.write(groups[0], torch.ones(1, tokens, 256))
+    os.utime(cache.folder / "key.json", (used, used))
+    return cache.folder
+
+
+def make_old_cache(root: Path) -> Path:
+    """As version 0.1.0 left it."""
+    folder = root / ("ab" * 16)
+    folder.mkdir(parents=True)
+    (folder / "hidden.bin").write_bytes(b"\0" * 800)
+    (folder / "manifest.json").write_text(json.dumps({"tokens": 50, "bytes": 800, "model": "of old"}))
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs `talik cache ARGUMENTS --cache ROOT`: exit code, stdout, stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(["cache", *map(str, argv), "--cache", str(tmp_path)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+# The commands
+
+
+def test_list_shows_what_there_is(run: Run, tmp_path: Path) -> None:
+    new, old = make_cache(tmp_path, "Qwen/Qwen2.5-7B", used=10**9), make_old_cache(tmp_path)
+    (tmp_path / f".{'c' * 32}.part").mkdir()
+    (tmp_path / "photographs").mkdir()
+    code, out, err = run("list")
+    assert (code, err) == (0, "") and "photographs" not in out
+    assert [f"{new.name[:12]} " in out, old.name[:12] in out, "c" * 12 in out] == [True] * 3
+    for text in ("Qwen/Qwen2.5-7B", "2001-09-", "of version 0.1.0", "unfinished", "\n3 caches, 10"):
+        assert text in out, text
+    value = json.loads(run("list", "--json")[1])
+    by_key = {cache["key"]: cache for cache in value["caches"]}
+    assert value["bytes"] == sum(cache["size"] for cache in value["caches"])
+    assert by_key[new.name]["tokens"] == 100 and by_key[new.name]["size"] > 102_400
+    assert by_key[old.name]["tokens"] == 50 and by_key[old.name]["model"] == "of old"
+    assert value["caches"][0]["state"] == "usable", "least recently used first"
+    assert json.loads(run("list", new.name[:6], "--json")[1])["caches"] == [by_key[new.name]]
+
+
+def test_list_of_nothing(run: Run, tmp_path: Path) -> None:
+    assert run("list") == (0, f"0 caches, 0 B, in {tmp_path}\n", "")
+
+
+def test_clear_removes_what_is_named(run: Run, tmp_path: Path) -> None:
+    folders = [make_cache(tmp_path, name) for name in ("one", "two")]
+    size = sum(path.stat().st_size for path in folders[0].iterdir())
+    code, out, err = run("clear", folders[0].name[:8])
+    assert (code, err) == (0, "") and "one" in out and "two" not in out and f"({size:,} bytes) freed" in out
+    assert not folders[0].exists() and folders[1].exists()
+
+
+def test_clear_all_removes_old_and_unfinished_ones_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    make_cache(tmp_path, "one")
+    make_old_cache(tmp_path)
+    (tmp_path / ("d" * 32)).mkdir()
+    for end in ("part", "gone"):
+        (tmp_path / f".{'c' * 32}.{end}").mkdir()
+        (tmp_path / f".{'c' * 32}.{end}" / "shard-00000.bin").write_bytes(b"123")
+    mine = [tmp_path / "photographs", tmp_path / ".git", tmp_path / ("e" * 31)]
+    for folder in mine:
+        folder.mkdir()
+    assert json.loads(run("clear", "--all", "--json")[1])["freed"] > 102_400 + 800
+    left = {path for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert left == set(mine) and run("list")[1].startswith("0 caches")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["clear"], "--all"),
+        (["clear", "abc", "--all"], "--all"),
+        (["clear", "xyz"], "'xyz' is no cache"),
+        (["clear", ""], "'' is no cache"),
+        (["list", "xyz"], "'xyz' is no cache"),
+        (["clear", "ab"], "'ab' begins 2 keys"),
+    ],
+)
+def test_unknown_and_unclear_keys_remove_nothing(
+    arguments: list[str], words: str, run: Run, tmp_path: Path
+) -> None:
+    make_old_cache(tmp_path)
+    (tmp_path / f"ab{'c' * 30}").mkdir()
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and words in err and "talik cache list" in err
+    assert len(cache_folders(tmp_path)) == 2
+
+
+@contextlib.contextmanager
+def held_by_another_process(folder: Path) -> Any:
+    """Another process writes this cache."""
+    program = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print(flush=True), sys.stdin.read()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, lock_of(folder).lock_file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    try:
+        yield
+    finally:
+        child.communicate()
+
+
+def test_what_another_process_writes_is_left(run: Run, tmp_path: Path) -> None:
+    one, two = make_cache(tmp_path, "one", used=1), make_cache(tmp_path, "two", used=2)
+    with held_by_another_process(one):
+        assert "being written" in run("list")[1]
+        with pytest.raises(NoRoomError, match=r"other processes write 0\.000 GB of others"):
+            make_room(tmp_path, 0, 1000, keep=tmp_path / "none")
+        code, out, _ = run("clear", "--all")
+    assert code == 0 and f"{one.name[:12]}  one  " in out and "left, another process" in out
+    assert one.exists() and not two.exists()
+    assert run("clear", "--all")[0] == 0 and not one.exists()
+
+
+def test_a_removal_that_was_broken_off_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_cache(tmp_path, "one")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.unlink", stop)
+        remove(cache_folders(tmp_path)[0])
+    (left,) = cache_folders(tmp_path)
+    assert not folder.exists() and left.state == "unfinished" and left.key == folder.name
+    make_cache(tmp_path, "one")
+    assert all(remove(folder) for folder in cache_folders(tmp_path)) and cache_folders(tmp_path) == []
+
+
+# The bound
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    """Caches of a little more than 102,400 bytes; the second was used longest ago, then the first."""
+    return [make_cache(tmp_path, name, used=used) for name, used in (("a", 20), ("b", 10), ("c", 30))]
+
+
+def test_the_least_recently_used_go_first(three: list[Path], tmp_path: Path) -> None:
+    keep = tmp_path / ("0" * 32)
+    assert make_room(tmp_path, 10**9, 0, keep) == [], "0 is no bound"
+    assert make_room(tmp_path, 1000, 320_000, keep) == []
+    (removed,) = make_room(tmp_path, 100_000, 320_000, keep)
+    assert removed.path == three[1] and [path.exists() for path in three] == [True, False, True]
+    open_cache(tmp_path, {"trunk": "a"}, 256, torch.float32)  # opening is use
+    (removed,) = make_room(tmp_path, 200_000, 320_000, keep)
+    assert removed.path == three[2] and three[0].exists()
+
+
+def test_the_cache_at_hand_is_never_removed(three: list[Path], tmp_path: Path) -> None:
+    removed = make_room(tmp_path, 200_000, 320_000, keep=three[1])
+    assert [folder.path for folder in removed] == [three[0], three[2]] and three[1].exists()
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_removed(three: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(NoRoomError, match=r"0\.300 GB are needed, it has 0\.000 GB already and cache_gb"):
+        make_room(tmp_path, 300_000_000, 320_000, keep=three[1])
+    assert all(path.exists() for path in three)
