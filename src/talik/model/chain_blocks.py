@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,16 +131,8 @@ class Chain:
         Without `embed` the embeddings are not looked up: `embedded` is zeros, the calls are the same.
         """
         calls: list[Call] = []
-        left: dict[tuple[int, int], Any] = {}
-
-        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            calls.append(Call(args, kwargs, left))
-            seen.append(hidden)
-            if len(calls) == len(self.layers):
-                raise _AllRecorded  # the tail, with the logits of every token, is not wanted
-            return hidden
-
         seen: list[Tensor] = []
+        record = partial(self._record, calls, seen, {})
         forget_lengths(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -172,17 +165,11 @@ class Chain:
     ) -> Float[Tensor, "batch sequence vocabulary"]:
         """The logits of what the last layer handed on; positions do not matter here."""
         last = self._facts.forms[-1].unpack(hidden)[0]
-
-        def given(_: Tensor, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-            return last
-
-        def handed_on(hidden: Tensor, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-            return hidden
-
+        acts = [*[lambda hidden, *_: hidden] * (len(self.layers) - 1), lambda *_: last]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         forget_lengths(self.model)
         with contextlib.ExitStack() as stack:
-            self._stand_in(stack, [*[handed_on] * (len(self.layers) - 1), given])
+            self._stand_in(stack, acts)
             self._skip_embeddings(stack)
             return self._run(ids, None).logits
 
@@ -191,15 +178,28 @@ class Chain:
 
     def _stand_in(self, stack: contextlib.ExitStack, acts: list[Callable[..., Tensor]]) -> None:
         """Replaces the layers' forwards until `stack` is left; each `act` gives the hidden states."""
-
-        def standing_in(index: int, act: Callable[..., Tensor]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._result(index, act(*take_hidden(args, kwargs)))
-
-            return forward
-
         for index, (layer, act) in enumerate(zip(self.layers, acts, strict=True)):
-            stack.enter_context(replaced(layer, standing_in(index, act)))
+            stack.enter_context(replaced(layer, partial(self._forward, index, act)))
+
+    def _forward(self, index: int, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        """In place of a layer's own forward."""
+        return self._result(index, act(*take_hidden(args, kwargs)))
+
+    def _record(
+        self,
+        calls: list[Call],
+        seen: list[Tensor],
+        left: dict[tuple[int, int], Any],
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Notes what a layer is called with, and hands its hidden states on."""
+        calls.append(Call(args, kwargs, left))
+        seen.append(hidden)
+        if len(calls) == len(self.layers):
+            raise _AllRecorded  # the tail, with the logits of every token, is not wanted
+        return hidden
 
     def _result(self, index: int, hidden: Tensor) -> Any:
         """Hidden states in the form in which layer `index` hands them on; a model that needs more fails."""
@@ -211,18 +211,17 @@ class Chain:
 
     def _skip_embeddings(self, stack: contextlib.ExitStack) -> None:
         """Zeros in place of the embedded tokens; what else is embedded runs, unless it is not loaded."""
-
-        def zeros(size: int) -> Callable[..., Tensor]:
-            return lambda ids, *_, **__: torch.zeros(*ids.shape, size, dtype=self.dtype, device=ids.device)
-
-        stack.enter_context(replaced(self.embedding, zeros(self._facts.embedding_size)))
+        stack.enter_context(replaced(self.embedding, partial(self._zeros, self._facts.embedding_size)))
         for name in self.parts.names("embeddings"):
             module = self.model.get_submodule(name)
             if module is self.embedding or not any(weight.is_meta for weight in module.parameters()):
                 continue
             table = isinstance(module, nn.Embedding)
-            skip = zeros(module.embedding_dim) if table else lambda hidden, *_, **__: hidden
+            skip = partial(self._zeros, module.embedding_dim) if table else lambda hidden, *_, **__: hidden
             stack.enter_context(replaced(module, skip))
+
+    def _zeros(self, size: int, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(*ids.shape, size, dtype=self.dtype, device=ids.device)
 
 
 def _filled(value: Any, others: dict[int, Any]) -> Any:

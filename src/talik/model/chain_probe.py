@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,6 +134,21 @@ class _Watch(TorchFunctionMode):
             return _columns(x.mT, shape.mT, self.sequence).mT
         return _columns(x, shape, self.sequence)
 
+    def run_layer(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.running is not None:
+            raise ChainError(f"layer {self.running} calls layer {index}")
+        self.enter(index, *take_hidden(args, kwargs))
+        out = own(*args, **kwargs)
+        self.leave(out)
+        return out
+
+    def run_embedding(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        self.embedded.add(id(out))
+        self.alive.append(out)
+        self.seen.embedding_size = out.shape[-1]
+        return out
+
     def enter(self, index: int, hidden: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if index == 0 and not self.seen.order:
             self.seen.handed.append(hidden)
@@ -161,34 +177,12 @@ class _Watch(TorchFunctionMode):
 def watch(model: nn.Module, layers: list[nn.Module], embedding: nn.Module, ids: Tensor) -> Seen:
     """Runs the model's own forward once, without its weights. Raises ChainError for what no chain can be."""
     mode = _Watch(len(layers), ids.shape[1])
-
-    def watched(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if mode.running is not None:
-                raise ChainError(f"layer {mode.running} calls layer {index}")
-            mode.enter(index, *take_hidden(args, kwargs))
-            out = own(*args, **kwargs)
-            mode.leave(out)
-            return out
-
-        return forward
-
-    def embeds(own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            out = own(*args, **kwargs)
-            mode.embedded.add(id(out))
-            mode.alive.append(out)
-            mode.seen.embedding_size = out.shape[-1]
-            return out
-
-        return forward
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         for index, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, watched(index, layer.forward)))
-        stack.enter_context(replaced(embedding, embeds(embedding.forward)))
+            stack.enter_context(replaced(layer, partial(mode.run_layer, index, layer.forward)))
+        stack.enter_context(replaced(embedding, partial(mode.run_embedding, embedding.forward)))
         weights = stack.enter_context(_weightless(model, ids.device))
         mode.weights = {_address(weight) for weight in weights}
         stack.enter_context(mode)
