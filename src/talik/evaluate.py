@@ -30,7 +30,7 @@ def evaluate_top(top: Top, examples: Sequence[Example], states: States, plan: Pl
     """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
     top.train_mode(False)
     loss, right, count = 0.0, 0, 0
-    batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain.device)
+    batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain)
     for batch in batches:
         batch_loss, batch_right = _evaluate_batch(top, batch, plan.loss_chunk)
         loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)

@@ -45,7 +45,7 @@ from talik.train.run_folder import (
 )
 from talik.train.scratch import MemoryScratch
 from talik.train.step import prepare
-from talik.train.trunk import cache_root, trunk_states
+from talik.train.trunk import trunk_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     plan = choose(recipe, source.folder, notify)
     sets = _read_sets(recipe, source.folder, notify)
     check_positions(config, *sets)
-    _check_room(folder, recipe, config, sets)
+    _check_room(folder, recipe, config)
     _note_slow_precision(recipe, plan, notify)
     started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
     return _carry_out(started, *sets, notify)
@@ -105,14 +105,9 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
     return sets
 
 
-def _check_room(
-    folder: Path, recipe: Recipe, config: PreTrainedConfig, sets: tuple[Data, Data | None]
-) -> None:
-    """NoRoomError if the cache or the checkpoints will not fit on the disk."""
+def _check_room(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> None:
+    """NoRoomError if the checkpoints will not fit on the disk."""
     dtype = working_dtype(recipe)
-    tokens = sum(data.report.tokens for data in sets if data)
-    hidden = config.get_text_config(decoder=True).hidden_size
-    need_room(cache_root(recipe), tokens * hidden * dtype.itemsize, "the trunk's cache")
     trained = count_trained(config, recipe.top_layers, tuple(recipe.also))
     need_room(folder, checkpoint_bytes(trained, dtype, recipe), "the run's checkpoints")
 

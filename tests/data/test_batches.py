@@ -142,3 +142,10 @@ def test_no_side_is_empty_unless_asked_for(fraction: float, held: int) -> None:
 @pytest.mark.parametrize("rows", [[], [asked("only", "a")], [asked("same", "a"), asked("Same", "b")]])
 def test_a_single_question_is_trained_on(rows: list[Conversation]) -> None:
     assert split_held_out(rows, 0.5, seed=0) == (rows, [])
+
+
+def test_only_what_may_share_a_batch_does() -> None:
+    """Examples beyond a length, whose rotary tables are others, go by themselves."""
+    lengths = [5, 30, 6, 31, 7]
+    apart = micro_batches(range(5), lengths, 1000, lambda length: length if length > 10 else 0)
+    assert [sorted(batch) for batch in apart] == [[0, 2, 4], [1], [3]]

@@ -80,7 +80,8 @@ def freeze_top(model: Any, layers: int = 2, also: tuple[str, ...] = ()) -> Top:
 def micro_batch(top: Top, examples: list[Example]) -> MicroBatch:
     """Padded together, each with what the trunk hands on for it alone, unpadded."""
     batch = collate(examples, pad_id=0)
-    hidden = torch.zeros(*batch["input_ids"].shape, top.chain.hidden_size, dtype=top.chain.dtype)
+    width, dtype = top.chain.width(top.cut), top.chain.handed_on(top.cut)
+    hidden = torch.zeros(*batch["input_ids"].shape, width, dtype=dtype)
     for row, example in zip(hidden, examples, strict=True):
         row[: example.length] = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))[0]
     rows, targets = trained_rows(batch["labels"])

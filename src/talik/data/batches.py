@@ -7,7 +7,7 @@ goes on continues with the examples it would have had.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict
 
 import torch
@@ -40,13 +40,25 @@ def steps_of_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: 
     return _fill(order, lengths, batch_tokens)
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+def micro_batches(
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    micro_batch_tokens: int,
+    alike: Callable[[int], Hashable] = lambda length: None,
+) -> list[list[int]]:
     """A step's examples by ascending length, in batches of at most `micro_batch_tokens` tokens with padding.
 
-    Of all ways to cut that order, the one with the fewest tokens, padding and OVERHEAD for each batch
-    included. A longer example is a batch of its own.
+    Only examples for whose lengths `alike` gives the same share a batch (`Chain.rope_group`). Of all ways to
+    cut that order, the one with the fewest tokens, padding and OVERHEAD for each batch included. A longer
+    example is a batch of its own.
     """
     order = sorted(indices, key=lambda i: (lengths[i], i))
+    together = itertools.groupby(order, key=lambda i: alike(lengths[i]))
+    return [batch for _, part in together for batch in _cheapest(list(part), lengths, micro_batch_tokens)]
+
+
+def _cheapest(order: list[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """The way with the fewest tokens to cut examples of ascending length into batches."""
     cost, begins = [0], [0]  # the cheapest way to cut the first n examples, and where its last batch begins
     for stop, index in enumerate(order, start=1):
         longest = lengths[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class _Check:
             self.cut = len(chain.layers) // 2
         self.cut, _ = chain.lowest_cut(self.cut)
         self.largest = 0.0
+        self.ours = torch.empty(0)  # what the chain's last layer handed on
         self.kept: list[Tensor] = []  # what goes into each layer, and out of the last
 
     def compare(self, ours: Tensor, theirs: Tensor) -> None:
@@ -76,38 +78,41 @@ class _Check:
 
     def forward(self, around: Callable[[int], AbstractContextManager[Any]], *, keep: bool) -> None:
         """The model's own forward, every layer compared while it is loaded, and the tail."""
-        forms, ours = self.chain._facts.forms, list[Tensor]()
-
-        def compared(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = ours[-1] if ours else self.whole.embedded
-                given, _, _ = take_hidden(args, kwargs)
-                self.compare(
-                    forms[index].pieces[0].flat(given),
-                    forms[index].pieces[0].flat(forms[index].unpack(hidden)[0]),
-                )
-                skeleton = self.whole if index < self.cut else self.fresh
-                with around(index), replaced(self.chain.layers[index], own):
-                    out = own(*args, **kwargs)
-                    ours[:] = [self.chain.layer(index, hidden, skeleton.calls[index])]
-                self.compare(ours[0], forms[index + 1].pack(out))
-                self.kept += [hidden] if keep else []
-                return out
-
-            return forward
-
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.chain.model))
             self.whole: Skeleton = self.chain.skeleton(self.ids, self.mask)
             self.fresh: Skeleton = self.chain.skeleton(self.ids, self.mask, embed=False)
+            self.ours = self.whole.embedded
             forget_lengths(self.chain.model)
             inner = stack.enter_context(contextlib.ExitStack())
             for index, layer in enumerate(self.chain.layers):
-                inner.enter_context(replaced(layer, compared(index, layer.forward)))
+                compared = partial(self._compared, index, layer.forward, around, keep)
+                inner.enter_context(replaced(layer, compared))
             plain = self.chain._run(self.ids, self.mask).logits
             inner.close()
-            self.compare(self.chain.tail(ours[0]), plain)
-        self.kept += ours
+            self.compare(self.chain.tail(self.ours), plain)
+        self.kept.append(self.ours)
+
+    def _compared(
+        self,
+        index: int,
+        own: Callable[..., Any],
+        around: Callable[[int], AbstractContextManager[Any]],
+        keep: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """In place of a layer's own forward: runs it, and the chain's layer beside it."""
+        form, after = self.chain._facts.forms[index : index + 2]
+        hidden, skeleton = self.ours, self.whole if index < self.cut else self.fresh
+        given, _, _ = take_hidden(args, kwargs)
+        self.compare(form.pieces[0].flat(given), form.pieces[0].flat(form.unpack(hidden)[0]))
+        with around(index), replaced(self.chain.layers[index], own):
+            out = own(*args, **kwargs)
+            self.ours = self.chain.layer(index, hidden, skeleton.calls[index])
+        self.compare(self.ours, after.pack(out))
+        self.kept += [hidden] if keep else []
+        return out
 
     def backward(self) -> None:
         """Every layer again, in reverse order."""

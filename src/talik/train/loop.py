@@ -24,6 +24,7 @@ from talik.data.labels import Example
 from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
 from talik.machine import PeakMemory
+from talik.model.chain import Chain
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
 from talik.train.loss import trained_rows
@@ -107,17 +108,17 @@ class Job:
 
 
 def load_micro_batches(
-    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, device: torch.device
+    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, chain: Chain
 ) -> Iterator[MicroBatch]:
     """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
     chosen = [examples[i] for i in indices]
     lengths = [example.length for example in chosen]
-    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens):
+    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens, chain.rope_group):
         batch = collate([chosen[i] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
         hidden = states.read([indices[i] for i in group])
         tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
-        yield MicroBatch(*(tensor.to(device) for tensor in tensors))
+        yield MicroBatch(*(tensor.to(chain.device) for tensor in tensors))
 
 
 def count_steps(lengths: Sequence[int], recipe: Recipe) -> int:
@@ -156,7 +157,7 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: 
     rate = learning_rate_at(job.recipe, step, steps)
     monitor = ScalarMonitor()
     world = World(ResidentStore(), job.scratch, monitor)
-    batches = list(load_micro_batches(job.examples, indices, job.states, job.plan, job.top.chain.device))
+    batches = list(load_micro_batches(job.examples, indices, job.states, job.plan, job.top.chain))
     job.top.train_mode(True)
     train_step(job.top, batches, world, job.recipe, job.plan, step=step, learning_rate=rate)
     job.top.train_mode(False)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from talik.data.labels import Example
 from talik.events import Notify, Progress, Said
-from talik.files import in_words
+from talik.files import in_words, need_room
 from talik.model.chain import Call, Chain, run_layers
 from talik.recipe import Plan, Recipe
 from talik.system import home_folder
@@ -138,6 +138,7 @@ def trunk_states(
             needed = cache.size([group for group, _ in work])
             for removed in make_room(root, needed, recipe.cache_gb * 1e9, cache.folder):
                 notify(Said("cache", f"{removed.path} was used least lately and is removed"))
+            need_room(root, needed, "the trunk's cache")
             _run(loaded, work, cache, notify)
         else:
             notify(Said("trunk", f"its {all_tokens:,} tokens are in the cache already"))
