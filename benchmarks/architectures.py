@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 from talik.errors import ChainError, UsageError
@@ -30,6 +32,7 @@ from talik.model.freeze import freeze
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "model"))
+from loading_check import loaded_differently  # noqa: E402  # pyright: ignore[reportMissingImports]
 from tiny_models import tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -45,6 +48,7 @@ class Row:
     state: str
     forward: str = ""
     gradient: str = ""
+    weights: str = ""
     lowest: str = ""
     reason: str = ""
 
@@ -130,6 +134,7 @@ def examine(name: str) -> Row:
         trained = list(freeze(model, len(chain.layers) - cut))
         forward = max(verify_chain(model, *batch(padding)) for padding in ("right", "left"))
         ours, theirs = errors(model, trained)
+        weights = reading(model)
     except (ChainError, UsageError) as error:
         holds = "cannot be run" not in error.problem or wants_more_than_tokens(model)
         return Row(name, "refused" if holds else "not run", reason=error.problem)
@@ -140,9 +145,20 @@ def examine(name: str) -> Row:
     notes += [why] if why else []
     notes += ["embeddings are looked up for the top"] if chain.calls_need_embeddings else []
     return Row(
-        name, "supported" if exact else "differs", f"{forward:.1g}", f"{ours:.1e} ({theirs:.1e})", lowest,
-        "; ".join(notes),
+        name, "supported" if exact and not weights.startswith("not") else "differs", f"{forward:.1g}",
+        f"{ours:.1e} ({theirs:.1e})", weights, lowest, "; ".join(notes),
     )  # fmt: skip
+
+
+def reading(model: Any) -> str:
+    """Whether the model's weights, saved in bf16, are read as Transformers loads them."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.to(torch.bfloat16).save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(folder)
+        except Exception as error:  # a decoder that is a part of something else
+            return f"({type(error).__name__} in Transformers)"
+        return "not equal" if loaded_differently(Path(folder), torch.bfloat16) else "equal"
 
 
 def wants_more_than_tokens(model: Any) -> bool:
@@ -197,16 +213,18 @@ def page(rows: list[Row]) -> str:
         "*forward*: the largest difference between the model's own forward and the chain: every layer with "
         "the arguments of a fresh skeleton, in order and in reverse, and the tail; padded right and left; 0 "
         "is exact. *gradient*: of all trained parameters from the cut, the relative error against float64, "
-        "and in brackets that of plain PyTorch in fp32; at most twice that. *lowest cut*: where layers share "
-        "state, the cut moves below it (asked for: the top two).",
+        "and in brackets that of plain PyTorch in fp32; at most twice that. *weights*: whether every tensor "
+        "and buffer, read block by block from a saved bf16 checkpoint, is what `from_pretrained` loads. "
+        "*lowest cut*: where layers share state, the cut moves below it (asked for: the top two).",
         "",
-        "| name | result | forward | gradient | lowest cut | reason |",
-        "|---|---|---|---|---|---|",
+        "| name | result | forward | gradient | weights | lowest cut | reason |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         reason = row.reason.replace("|", "\\|").replace("\n", " ")
         lines.append(
-            f"| {row.name} | {row.state} | {row.forward} | {row.gradient} | {row.lowest} | {reason} |"
+            f"| {row.name} | {row.state} | {row.forward} | {row.gradient} | {row.weights} | {row.lowest} "
+            f"| {reason} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -220,7 +238,10 @@ def main() -> int:
     for name in names:
         rows.append(survey(name, context))
         row = rows[-1]
-        print(f"{name:26} {row.state:10} {row.forward} {row.gradient} {row.lowest} {row.reason}", flush=True)
+        print(
+            f"{name:26} {row.state:10} {row.forward} {row.gradient} {row.weights} {row.lowest} {row.reason}",
+            flush=True,
+        )
     print(Counter(row.state for row in rows))
     if names == list(NAMES):
         PAGE.write_text(page(rows), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""python3 dev.py bench trunk [DTYPE] [TOKENS] [FOLDER]: the streamed trunk at Qwen2.5-7B's exact shape.
+"""python3 dev.py bench trunk [DTYPE] [TOKENS] [LAYERS] [FOLDER]: the streamed trunk at Qwen2.5-7B's shape.
 
 Random weights in files (17.4 GB for 32 layers, made once in FOLDER, default: a temporary one that is
-removed), read cold, under a hard limit on private memory. Each measurement is a process of its own: the pass
-over the first 23 of 28 layers, then all of 8, 16 and 32 layers with an eighth of the tokens, whose peaks must
-be equal. DTYPE is bf16, or fp32 where the processor has no bf16 instructions; nothing else may run.
+removed), read cold, under a hard limit on private memory. Each measurement is a process of its own: a pass
+over LAYERS layers (28), then over 8, 16 and 32 layers with at least 1,024 tokens, whose peaks must be equal.
+DTYPE is bf16, or fp32 where the processor has no bf16 instructions. Nothing else may run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHAPE = {
 MOST = 32  # layers
 MULTIPLIES = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944  # weights of one layer that multiply
 LIMIT = {"bf16": 2.5, "fp32": 5.0}  # GiB of anonymous memory
-LENGTHS = (256, 512, 1024, 2048)
+LENGTHS = (128, 256, 512, 1024, 2048)
 
 
 def make_weights(folder: Path) -> None:
@@ -93,10 +93,10 @@ def model_of(folder: Path, layers: int) -> Path:
 
 
 def made_examples(tokens: int) -> list[Example]:
-    """As many tokens in examples of each length."""
-    made = []
-    for length in LENGTHS:
-        for _ in range(max(1, tokens // len(LENGTHS) // length)):
+    """About as many tokens in examples of each length that is short beside `tokens`."""
+    made, lengths = [], [length for length in LENGTHS if length <= tokens // 8]
+    for length in lengths:
+        for _ in range(max(1, tokens // len(lengths) // length)):
             ids = array("i", torch.randint(0, SHAPE["vocab_size"], (length,)).tolist())
             made.append(Example(ids, (Span(0, length, True),), Place("made", len(made) + 1)))
     return made
@@ -108,12 +108,12 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * 2048 * 3584 * 18944 / best_seconds(lambda: F.linear(tokens, weight), 2)
 
 
-def measure(folder: str, layers: str, top: str, tokens: str, dtype: str) -> None:
+def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
     """In a process of its own, under the limit: one pass; prints a line of JSON."""
     torch.manual_seed(0)
     model = model_of(Path(folder), int(layers))
     recipe = Recipe.model_validate(
-        {"model": "-", "data": "-", "precision": dtype, "top_layers": int(top), "also": ["head"]}
+        {"model": "-", "data": "-", "precision": dtype, "top_layers": 0, "also": ["head"]}
         | {"trunk": "streamed"}
     )
     plan = choose(recipe, model)
@@ -169,15 +169,17 @@ def limited(limit: float, *arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(dtype: str = "bf16", tokens: str = "16384", folder: str | None = None) -> None:
+def main(dtype: str = "bf16", tokens: str = "16384", layers: str = "28", folder: str | None = None) -> None:
     place = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="talik-trunk-"))
     place.mkdir(exist_ok=True)
     try:
         if not (place / "parts.json").exists():
             make_weights(place)
-        rate = product_rate(torch.float32 if dtype == "fp32" else torch.bfloat16)
-        whole = limited(LIMIT[dtype], place, 28, 5, tokens, dtype)
-        depths = [limited(LIMIT[dtype], place, n, 0, int(tokens) // 8, dtype) for n in (8, 16, 32)]
+        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+        before = product_rate(kind)
+        whole = limited(LIMIT[dtype], place, layers, tokens, dtype)
+        rate = max(before, product_rate(kind))
+        depths = [limited(LIMIT[dtype], place, n, max(1024, int(tokens) // 16), dtype) for n in (8, 16, 32)]
         peaks = [depth["peak_gib"] for depth in depths]
         record(
             f"trunk-{dtype}",

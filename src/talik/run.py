@@ -20,6 +20,7 @@ from talik.evaluate import evaluate_top
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, write_json
 from talik.machine import matmul_rate
+from talik.model.digests import remembered
 from talik.model.freeze import count_trained
 from talik.model.source import Source, find_model
 from talik.plan.solve import choose
@@ -78,6 +79,8 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     check_positions(config, *sets)
     _check_room(folder, recipe, config)
     _note_slow_precision(recipe, plan, notify)
+    if not remembered(source.folder):
+        notify(Said("model", "its weights are read once, to know them by their content"))
     started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
     return _carry_out(started, *sets, notify)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from loading_check import loaded_differently
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from talik.errors import SourceError
 from talik.model.digests import tensor_digests, weights_fingerprint
@@ -35,30 +35,8 @@ CASES = {
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-def read_all(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Every tensor, block by block."""
-    weights = Weights(model, folder)
-    found: dict[str, Tensor] = {}
-    for block in ("embeddings", *(f"layer {i}" for i in range(4)), "tail", "rest"):
-        names = weights.names(block)
-        buffer = torch.empty(weights.size(names), dtype=torch.uint8)
-        found |= weights.read(names, buffer)
-    return found
-
-
 def assert_as_transformers_loads(folder: Path, dtype: torch.dtype) -> None:
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = hollow_model(folder, dtype)
-    found = read_all(model, folder)
-    assert found.keys() == expected.state_dict().keys()
-    for name, tensor in expected.state_dict().items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in found}
-    for name, buffer in expected.named_buffers():
-        if name not in found:
-            own = buffers.pop(name)
-            assert own.dtype == buffer.dtype and torch.equal(own, buffer), name
-    assert not buffers and all(parameter.is_meta for parameter in model.parameters())
+    assert not loaded_differently(folder, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,3 +145,10 @@ def test_digests_are_remembered_until_the_file_changes(
     resave(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] + 1}))
     changed = tensor_digests(tmp_path)
     assert {name for name in made if made[name] != changed[name]} == {"model.norm.weight"}
+
+
+def test_what_is_drawn_while_a_model_is_built_is_hollow_too(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_model("diffllama").save_pretrained(tmp_path)
+    assert_as_transformers_loads(tmp_path, torch.float32)

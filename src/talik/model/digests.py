@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from talik.files import fingerprint, read_json, write_json
-from talik.model.checkpoint import Entry, pieces, read_tables
+from talik.model.checkpoint import Entry, pieces, read_tables, weight_files
 from talik.system import home_folder
 
 RACY = 2_000_000_000  # nanoseconds: a file changed so lately may change again with the same time on it
@@ -38,23 +38,32 @@ def weights_fingerprint(folder: Path) -> str:
     return fingerprint(*(f"{name} {digest}" for name, digest in sorted(tensor_digests(folder).items())))
 
 
+def remembered(folder: Path) -> bool:
+    """Whether the digests are known without reading the files."""
+    return all(_known(file)["state"] == file_state(file) for file in weight_files(folder))
+
+
 def _of_file(file: Path, table: dict[str, Entry]) -> dict[str, str]:
-    memory = home_folder() / "digests" / f"{fingerprint(str(file.resolve()))}.json"
-    state = file_state(file)
-    if memory.is_file() and (known := _read(memory))["state"] == state:
+    state, known = file_state(file), _known(file)
+    if known["state"] == state:
         return known["tensors"]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         made = dict(zip(table, pool.map(_digest, table.values()), strict=True))
     if file_state(file) == state and state[1] < time.time_ns() - RACY:
-        write_json(memory, {"file": str(file.resolve()), "state": state, "tensors": made})
+        write_json(_memory(file), {"file": str(file.resolve()), "state": state, "tensors": made})
     return made
 
 
-def _read(memory: Path) -> dict[str, Any]:
+def _memory(file: Path) -> Path:
+    return home_folder() / "digests" / f"{fingerprint(str(file.resolve()))}.json"
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """What is remembered of a file; a state of None where that is nothing."""
     try:
-        known = read_json(memory)
+        known = read_json(_memory(file))
         return known if {"state", "tensors"} <= known.keys() else {"state": None}
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {"state": None}
 
 

@@ -18,7 +18,8 @@ from talik.model.conversion import Piece, pieces_of
 from talik.model.digests import file_state, tensor_digests
 
 ALIGNED = 64  # bytes: where a tensor in a buffer may begin
-STAGING = 32 << 20  # bytes that are read at once where they are cast
+STAGING = 4 << 20  # bytes that are read at once where they are cast
+GRAIN = 32768  # elements up to which torch takes one thread: others would fight with those that compute
 
 
 class Weights:
@@ -157,7 +158,8 @@ class Weights:
             count = min(step, flat.numel() - start)
             part = self._staging[: count * entry.dtype.itemsize].view(entry.dtype)
             self._read_bytes(source, part, first=start)
-            flat[start : start + count].copy_(part)
+            for own, read in zip(flat[start : start + count].split(GRAIN), part.split(GRAIN), strict=True):
+                own.copy_(read)
 
     def _read_bytes(self, source: str, into: Tensor, first: int = 0) -> None:
         """Fills `into` with the tensor's elements from `first` on."""

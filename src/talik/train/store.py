@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from talik.model.weights import Weights
 
+STREAMS = ("cuda", "xpu")  # devices that copy from pinned memory beside what they compute
+
 
 @runtime_checkable
 class Store(Protocol):
@@ -81,7 +83,7 @@ class FileStore:
         self._users: dict[int, set[str]] = {}
         self._staying: set[str] = set()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="talik-reader")
-        self._stream = None if device.type == "cpu" else torch.Stream(device)
+        self._stream = torch.Stream(device) if device.type in STREAMS else None
 
     def get(self, block: str) -> None:
         """The block's parameters become real. Waits for the reader."""
@@ -141,22 +143,26 @@ class FileStore:
             return self._slots.pop()
         if len(self._in_use) >= 2:
             return None
-        pinned = self._device.type != "cpu"
-        host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=pinned)
-        return _Slot(torch.empty_like(host, device=self._device) if pinned else host, host)
+        host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return _Slot(
+            host if self._device.type == "cpu" else torch.empty_like(host, device=self._device), host
+        )
 
     def _read(self, block: str, slot: _Slot) -> dict[str, Tensor]:
         """In the reader's thread: from the files to the device."""
         names = self._weights.names(block)
         tensors = self._weights.read(names, slot.host)
         self.traffic.bytes += self._weights.bytes_in_files(names)
-        if self._stream is None:
+        if slot.device is slot.host:
             return tensors
-        if slot.free is not None:
-            slot.free.synchronize()
-        with self._stream:
-            slot.device.copy_(slot.host, non_blocking=True)
-        self._stream.synchronize()
+        if self._stream is None:
+            slot.device.copy_(slot.host)
+        else:
+            if slot.free is not None:
+                slot.free.synchronize()
+            with self._stream:
+                slot.device.copy_(slot.host, non_blocking=True)
+            self._stream.synchronize()
         return {name: _same_place(tensor, slot) for name, tensor in tensors.items()}
 
     def _keep(self, block: str) -> None:
