@@ -107,12 +107,6 @@ def fingerprint(*parts: bytes | memoryview | str) -> str:
     return digest.hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
-    """The fingerprint of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 def need_room(folder: Path, needed: int, what: str) -> None:
     """Raises NoRoomError if the disk under `folder` has less than `needed` bytes and a margin free."""
     margin = 64 << 20

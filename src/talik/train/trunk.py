@@ -26,9 +26,8 @@ from talik.events import Notify, Progress, Said
 from talik.files import in_words, need_room
 from talik.model.chain import Call, Chain, run_layers
 from talik.recipe import Plan, Recipe
-from talik.system import home_folder
 from talik.train.cache import Cache, Group, States, groups_of, open_cache
-from talik.train.cache_folder import make_room
+from talik.train.cache_folder import default_root, make_room
 from talik.train.loading import Loaded
 from talik.train.store import Store
 
@@ -180,7 +179,7 @@ def _run(
 
 def cache_root(recipe: Recipe) -> Path:
     """The folder of all caches: the recipe's, or Talik's own."""
-    return Path(recipe.cache) if recipe.cache else home_folder() / "cache"
+    return Path(recipe.cache) if recipe.cache else default_root()
 
 
 def trunk_facts(chain: Chain, cut: int, weights: str, plan: Plan) -> dict[str, Any]:
