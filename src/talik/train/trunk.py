@@ -19,12 +19,12 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from talik.data.labels import Example
 from talik.events import Notify, Progress, Said
 from talik.files import in_words, need_room
 from talik.model.chain import Call, Chain, run_layers
+from talik.model.chain_probe import tensors_in
 from talik.recipe import Plan, Recipe
 from talik.train.cache import Cache, Group, States, groups_of, open_cache
 from talik.train.cache_folder import default_root, make_room
@@ -43,8 +43,8 @@ class Flow:
     @property
     def bytes(self) -> int:
         """What is held for it between two layers."""
-        tensors = [leaf for leaf in tree_leaves([(c.args, c.kwargs) for c in self.calls]) if _is_tensor(leaf)]
-        storages = {tensor.untyped_storage() for tensor in [self.hidden, *tensors]}
+        tensors = tensors_in([self.hidden, *((call.args, call.kwargs) for call in self.calls)])
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -205,7 +205,3 @@ def _device_name(device: str) -> str:
     if torch.device(device).type == "cpu":
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return f"{device} {torch.accelerator.current_accelerator()}"
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
