@@ -54,6 +54,8 @@ def test_the_readmes_lines_run_on_a_small_model(
     for line in lines:
         words = shlex.split(line)[1:]
         words = [str(model_folder) if "Qwen2.5" in word else word for word in words]
+        if words[0] == "plan":
+            words += ["--top-layers", "2"]
         if words[0] == "train":
             words += ["--precision", "fp32", "--batch-tokens", "300", "--top-layers", "2"]
         assert main(words) == 0, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import re
@@ -18,11 +19,13 @@ Fine-tunes the top layers of a language model on the machine you have.
 
   inspect MODEL             the model's config and sizes in words; no weights are read
   preview DATA --model M    which tokens are trained and which are masked
+  plan MODEL [DATA]         what training would take, before a weight is loaded: fits or not, and why
   train MODEL DATA -o RUN   train; every option: talik train --help
   resume RUN                go on with a run that was stopped
   eval RUN|MODEL DATA       loss, perplexity and accuracy; base beside tuned
   chat RUN|MODEL            talk to it
   export RUN OUT            the result as a plain Transformers folder
+  machine                   what this computer has and how fast it is; --machine: another one, described
   cache list|clear          what the trunk handed on, kept for later runs: sizes; remove by KEY or --all
   demo                      all of this on a small model and real questions, in minutes
 
@@ -30,7 +33,12 @@ MODEL is a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file.
 Exit codes: 0 done, 1 failed, 2 asked for something that cannot be done, 3 does not fit.
 """
 
-COMMANDS = ("inspect", "preview", "train", "resume", "eval", "chat", "export", "cache", "demo")
+COMMANDS = {  # and the module that has its function
+    **dict.fromkeys(("inspect", "preview", "train", "resume", "eval", "chat", "export"), "commands"),
+    "machine": "plan_commands",
+    "plan": "plan_commands",
+    **dict.fromkeys(("cache", "demo"), "commands"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,10 +62,9 @@ def _guarded(command: str, argv: list[str]) -> int:
     """Turns what a command raises on purpose into a message and an exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from talik import commands
-
+    module = importlib.import_module(f"talik.{COMMANDS[command]}")
     try:
-        getattr(commands, f"{command}_command")(argv)
+        getattr(module, f"{command}_command")(argv)
     except SystemExit as stop:  # tyro has printed the help, or what is wrong
         return int(stop.code or 0)
     except TalikError as error:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig
 
 from talik.data.dataset import read_all
-from talik.data.labels import Example
 from talik.events import Notify, Said, silent
 from talik.model.source import find_model
 from talik.plan.solve import choose
-from talik.recipe import Plan, check
-from talik.train.cache import States
+from talik.recipe import check
+from talik.train.evaluation import evaluate_top
 from talik.train.loading import load
-from talik.train.loop import Evaluation, load_micro_batches
 from talik.train.resume import load_weights
 from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
-from talik.train.step import MicroBatch, Top, run_top
 from talik.train.trunk import trunk_states
-
-
-@torch.no_grad()
-def evaluate_top(top: Top, examples: Sequence[Example], states: States, plan: Plan) -> Evaluation:
-    """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
-    top.train_mode(False)
-    loss, right, count = 0.0, 0, 0
-    batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain)
-    for batch in batches:
-        batch_loss, batch_right = _evaluate_batch(top, batch, plan.loss_chunk)
-        loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)
-    return Evaluation(loss / count, right / count, count)
-
-
-def _evaluate_batch(top: Top, batch: MicroBatch, chunk: int) -> tuple[float, int]:
-    """The summed loss of a micro-batch and how many of its trained tokens were guessed right."""
-    rows = run_top(top, batch).flatten(0, 1)[batch.rows]
-    loss, right = 0.0, 0
-    for part, targets in zip(rows.split(chunk), batch.targets.split(chunk), strict=True):
-        logits = top.chain.tail(part[None])[0].float()
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += int((logits.argmax(-1) == targets).sum().item())
-    return loss, right
 
 
 def evaluate(

@@ -9,13 +9,21 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from talik.errors import NoRoomError
+from talik.errors import NoRoomError, UsageError
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{mark}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for mark, base in (("b", 1000), ("ib", 1024))
+}
 
 
 @contextlib.contextmanager
@@ -128,3 +136,13 @@ def in_words(size: int | float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def parse_size(text: str | int | float) -> int:
+    """Bytes: 1536, "1536", "24GiB" (2^30 each), "24 GB" (10^9 each), "1.5TB"; UsageError for all else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower(), re.ASCII)
+    if match is None or match[2] not in _UNITS:
+        raise UsageError(
+            f"{text!r} is no size", remedy="Write it as 24GiB (2^30 bytes each), 24GB (10^9) or 25769803776."
+        )
+    return int(Decimal(match[1]) * _UNITS[match[2]])

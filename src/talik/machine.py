@@ -1,14 +1,59 @@
-"""What this computer has: the device of a run, its threads, and memory as it is used."""
+"""What a computer has: this one, looked up and measured, or one that is described; memory as it is used."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import threading
-import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from talik.errors import UsageError
-from talik.system import anonymous_bytes
+from talik.events import Notify, silent
+from talik.files import in_words, write_text
+from talik.machine_description import complete_rates, described_fields
+from talik.machine_rates import Rates, kept_file, matmul_rate, rates_here
+from talik.system import anonymous_bytes, free_memory, home_folder, processor_name, total_memory
+
+__all__ = [
+    "Machine",
+    "PeakMemory",
+    "Rates",
+    "choose_device",
+    "described_machine",
+    "machine_text",
+    "matmul_rate",
+    "save_machine",
+    "this_machine",
+]
+
+HERE = "this machine"
+_SAVED = """# A machine, for --machine FILE. Sizes in bytes, or as 24GiB or 24GB; rates in FLOP/s and bytes/s.
+# Only device and memory must be there; what is left out is assumed, and said.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A computer as a plan sees it: one device with its memory, the RAM, the disk, and how fast they are."""
+
+    name: str  # "this machine", a name of the table, or the file's own
+    device: str  # "cpu", "cuda", "mps", ...
+    processor: str  # what the device calls itself
+    threads: int  # of the CPU's kernels
+    memory: int  # bytes of the device's memory (RAM on a CPU), in all
+    free: int  # ... and free now
+    ram: int  # bytes in all, or the lowest limit on this process
+    ram_free: int  # ... and free now
+    disk_free: int | None  # bytes, where the caches are kept
+    compute_capability: tuple[int, int] | None
+    rates: Rates
+    measured: bool  # False for one that is described
+    notes: tuple[str, ...] = ()  # what was assumed, and the sources of a described one's numbers
 
 
 def choose_device(name: str) -> torch.device:
@@ -24,6 +69,113 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in kinds:
         raise UsageError(f"there is no device {name!r} here", remedy=f"There is: {', '.join(kinds)}.")
     return device
+
+
+def this_machine(
+    device: str = "auto", *, measure: bool = True, anew: bool = False, notify: Notify = silent
+) -> Machine:
+    """This computer, with rates that were measured now or are kept from an earlier time.
+
+    `anew` measures in any case; without `measure` nothing is, and rates that are not kept are assumed.
+    What is free is looked up now.
+    """
+    chosen = choose_device(device)
+    processor = _processor(chosen)
+    rates = rates_here(chosen, processor, measure=measure, anew=anew, notify=notify)
+    free, memory = _device_memory(chosen)
+    threads, notes = torch.get_num_threads(), []
+    if rates is None:
+        fields: dict[str, Any] = {}
+        notes = complete_rates(fields, chosen.type, processor, threads)
+        rates = Rates(**fields)
+    return Machine(
+        name=HERE,
+        device=str(chosen),
+        processor=processor,
+        threads=threads,
+        memory=memory,
+        free=min(free, memory),
+        ram=total_memory(),
+        ram_free=free_memory(),
+        disk_free=_disk_free(home_folder()),
+        compute_capability=_capability(chosen),
+        rates=rates,
+        measured=not notes,
+        notes=tuple(notes),
+    )
+
+
+def _processor(device: torch.device) -> str:
+    if device.type != "cpu":
+        with contextlib.suppress(AttributeError):  # not every kind of device says its name
+            return torch.get_device_module(device).get_device_name(device)
+    return processor_name()
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free and in all; a CPU and Apple's GPUs use the RAM."""
+    if device.type in ("cpu", "mps"):
+        return free_memory(), total_memory()
+    return torch.accelerator.get_memory_info(device)
+
+
+def _disk_free(folder: Path) -> int:
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def described_machine(name_or_file: str) -> Machine:
+    """The machine that a YAML file describes, or an ordinary one with a GPU of the table.
+
+    UsageError with all wrong fields at once, or with the table's names for one that is unknown.
+    """
+    fields = described_fields(name_or_file)
+    return Machine(**{**fields, "rates": Rates(**fields["rates"]), "measured": False})
+
+
+def save_machine(machine: Machine, file: Path) -> None:
+    """Writes a machine as YAML that `described_machine` reads back; "this machine" takes the file's name."""
+    fields = asdict(machine)
+    del fields["measured"], fields["notes"]
+    if machine.name == HERE:
+        del fields["name"]
+    if machine.compute_capability:
+        fields["compute_capability"] = list(machine.compute_capability)
+    written = {name: value for name, value in fields.items() if value is not None}
+    write_text(file, _SAVED + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+
+
+def machine_text(machine: Machine) -> str:
+    """A machine on one screen."""
+    rates, on_cpu = machine.rates, machine.device == "cpu"
+    where = f" in {home_folder()}" if machine.name == HERE else ""
+    disk = "unknown" if machine.disk_free is None else f"{in_words(machine.disk_free)} free{where}"
+    capability = ".".join(map(str, machine.compute_capability or ()))
+    if machine.measured:
+        source = f"measured, kept in {kept_file()}"
+    else:
+        source = "as described" if machine.name != HERE else "not measured"
+    rows = [
+        ("machine", machine.name),
+        ("device", machine.device + (f", compute capability {capability}" if capability else "")),
+        ("processor", machine.processor),
+        ("threads", f"{machine.threads}"),
+        ("memory", f"{in_words(machine.memory)}, {in_words(machine.free)} of it free"),
+        *([] if on_cpu else [("RAM", f"{in_words(machine.ram)}, {in_words(machine.ram_free)} of it free")]),
+        ("disk", disk),
+        ("rates", source),
+        *((f"  {dtype} matrices", f"{rate / 1e9:,.1f} GFLOP/s") for dtype, rate in rates.matmul.items()),
+        ("  copy in memory", f"{rates.copy / 1e9:,.1f} GB/s, read plus written"),
+        *([] if on_cpu else [("  copy to device", f"{rates.to_device / 1e9:,.1f} GB/s")]),
+        ("  disk reads", f"{rates.disk_read / 1e9:,.2f} GB/s"),
+        ("  disk writes", f"{rates.disk_write / 1e9:,.2f} GB/s, fsync included"),
+        *(("note", note) for note in machine.notes),
+    ]
+    return "\n".join(f"{name:<17} {text}" for name, text in rows)
 
 
 class PeakMemory:
@@ -60,14 +212,3 @@ class PeakMemory:
         peak = torch.accelerator.max_memory_allocated(self._device)
         torch.accelerator.reset_peak_memory_stats(self._device)
         return peak
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 512) -> float:
-    """Floating-point operations a second of a matrix product, the best of four; under 0.3 s on slow CPUs."""
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # reading a value waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

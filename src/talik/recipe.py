@@ -135,6 +135,7 @@ class Plan(BaseModel):
     )
     micro_batch_tokens: int = Field(description="tokens that go through the top at once, padding included")
     loss_chunk: int = Field(description="trained positions whose logits exist at once")
+    recompute: bool = Field(description="whether the backward runs each layer again, with nothing kept of it")
 
 
 def check(given: dict[str, Any], where: object = None) -> Recipe:

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
-from talik.evaluate import evaluate_top
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, write_json
 from talik.machine import matmul_rate
@@ -26,8 +25,9 @@ from talik.model.source import Source, find_model
 from talik.plan.solve import choose
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits
+from talik.train.evaluation import Evaluation, evaluate_top
 from talik.train.loading import Loaded, load, working_dtype
-from talik.train.loop import Evaluation, Job, train_loop
+from talik.train.loop import Job, train_loop
 from talik.train.resume import (
     State,
     checkpoint_bytes,

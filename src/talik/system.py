@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+
+_CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows what containers and services may take
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUP_FILES = {  # version: limit and usage in bytes; the part of the usage that is given back on demand
+    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "v2": ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def home_folder() -> Path:
@@ -37,8 +46,80 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_full_info().uss
 
 
+def free_memory() -> int:
+    """Bytes of RAM that this process can still take: what the system has, and what limits leave of it."""
+    left = (limit - used for limit, used in _limits())
+    return max(0, min([psutil.virtual_memory().available, *left]))
+
+
+def total_memory() -> int:
+    """Bytes of RAM that this process could have in all: the machine's, or the lowest limit on it."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of all that bounds this process beside the RAM itself."""
+    if sys.platform != "linux":  # elsewhere there are no cgroups, and rlimits of memory are not enforced
+        return
+    import resource
+
+    yield from _cgroup_limits()
+    memory = psutil.Process().memory_info()
+    for kind, used in ((resource.RLIMIT_DATA, memory.data), (resource.RLIMIT_AS, memory.vms)):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            yield limit, used
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """Limit and working set of this process's memory cgroup and of every one around it.
+
+    A container may see its own cgroup as the root: then the folder of its full name is not there.
+    """
+    lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if _OWN_CGROUPS.exists() else []
+    for _, kinds, name in (line.split(":", 2) for line in lines):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = _CGROUPS / "memory" if kinds else _CGROUPS
+        inner = root / name.lstrip("/")
+        files = _CGROUP_FILES["v1" if kinds else "v2"]
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root):
+                yield from _limit_in(folder, *files)
+
+
+def _limit_in(folder: Path, limit: str, usage: str, inactive: str) -> Iterator[tuple[int, int]]:
+    with contextlib.suppress(OSError, ValueError):  # none there, closed, or "max"
+        most = int((folder / limit).read_text(encoding="ascii"))
+        used = int((folder / usage).read_text(encoding="ascii"))
+        stat = (folder / "memory.stat").read_text(encoding="ascii")
+        counts = dict(line.split() for line in stat.splitlines())
+        yield most, used - int(counts.get(inactive, 0))
+
+
+def processor_name() -> str:
+    """What the processor calls itself, as in "AMD EPYC 7763 64-Core Processor"."""
+    name = ""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
+        elif sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return " ".join(name.split()) or platform.processor() or platform.machine()
+
+
+def forgets_pages() -> bool:
+    """Whether `forget_pages` does anything here: else what was just written is read from memory."""
+    return hasattr(os, "posix_fadvise")
+
+
 def forget_pages(file: int, start: int, size: int) -> None:
-    """Says that these bytes of an open file will not be read again soon, where a system takes hints."""
+    """Says that these bytes of an open file will not be read again soon, where a system takes hints.
+
+    A size of 0 means up to the end.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 

@@ -47,6 +47,7 @@ def make_plan(top: Top, **changes: Any) -> Plan:
         "hidden_bytes": 1 << 30,
         "micro_batch_tokens": 40,
         "loss_chunk": 7,
+        "recompute": False,
     }
     return Plan.model_validate({**fields, **changes})
 

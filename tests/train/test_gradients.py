@@ -11,9 +11,11 @@ import torch
 
 from conftest import freeze_top, make_plan, micro_batch, plain_loss
 from talik.data.labels import Example
+from talik.train.loop import ScalarMonitor
 from talik.train.loss import chunked_loss
 from talik.train.scratch import MemoryScratch
-from talik.train.step import Top, forward_backward, run_top
+from talik.train.step import Top, World, forward_backward, run_top
+from talik.train.store import ResidentStore
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("llama", {}, ()),
@@ -38,7 +40,8 @@ def gradients(top: Top, examples: list[Example], groups: list[list[int]]) -> tup
         scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
     batches = [micro_batch(top, [examples[i] for i in group]) for group in groups]
     count = sum(len(batch.targets) for batch in batches)
-    loss = forward_backward(top, batches, scratch, make_plan(top), count)
+    world = World(ResidentStore(), scratch, ScalarMonitor())
+    loss = forward_backward(top, batches, world, make_plan(top), count)
     return loss.item(), {name: scratch[f"gradient/{name}"] for name, _ in top.parameters()}
 
 
@@ -116,3 +119,21 @@ def test_chunked_loss_in_a_loop_of_ones_own(build_model: Callable[..., Any], exa
     for name, gradient in wanted.items():
         found = dict(model.named_parameters())[name].grad
         assert found is not None and torch.allclose(found, gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_recomputed_layers_give_the_same_gradients(
+    build_model: Callable[..., Any], examples: list[Example], family: str
+) -> None:
+    top = freeze_top(build_model(family))
+    batches = [micro_batch(top, examples)]
+    count = sum(len(batch.targets) for batch in batches)
+    found = []
+    for recompute in (False, True):
+        scratch = MemoryScratch(torch.device("cpu"))
+        for name, parameter in top.parameters():
+            scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+        world = World(ResidentStore(), scratch, ScalarMonitor())
+        loss = forward_backward(top, batches, world, make_plan(top, recompute=recompute), count)
+        found.append([loss, *(scratch[f"gradient/{name}"] for name, _ in top.parameters())])
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))

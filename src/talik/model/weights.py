@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from talik.errors import SourceError
 from talik.files import fingerprint
 from talik.model.anatomy import parts_of
-from talik.model.checkpoint import read_tables, tensor_bytes
+from talik.model.checkpoint import Entry, read_tables, tensor_bytes, weight_files
 from talik.model.conversion import Piece, pieces_of
 from talik.model.digests import file_state, tensor_digests
 
@@ -26,15 +26,18 @@ class Weights:
     """What a checkpoint holds for each block of a hollow model: "embeddings", "layer 17", "tail" and "rest".
 
     "embeddings" is the table of the input tokens alone, "tail" the final norm and the head, "rest" whatever
-    else is outside the layers (learned positions, norms of the embeddings; mostly nothing). Raises
-    SourceError for a checkpoint that lacks tensors, or whose shapes are not the model's.
+    else is outside the layers (learned positions, norms of the embeddings; mostly nothing). `tables` stand in
+    for those of the folder's files where nothing will be read. Raises SourceError for a checkpoint that lacks
+    tensors, or whose shapes are not the model's.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, tables: dict[Path, dict[str, Entry]] | None = None
+    ) -> None:
         self.model, self.folder = model, folder
         self.forget = False  # whether the system should keep no pages of the files once they are read
-        tables = read_tables(folder)
-        self._states = {file: file_state(file) for file in tables}
+        self._states = {} if tables else {file: file_state(file) for file in weight_files(folder)}
+        tables = tables or read_tables(folder)
         self._table = {name: entry for table in tables.values() for name, entry in table.items()}
         self._parts = parts_of(model)
         made = {name: piece for piece in pieces_of(model, self._table) for name in piece.targets}
@@ -47,7 +50,7 @@ class Weights:
         self._names: dict[str, list[str]] = {}
         for name in self._hollow:
             self._names.setdefault(self._block(name), []).append(name)
-        self._staging = torch.empty(STAGING, dtype=torch.uint8)
+        self._staging: Tensor | None = None
 
     def look_again(self) -> None:
         """To be called where parameters of the hollow model were untied since, before a block is read."""
@@ -154,6 +157,8 @@ class Weights:
         """A tensor in another dtype than the checkpoint's, piece by piece through a small buffer."""
         entry = self._table[source]
         step = STAGING // entry.dtype.itemsize
+        if self._staging is None:
+            self._staging = torch.empty(STAGING, dtype=torch.uint8)
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
             part = self._staging[: count * entry.dtype.itemsize].view(entry.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from transformers import AutoConfig
 
@@ -16,6 +15,7 @@ from talik.model.anatomy import anatomy_of
 from talik.model.chain import Chain
 from talik.model.hollow import hollow_model
 from talik.recipe import Plan, Recipe
+from talik.system import free_memory
 from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
@@ -26,16 +26,24 @@ def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
 
     UsageError if the model has fewer layers than asked for, ChainError if it cannot be run layer by layer.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    text = config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
+    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    check_layers(recipe, text.num_hidden_layers)
+    return plan_for(recipe, Chain(hollow_model(folder, working_dtype(recipe)), "cpu"), notify)
+
+
+def check_layers(recipe: Recipe, layers: int) -> None:
+    """UsageError if the recipe trains more layers than a model has."""
     if recipe.top_layers > layers:
         raise UsageError(
             f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
             remedy=f"Choose --top-layers between 1 and {layers}.",
         )
+
+
+def plan_for(recipe: Recipe, chain: Chain, notify: Notify = silent) -> Plan:
+    """The plan that needs no search: as fast as can be, by fixed rules."""
+    text, layers = chain.model.config.get_text_config(decoder=True), len(chain.layers)
     device = choose_device(recipe.device)
-    chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
     cut, reason = chain.lowest_cut(layers - recipe.top_layers)
     if reason:
         notify(Said("cut", f"moved from layer {layers - recipe.top_layers} to {cut}: {reason}"))
@@ -51,6 +59,7 @@ def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
         trunk_batch_tokens=2048,
         hidden_bytes=max(64 << 20, min(1 << 30, free // 16)),
         micro_batch_tokens=2048,
+        recompute=False,
         loss_chunk=min(
             max(64, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
             getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
@@ -69,5 +78,5 @@ def _trunk(recipe: Recipe, chain: Chain, free: int) -> Literal["resident", "stre
 def _free_memory(device: torch.device) -> int:
     """Bytes that this machine could give now."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return free_memory()
     return torch.accelerator.get_memory_info(device)[0]

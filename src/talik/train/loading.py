@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from talik.data.labels import Example
@@ -21,8 +22,6 @@ from talik.model.weights import Weights
 from talik.recipe import Plan, Recipe
 from talik.train.step import Top, make_top
 from talik.train.store import FileStore, ResidentStore, Store
-
-Around = Callable[[int], contextlib.AbstractContextManager[None]]
 
 
 def working_dtype(recipe: Recipe) -> torch.dtype:
@@ -65,7 +64,20 @@ class Loaded:
         return make_top(self.chain, {name: p for name, p in parameters if p.requires_grad}, self.plan.cut)
 
     def check_chain(self, examples: Sequence[Example], store: Store) -> None:
-        """ChainError if the chain differs from the model's own forward on the first tokens of two examples.
+        """ChainError if the chain differs from the model's own forward on a few tokens of two examples."""
+        report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
+        kind = type(self.chain.model).__name__
+        try:
+            difference = self.difference(examples, store)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
+            raise ChainError(problem, remedy=report) from error
+        if difference:
+            problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
+            raise ChainError(problem, remedy=report)
+
+    def difference(self, examples: Sequence[Example], store: Store) -> float:
+        """The largest difference of the chain from the model's own forward on a few tokens of two examples.
 
         Layer by layer, each compared while it is loaded: below the cut from `store`.
         """
@@ -74,50 +86,42 @@ class Loaded:
         ids = [row + [0] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         store.get("embeddings")
-
-        @contextlib.contextmanager
-        def around(layer: int) -> Iterator[None]:
-            below = store if layer < self.plan.cut else self.store
-            if layer == 0:
-                store.release("embeddings")  # its turn is over, and the tail takes as much again
-            below.get(f"layer {layer}")
-            below.read_ahead(f"layer {layer + 1}")
-            yield
-            below.release(f"layer {layer}")
-            if layer == self.plan.layers - 1:
-                self.store.get("tail")
-
         device = self.chain.device
         tokens, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-        _refuse_if_different(self.chain, tokens, mask, around)
+        largest = verify_layers(self.chain, tokens, mask, partial(self.around, store))
         self.store.release("tail")
+        return largest
 
-
-def _refuse_if_different(chain: Chain, ids: Tensor, mask: Tensor, around: Around) -> None:
-    report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
-    kind = type(chain.model).__name__
-    try:
-        difference = verify_layers(chain, ids, mask, around)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
-        raise ChainError(problem, remedy=report) from error
-    if difference:
-        problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
-        raise ChainError(problem, remedy=report)
+    @contextlib.contextmanager
+    def around(self, store: Store, layer: int) -> Iterator[None]:
+        """A layer is loaded while this is entered; embeddings go before the first, the tail comes last."""
+        below = store if layer < self.plan.cut else self.store
+        if layer == 0:
+            store.release("embeddings")  # its turn is over, and the tail takes as much again
+        below.get(f"layer {layer}")
+        below.read_ahead(f"layer {layer + 1}")
+        yield
+        below.release(f"layer {layer}")
+        if layer == self.plan.layers - 1:
+            self.store.get("tail")
 
 
 def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
-    """The model of a folder with everything frozen but what the recipe trains; no block is loaded yet."""
+    """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
     model = hollow_model(folder, working_dtype(recipe), plan.device)
     weights = Weights(model, folder)
     freeze(model, recipe.top_layers, tuple(recipe.also))
     weights.look_again()
     every = [name for name, _ in model.named_parameters()]
     weights.forget = weights.bytes_in_files(every) > psutil.virtual_memory().available // 2
+    return begin(Chain(model, plan.device), weights, plan)
+
+
+def begin(chain: Chain, weights: Weights, plan: Plan, reader: Executor | None = None) -> Loaded:
+    """Makes the store of a plan, and loads the blocks that stay for the whole run."""
     streamed = [f"layer {i}" for i in range(plan.layers)] if plan.trunk == "streamed" else []
-    store = FileStore(weights, torch.device(plan.device), streamed)
+    store = FileStore(weights, torch.device(plan.device), streamed, reader)
     store.stay("rest")
-    chain = Chain(model, plan.device)
     if chain.calls_need_embeddings:
         store.stay("embeddings")
     return Loaded(chain, weights, store, plan)

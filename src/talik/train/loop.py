@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from talik.data.batches import collate, micro_batches, steps_of_epoch
+from talik.data.batches import steps_of_epoch
 from talik.data.labels import Example
 from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
 from talik.machine import PeakMemory
-from talik.model.chain import Chain
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
-from talik.train.loss import trained_rows
+from talik.train.evaluation import Evaluation
+from talik.train.feed import run_step
 from talik.train.optim import learning_rate_at
 from talik.train.resume import State, save_checkpoint
 from talik.train.scratch import Scratch
-from talik.train.step import MicroBatch, Top, World, train_step
+from talik.train.step import Top, World
 from talik.train.store import ResidentStore
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Over all trained tokens of a set: mean loss (natural logarithm) and share guessed right."""
-
-    loss: float
-    accuracy: float
-    trained_tokens: int
-
-    def measures(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy, for people and programs."""
-        perplexity = math.exp(min(self.loss, 700.0))
-        return {"loss": self.loss, "perplexity": perplexity, "accuracy": self.accuracy}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +67,9 @@ class Saved:
 class ScalarMonitor:
     """Keeps the step's scalars as tensors until the loop reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: Callable[[str], None] = lambda name: None) -> None:
         self._scalars: dict[str, Tensor] = {}
+        self.phase = phase
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None:
         self._scalars[name] = value
@@ -105,20 +92,6 @@ class Job:
     evaluate: Callable[[], Evaluation] | None
     notify: Callable[[Any], None]
     interrupted: Callable[[], bool]
-
-
-def load_micro_batches(
-    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, chain: Chain
-) -> Iterator[MicroBatch]:
-    """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
-    chosen = [examples[i] for i in indices]
-    lengths = [example.length for example in chosen]
-    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens, chain.rope_group):
-        batch = collate([chosen[i] for i in group], pad_id=0)
-        rows, targets = trained_rows(batch["labels"])
-        hidden = states.read([indices[i] for i in group])
-        tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
-        yield MicroBatch(*(tensor.to(chain.device) for tensor in tensors))
 
 
 def count_steps(lengths: Sequence[int], recipe: Recipe) -> int:
@@ -157,10 +130,7 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: 
     rate = learning_rate_at(job.recipe, step, steps)
     monitor = ScalarMonitor()
     world = World(ResidentStore(), job.scratch, monitor)
-    batches = list(load_micro_batches(job.examples, indices, job.states, job.plan, job.top.chain))
-    job.top.train_mode(True)
-    train_step(job.top, batches, world, job.recipe, job.plan, step=step, learning_rate=rate)
-    job.top.train_mode(False)
+    batches = run_step(job.top, job.examples, indices, job.states, world, job.recipe, job.plan, step, rate)
     loss, norm = monitor.read("loss"), monitor.read("grad_norm")
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(job, step, indices, loss, norm)

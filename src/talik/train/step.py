@@ -6,6 +6,7 @@ function runs on fake tensors when a run is planned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from talik.model.chain import Chain, run_layers
 from talik.recipe import Plan, Recipe
@@ -24,9 +26,10 @@ from talik.train.store import Store
 
 @runtime_checkable
 class Monitor(Protocol):
-    """Where a step's scalars go; they stay tensors here."""
+    """Where a step's scalars go; they stay tensors here. `phase` says what begins: "forward", "loss", ..."""
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
+    def phase(self, name: str, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,13 @@ def train_step(
     clipping).
     """
     count = sum(len(batch.targets) for batch in batches)
+    world.monitor.phase("forward")
     for block, parameters in top.blocks.items():
         world.store.get(block)
         for name, parameter in parameters.items():
             world.scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
-    world.monitor.scalar("loss", forward_backward(top, batches, world.scratch, plan, count))
+    world.monitor.scalar("loss", forward_backward(top, batches, world, plan, count))
+    world.monitor.phase("update")
     norm = gradient_norm(top, world.scratch)
     world.monitor.scalar("grad_norm", norm)
     scale = (recipe.clip / (norm + 1e-6)).clamp(max=1) if recipe.clip else None
@@ -128,9 +133,10 @@ def train_step(
 
 
 def forward_backward(
-    top: Top, batches: Sequence[MicroBatch], scratch: Scratch, plan: Plan, count: int
+    top: Top, batches: Sequence[MicroBatch], world: World, plan: Plan, count: int
 ) -> Float[Tensor, ""]:
     """The loss over all micro-batches; adds every trained parameter's gradient to the one in scratch."""
+    scratch, phase = world.scratch, world.monitor.phase
 
     def take(name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -146,7 +152,9 @@ def forward_backward(
     total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
     try:
         for batch in batches:
-            hidden = run_top(top, batch)
+            phase("forward")
+            hidden = run_top(top, batch, recompute=plan.recompute)
+            phase("loss")
             rows = hidden.flatten(0, 1)[batch.rows]
             of_rows = torch.empty_like(rows)
             for place, loss, (of_part, *of_tail) in loss_chunks(
@@ -156,6 +164,7 @@ def forward_backward(
                 of_rows[place] = of_part
                 for name, gradient in zip(tail, of_tail, strict=True):
                     scratch[f"gradient/{name}"].add_(gradient)
+            phase("backward")
             if rows.requires_grad:
                 rows.backward(of_rows)
             del hidden, rows, of_rows
@@ -165,10 +174,23 @@ def forward_backward(
     return total
 
 
-def run_top(top: Top, batch: MicroBatch) -> Float[Tensor, "batch sequence hidden"]:
-    """The top layers over one micro-batch, with the calls of a fresh skeleton."""
-    skeleton = top.chain.skeleton(batch.input_ids, batch.attention_mask, embed=False)
-    return run_layers(top.chain, range(top.cut, len(top.chain.layers)), batch.hidden, skeleton.calls)
+def run_top(
+    top: Top, batch: MicroBatch, *, recompute: bool = False
+) -> Float[Tensor, "batch sequence hidden"]:
+    """The top layers over one micro-batch, with the calls of a fresh skeleton.
+
+    `recompute`: nothing inside a layer is kept for the backward, which runs the layer again with the same
+    random state; layers that share what they do not hand on are run again together.
+    """
+    chain, count = top.chain, len(top.chain.layers)
+    calls = chain.skeleton(batch.input_ids, batch.attention_mask, embed=False).calls
+    if not recompute:
+        return run_layers(chain, range(top.cut, count), batch.hidden, calls)
+    hidden = batch.hidden
+    bounds = [i for i in range(top.cut, count) if chain.lowest_cut(i)[0] == i]
+    for first, end in itertools.pairwise([*bounds, count]):
+        hidden = checkpoint(run_layers, chain, range(first, end), hidden, calls, use_reentrant=False)
+    return hidden
 
 
 def gradient_norm(top: Top, scratch: Scratch) -> Float[Tensor, ""]:

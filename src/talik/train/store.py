@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -71,7 +71,13 @@ class FileStore:
     that change: `put` is refused.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, streamed: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        streamed: Collection[str] = (),
+        reader: Executor | None = None,
+    ) -> None:
         self.traffic = Traffic()
         self._weights, self._device = weights, device
         self._streamed = frozenset(streamed)
@@ -82,7 +88,7 @@ class FileStore:
         self._kept: dict[int, Tensor] = {}
         self._users: dict[int, set[str]] = {}
         self._staying: set[str] = set()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="talik-reader")
+        self._reader = reader or ThreadPoolExecutor(1, thread_name_prefix="talik-reader")
         self._stream = torch.Stream(device) if device.type in STREAMS else None
 
     def get(self, block: str) -> None:

@@ -45,7 +45,7 @@ class Flow:
         """What is held for it between two layers."""
         tensors = tensors_in([self.hidden, *((call.args, call.kwargs) for call in self.calls)])
         storages = [tensor.untyped_storage() for tensor in tensors]
-        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 def run_trunk(

@@ -1,0 +1,299 @@
+"""What CUDA memory a run reserves: the caching allocator of PyTorch, replayed over a log of storages.
+
+The rules are those of DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp, for one device and one
+stream, without the options of PYTORCH_CUDA_ALLOC_CONF other than expandable_segments. Not modelled: streams
+and record_stream, max_split_size, garbage collection, rounding to powers of two, private pools of CUDA
+graphs, the limit of 9/8 of the device's memory on the addresses of one expandable segment. Compared with the
+source, not yet with a device.
+
+What a device must have is `least_capacity`, not `Replayed.peak_reserved`: an allocator with room to spare
+keeps segments that it would give back under pressure.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MIB = 1 << 20
+
+# c10/core/AllocatorConfig.h, torch 2.13 (formerly in CUDACachingAllocator.cpp, with the same values)
+ROUNDING = 512  # kMinBlockSize: the size of every block is a multiple
+SMALL_LIMIT = 1 * MIB  # kSmallSize: up to this, the small pool; what is left of a large block must be more
+SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: a segment, or a page of the expandable one, of the small pool
+LARGE_SEGMENT = 20 * MIB  # large_segment_size(): the same of the large pool
+LARGE_LIMIT = 10 * MIB  # kMinLargeAlloc: from here on, a native segment is as large as its first storage,
+LARGE_ROUNDING = 2 * MIB  # kRoundLarge: up to a multiple of this
+PAGES = 1 << 32  # of addresses in an expandable segment: for this model, no limit
+GRID = 16 * MIB  # of `least_capacity`
+
+# parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; from the caching allocator (#89027,
+# #95668). Which capabilities from 9.0 on have the larger one went back and forth (#175344): here all.
+WORKSPACE = 2 * (4096 << 10) + 8 * (16 << 10)  # :4096:2:16:8
+WORKSPACE_FROM_9_0 = 32 * MIB
+
+# No reliable figure is published. Bare contexts with lazily loaded kernels: 256 MiB (RTX 3090, CUDA 12.8,
+# InvokeAI #9413), 426 MiB (RTX 6000 Ada, CUDA 13.0, unsloth-zoo #1053), "around 400 MB" (pytorch #109888).
+BARE_CONTEXTS = {"RTX 3090": 256 * MIB, "RTX 6000 Ada": 426 * MIB}
+BARE_CONTEXT = 448 * MIB
+LOADED_KERNELS = 320 * MIB  # a guess: kernels of PyTorch, cuBLAS and cuDNN that a training step loads
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a log of storages did to the allocator.
+
+    peak_allocated: bytes of blocks in use, each rounded, at their peak: torch.cuda.max_memory_allocated().
+    peak_reserved: bytes taken from the device at their peak: torch.cuda.max_memory_reserved().
+    failed: the index of the event that did not fit the capacity, where the replay ended; None if all did.
+    """
+
+    peak_allocated: int
+    peak_reserved: int
+    failed: int | None
+
+
+def replay(
+    events: Iterable[tuple[int, int]], *, capacity: int | None = None, expandable: bool = True
+) -> Replayed:
+    """Gives storages memory on a device with `capacity` bytes for the allocator (None: without limit).
+
+    An event is (key, bytes): the storage `key` is born with bytes > 0 and dies with bytes <= 0. Storages of
+    no bytes take nothing. Raises ValueError for a key that is born while it lives.
+    """
+    allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
+    live: dict[int, Block] = {}
+    failed = None
+    for index, (key, size) in enumerate(events):
+        if size <= 0:
+            if block := live.pop(key, None):
+                allocator.free(block)
+        elif key in live:
+            raise ValueError(f"event {index}: storage {key} is born while it lives")
+        elif block := allocator.allocate(size):
+            live[key] = block
+        else:
+            failed = index
+            break
+    return Replayed(allocator.peak_allocated, allocator.peak_reserved, failed)
+
+
+def least_capacity(events: Sequence[tuple[int, int]], *, expandable: bool = True) -> int:
+    """Bytes that a device must have for the allocator so that every storage fits, a multiple of 16 MiB.
+
+    Found by bisection: this capacity suffices, and 16 MiB less does not.
+    """
+    unlimited = replay(events, expandable=expandable)
+    enough = -(-unlimited.peak_reserved // GRID)
+    too_little = -(-unlimited.peak_allocated // GRID) - 1
+    while enough - too_little > 1:
+        middle = (enough + too_little) // 2
+        if replay(events, capacity=middle * GRID, expandable=expandable).failed is None:
+            enough = middle
+        else:
+            too_little = middle
+    return enough * GRID
+
+
+def library_workspace(compute_capability: tuple[int, int] | None) -> int:
+    """Bytes that the first matrix product allocates for cuBLAS, and that stay; the larger for None.
+
+    To be replayed as a storage that is born first and never dies. CUBLAS_WORKSPACE_CONFIG is not read.
+    """
+    return WORKSPACE if compute_capability and compute_capability < (9, 0) else WORKSPACE_FROM_9_0
+
+
+def context_bytes(name: str | None) -> int:
+    """Bytes of device memory that a process takes beside the allocator's. An estimate, and a rough one.
+
+    They depend on the device (called `name`), the driver and CUDA. Where the machine is at hand, measure:
+    how much mem_get_info() fell since the process began, without torch.cuda.memory_reserved().
+    """
+    bare = (size for part, size in BARE_CONTEXTS.items() if part in (name or ""))
+    return next(bare, BARE_CONTEXT) + LOADED_KERNELS
+
+
+class Block(NamedTuple):
+    """A range of addresses that storages of one pool may have; a hole if no memory is mapped there."""
+
+    pool: Pool
+    address: int
+    size: int
+    mapped: bool = True
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+class Pool:
+    """The unused blocks of small or of large storages: those with memory by size, holes by address.
+
+    `least_rest`: the bytes left of a block that become a block of their own (should_split).
+    """
+
+    def __init__(self, segment: int, least_rest: int) -> None:
+        self.segment, self.least_rest = segment, least_rest
+        self.free: list[tuple[int, int]] = []  # (size, address): the best fit is the first that is enough
+        self.holes: list[int] = []
+        self.starts: dict[int, Block] = {}
+        self.ends: dict[int, Block] = {}
+
+    def add(self, block: Block) -> None:
+        self.starts[block.address] = self.ends[block.end] = block
+        if block.mapped:
+            insort(self.free, (block.size, block.address))
+        else:
+            insort(self.holes, block.address)
+
+    def remove(self, block: Block) -> None:
+        del self.starts[block.address], self.ends[block.end]
+        if block.mapped:
+            del self.free[bisect_left(self.free, (block.size, block.address))]
+        else:
+            del self.holes[bisect_left(self.holes, block.address)]
+
+    def add_merged(self, block: Block) -> Block:
+        """Adds a block as one with its unused neighbours, or a hole with those that are holes."""
+        for other in (self.ends.get(block.address), self.starts.get(block.end)):
+            if other and other.mapped == block.mapped:
+                self.remove(other)
+                start = min(block.address, other.address)
+                block = Block(self, start, block.size + other.size, block.mapped)
+        self.add(block)
+        return block
+
+
+class Allocator:
+    """Segments by cudaMalloc, of which only one that is wholly unused can be given back."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self.small, self.large = Pool(SMALL_SEGMENT, ROUNDING), Pool(LARGE_SEGMENT, SMALL_LIMIT + 1)
+        self._segments: dict[int, int] = {}  # address: size
+        self._next = 0
+
+    def allocate(self, size: int) -> Block | None:
+        """A block for a storage of so many bytes; None if it does not fit."""
+        size = _up(size, ROUNDING)
+        pool = self.small if size <= SMALL_LIMIT else self.large
+        block = self._cached(pool, size) or self._new(pool, size)
+        if block is None:
+            self._release(self.large)
+            self._release(self.small)
+            if not (block := self._new(pool, size)):
+                return None
+        if block.size - size >= pool.least_rest:
+            pool.add(Block(pool, block.address + size, block.size - size))
+            block = Block(pool, block.address, size)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """The storage died: its block is cached."""
+        block.pool.add_merged(block)
+        self.allocated -= block.size
+
+    def _cached(self, pool: Pool, size: int) -> Block | None:
+        """Takes the best fit, where a block counts with the hole into which it can grow (get_free_block)."""
+        best = None
+        for _, address in pool.free[bisect_left(pool.free, (size, 0)) :]:
+            block = pool.starts[address]
+            if best and _growable(block) >= _growable(best):
+                break
+            best = block
+        if best:
+            pool.remove(best)
+        return best
+
+    def _new(self, pool: Pool, size: int) -> Block | None:
+        """Takes memory from the device for a block, which is in no list (alloc_block)."""
+        segment = pool.segment if size < LARGE_LIMIT else _up(size, LARGE_ROUNDING)
+        if not self._reserve(segment):
+            return None
+        address, self._next = self._next, self._next + segment + ROUNDING  # segments are no neighbours
+        self._segments[address] = segment
+        return Block(pool, address, segment)
+
+    def _reserve(self, size: int) -> bool:
+        if self.capacity is not None and self.reserved + size > self.capacity:
+            return False
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return True
+
+    def _release(self, pool: Pool) -> None:
+        """Gives back to the device what the pool can (release_blocks)."""
+        for block in list(pool.starts.values()):
+            if block.size == self._segments.get(block.address):
+                pool.remove(block)
+                self.reserved -= block.size
+
+
+class ExpandableAllocator(Allocator):
+    """One segment per pool, which grows by pages and, under pressure, gives wholly unused ones back."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__(capacity)
+        self.large.least_rest = ROUNDING
+        for pool in (self.small, self.large):
+            pool.add(Block(pool, 0, pool.segment * PAGES, mapped=False))
+
+    def _new(self, pool: Pool, size: int) -> Block | None:
+        """Maps pages at the lowest address with room (try_allocate_expandable_block)."""
+        block = self._room(pool, size)
+        while not block.mapped or block.size < size:
+            hole, missing = (pool.starts[block.end], size - block.size) if block.mapped else (block, size)
+            pages = min(_up(missing, pool.segment), hole.size)
+            if not self._reserve(pages):
+                return None
+            block = self._map(hole, pages)
+        pool.remove(block)
+        return block
+
+    def _room(self, pool: Pool, size: int) -> Block:
+        """The first of unused blocks and holes that follow each other and together have `size` bytes."""
+        for hole in (pool.starts[address] for address in pool.holes):
+            first = pool.ends.get(hole.address, hole)
+            room, block = 0, first
+            while block and room < size:
+                room, block = room + block.size, pool.starts.get(block.end)
+            if room >= size:
+                return first
+        raise AssertionError("the last hole is larger than any device")
+
+    def _map(self, hole: Block, size: int) -> Block:
+        hole.pool.remove(hole)
+        if size < hole.size:
+            hole.pool.add(Block(hole.pool, hole.address + size, hole.size - size, mapped=False))
+        return hole.pool.add_merged(Block(hole.pool, hole.address, size))
+
+    def _release(self, pool: Pool) -> None:
+        for block in [pool.starts[address] for _, address in pool.free]:
+            start, end = _up(block.address, pool.segment), block.end // pool.segment * pool.segment
+            if start < end:
+                self._unmap(block, start, end)
+
+    def _unmap(self, block: Block, start: int, end: int) -> None:
+        """Makes whole pages of a free block a hole; what is left beside them stays free."""
+        pool = block.pool
+        pool.remove(block)
+        if block.address < start:
+            pool.add(Block(pool, block.address, start - block.address))
+        if end < block.end:
+            pool.add(Block(pool, end, block.end - end))
+        pool.add_merged(Block(pool, start, end - start, mapped=False))
+        self.reserved -= end - start
+
+
+def _growable(block: Block) -> int:
+    after = block.pool.starts.get(block.end)
+    return block.size + (after.size if after and not after.mapped else 0)
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,148 @@
+"""The project's own run on fake tensors: what it will take, before a weight is loaded.
+
+Everything that a run does with tensors is done here by the same functions: the store loads blocks, the trunk
+passes, steps forward and backward, the update, the evaluation. Only files, threads and the numbers
+themselves are missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from talik.data.labels import Example
+from talik.events import silent
+from talik.model.anatomy import parts_of
+from talik.model.chain import Chain
+from talik.model.checkpoint import Entry, read_tables, weight_files
+from talik.model.freeze import freeze
+from talik.model.hollow import hollow_model
+from talik.model.weights import Weights
+from talik.plan.account import Simulation, account
+from talik.plan.fakes import (
+    AtOnce,
+    FakeCache,
+    FakeStates,
+    FakeWeights,
+    MarkedScratch,
+    assumed_table,
+    fake_world,
+)
+from talik.plan.solve import check_layers
+from talik.plan.storage_log import Log
+from talik.recipe import Plan, Recipe
+from talik.train.cache import Group
+from talik.train.evaluation import evaluate_top
+from talik.train.feed import run_step
+from talik.train.loading import Loaded, begin, working_dtype
+from talik.train.loop import ScalarMonitor
+from talik.train.step import World, prepare
+from talik.train.store import ResidentStore, Store
+from talik.train.trunk import trunk_pass
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is simulated: a recipe, and its model without weights; `tables` say what its files hold."""
+
+    recipe: Recipe
+    folder: Path
+    chain: Chain
+    tables: dict[Path, dict[str, Entry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What goes through: examples, those of each simulated step, and those that are evaluated."""
+
+    examples: Sequence[Example]
+    groups: Sequence[Group]
+    steps: Sequence[Sequence[int]]
+    evaluated: Sequence[int] = ()
+
+
+def subject_of(recipe: Recipe, folder: Path) -> Subject:
+    """The model of a folder with everything frozen but what the recipe trains; weights may be missing."""
+    model = hollow_model(folder, working_dtype(recipe))
+    check_layers(recipe, parts_of(model).count)
+    there = all(file.is_file() for file in weight_files(folder))
+    tables = read_tables(folder) if there else assumed_table(model, folder)
+    FakeWeights(model, folder, tables)
+    freeze(model, recipe.top_layers, tuple(recipe.also))
+    return Subject(recipe, folder, Chain(model, "cpu"), tables)
+
+
+def simulate(subject: Subject, plan: Plan, work: Work) -> Simulation:
+    """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
+    chain = subject.chain
+    weights = FakeWeights(chain.model, subject.folder, subject.tables)
+    with fake_world(chain.model) as log, log.blocks_of(chain):
+        weights.log = log
+        try:
+            rehearse(subject, weights, plan, work, log, layers=_enough_layers(chain, plan.cut))
+        finally:
+            for block in ("rest", "embeddings", "tail", *(f"layer {i}" for i in range(plan.layers))):
+                weights.remove(block)
+    return account(log)
+
+
+def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
+    """Everything that a run does with tensors, in its order, with the trunk's first `layers` layers.
+
+    What the trunk hands on is not kept, and steps begin from states of no meaning.
+    """
+    recipe, chain = subject.recipe, subject.chain
+    log.phase("load")
+    loaded = begin(chain, weights, plan, AtOnce())
+    log.phase("trunk")
+    with loaded.trunk() as store:
+        _load_each(loaded, store)
+        groups = [(group, work.examples) for group in work.groups]
+        trunk_pass(chain, plan.model_copy(update={"cut": layers}), groups, store, FakeCache(), silent)
+    log.phase("load")
+    top = loaded.top()
+    scratch = MarkedScratch(torch.device("cpu"), log)
+    prepare(top, recipe, scratch)
+    form = chain.width(plan.cut), chain.handed_on(plan.cut)
+    world = World(ResidentStore(), scratch, ScalarMonitor(log.phase))
+    if work.evaluated:
+        log.phase("evaluate")
+        held_out = [work.examples[i] for i in work.evaluated]
+        evaluate_top(top, held_out, FakeStates([e.length for e in held_out], *form), plan)
+    states = FakeStates([example.length for example in work.examples], *form)
+    for step, indices in enumerate(work.steps, start=1):
+        run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
+    log.phase("save")
+
+
+def _load_each(loaded: Loaded, store: Store) -> None:
+    """Block after block, as the check of the chain loads them; its few tokens take nothing worth counting."""
+    store.get("embeddings")
+    for layer in range(loaded.plan.layers):
+        with loaded.around(store, layer):
+            pass
+    loaded.store.release("tail")
+
+
+def _enough_layers(chain: Chain, cut: int) -> int:
+    """How many layers of the trunk hold every kind of it twice: what the others take is the same."""
+    counts: Counter[Any] = Counter()
+    kinds = [_kind(chain, index) for index in range(cut)]
+    for index, kind in enumerate(kinds):
+        if all(counts[each] >= 2 or kinds.count(each) == counts[each] for each in kinds):
+            return index
+        counts[kind] += 1
+    return cut
+
+
+def _kind(chain: Chain, index: int) -> Any:
+    """Layers of one kind do the same with the same shapes."""
+    layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+    return type(layer), types[index] if index < len(types) else None, shapes, chain.width(index + 1)

@@ -1,0 +1,47 @@
+"""Examples and what the trunk handed on for them, as the micro-batches of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from talik.data.batches import collate, micro_batches
+from talik.data.labels import Example
+from talik.model.chain import Chain
+from talik.recipe import Plan, Recipe
+from talik.train.cache import States
+from talik.train.loss import trained_rows
+from talik.train.step import MicroBatch, Top, World, train_step
+
+
+def load_micro_batches(
+    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, chain: Chain
+) -> Iterator[MicroBatch]:
+    """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
+    chosen = [examples[i] for i in indices]
+    lengths = [example.length for example in chosen]
+    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens, chain.rope_group):
+        batch = collate([chosen[i] for i in group], pad_id=0)
+        rows, targets = trained_rows(batch["labels"])
+        hidden = states.read([indices[i] for i in group])
+        tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
+        yield MicroBatch(*(tensor.to(chain.device) for tensor in tensors))
+
+
+def run_step(
+    top: Top,
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    states: States,
+    world: World,
+    recipe: Recipe,
+    plan: Plan,
+    step: int,
+    learning_rate: float,
+) -> list[MicroBatch]:
+    """One step over the examples with these indices; returns its micro-batches."""
+    world.monitor.phase("forward")
+    batches = list(load_micro_batches(examples, indices, states, plan, top.chain))
+    top.train_mode(True)
+    train_step(top, batches, world, recipe, plan, step=step, learning_rate=learning_rate)
+    top.train_mode(False)
+    return batches

@@ -1,0 +1,172 @@
+"""A simulated run beside the same run on real tensors, and the plan that is made of it."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from talik.cli import main
+from talik.data.labels import Example, Span
+from talik.data.rows import Place
+from talik.model.weights import Weights
+from talik.plan.account import account
+from talik.plan.simulate import Subject, Work, rehearse, simulate, subject_of
+from talik.plan.storage_log import CAUSES, StorageLog
+from talik.plan.ways import plan_run
+from talik.recipe import Plan, Recipe
+from talik.train.cache import groups_of
+
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512, "head_dim": 16}
+AGAIN = {"recompute": True, "trunk": "resident"}
+MAMBA = {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 8}
+MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("qwen2", {}, {}),
+    ("gemma2", {}, AGAIN),
+    ("mixtral", {"num_local_experts": 4}, {}),
+    ("mixtral", {"num_local_experts": 4}, AGAIN),
+    ("mamba2", MAMBA, AGAIN),
+]
+
+
+def examples(*lengths: int) -> list[Example]:
+    made = []
+    for length in lengths:
+        spans = (Span(0, length // 2, False), Span(length // 2, length, True))
+        ids = array("i", ((7 * place + length) % 300 + 3 for place in range(length)))
+        made.append(Example(ids, spans, Place("made.jsonl", 1)))
+    return made
+
+
+def problem(folder: Path, precision: str, **changes: Any) -> tuple[Subject, Plan, Work]:
+    """A folder's model with two layers trained, a plan, and two steps."""
+    recipe = Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, "precision": precision})
+    subject = subject_of(recipe, folder)
+    fields: dict[str, Any] = {
+        "device": "cpu",
+        "threads": 1,
+        "cut": len(subject.chain.layers) - 2,
+        "layers": len(subject.chain.layers),
+        "trunk": "streamed",
+        "top": "resident",
+        "cache": "disk",
+        "trunk_batch_tokens": 256,
+        "hidden_bytes": 1 << 30,
+        "micro_batch_tokens": 256,
+        "loss_chunk": 32,
+        "recompute": False,
+    }
+    made = examples(96, 60, 60, 31)
+    work = Work(made, groups_of(made, 256), [[0, 1, 2], [3, 0]], [1, 2])
+    return subject, Plan.model_validate({**fields, **changes}), work
+
+
+@pytest.mark.parametrize(("kind", "changes", "way"), MODELS)
+def test_every_peak_is_that_of_the_run_on_real_tensors(
+    build_model: Callable[..., Any], tmp_path: Path, kind: str, changes: dict[str, Any], way: dict[str, Any]
+) -> None:
+    build_model(kind, **{**SMALL, **changes}).save_pretrained(tmp_path)
+    subject, plan, work = problem(tmp_path, "fp32", **way)
+    simulated = {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
+    with StorageLog() as log:
+        weights = Weights(subject.chain.model, tmp_path)
+        rehearse(subject, weights, plan, work, log, layers=plan.cut)
+    real = {peak.phase: peak.bytes for peak in account(log).phases}
+    assert simulated.keys() == real.keys() >= {"load", "trunk", "forward", "loss", "backward", "update"}
+    for phase, size in real.items():
+        assert simulated[phase] == pytest.approx(size, rel=0.002, abs=8192), phase
+
+
+def test_causes_are_what_the_bytes_are_for(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    subject, plan, work = problem(tmp_path, "bf16")
+    trained = sum(p.numel() for p in subject.chain.model.parameters() if p.requires_grad)
+    result = simulate(subject, plan, work)
+    peaks = {peak.phase: peak for peak in result.phases}
+    for peak in result.phases:
+        assert sum(peak.causes.values()) == peak.bytes
+        assert set(peak.causes) <= set(CAUSES)
+    backward = peaks["backward"].causes
+    assert backward["optimizer state"] == 12 * trained  # fp32 master, mean and square
+    assert backward["gradients"] >= 4 * trained
+    assert backward["weights trained"] >= 2 * trained
+    assert peaks["loss"].causes["logits and loss"] >= 2 * 4 * plan.loss_chunk * 512
+    kept = peaks["loss"].causes["saved activations"]
+    again = simulate(subject, plan.model_copy(update={"recompute": True}), work)
+    assert {p.phase: p for p in again.phases}["loss"].causes["saved activations"] < kept / 2
+
+
+def test_the_model_is_as_it_was_afterwards(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    subject, plan, work = problem(tmp_path, "fp32")
+    one = simulate(subject, plan, work)
+    assert all(parameter.is_meta for parameter in subject.chain.model.parameters())
+    assert all(type(buffer) is torch.Tensor for buffer in subject.chain.model.buffers())
+    assert [p.bytes for p in simulate(subject, plan, work).phases] == [p.bytes for p in one.phases]
+
+
+def test_the_first_allocation_beyond_a_budget_is_named(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    subject, plan, work = problem(tmp_path, "fp32")
+    result = simulate(subject, plan, work)
+    assert result.first_break(result.peak.bytes) is None
+    broken = result.first_break(result.peak.bytes - 1)
+    assert broken is not None
+    assert (broken.phase, broken.total) == (result.peak.phase, result.peak.bytes)
+
+
+def test_a_config_is_enough(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("qwen2", **SMALL).config.save_pretrained(tmp_path)
+    recipe = Recipe(model=str(tmp_path), data="-", top_layers=2, max_length=128, precision="fp32")
+    planned = plan_run(recipe, tmp_path, memory=64 << 30)
+    assert planned.fits
+    assert planned.assumed is not None
+    assert "128 tokens" in planned.assumed
+    report = planned.as_dict()
+    assert report["chosen"]["cut"] == 2
+    assert report["peak_bytes"]["cpu"] == max(phase["peak_bytes"] for phase in report["phases"])
+
+
+def test_a_smaller_way_is_found_where_the_first_does_not_fit(
+    build_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("talik.plan.ways.anonymous_bytes", lambda: 0)
+    monkeypatch.setattr("talik.plan.ways.LEAST_SLACK", 0)
+    build_model("qwen2", **SMALL, max_position_embeddings=512).save_pretrained(tmp_path)
+    recipe = Recipe(model=str(tmp_path), data="-", top_layers=2, precision="fp32", batch_tokens=4096)
+    made = examples(*[250] * 16)
+    first = plan_run(recipe, tmp_path, made, memory=64 << 30)
+    assert first.fits
+    assert first.plan.micro_batch_tokens == 2048
+    smaller = plan_run(recipe, tmp_path, made, memory=int(first.peak.bytes * 0.8))
+    assert smaller.fits
+    assert smaller.plan.micro_batch_tokens < 2048 or smaller.plan.recompute
+    assert smaller.peak.bytes <= smaller.budget - smaller.slack
+    assert smaller.refused[0].peak_bytes == first.peak.bytes
+    assert smaller.refused[0].simulated
+
+
+def test_the_command_says_what_does_not_fit(
+    build_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_model("qwen2", **SMALL).config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--top-layers", "2", "--memory", "1MiB", "--json"]) == 3
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert not report["fits"]
+    assert report["breaks"]["bytes"] > 0
+    assert len(report["refused"]) > 1
+    assert "no way to run this fits 1" in err
+    assert main(["plan", str(tmp_path), "--top-layers", "2", "--memory", "64GiB"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("fits: ")
+    assert "program" in out
+    assert main(["plan", str(tmp_path), "--memory", "plenty"]) == 2
+    assert main(["plan", str(tmp_path), "--top-layers", "9"]) == 2
