@@ -24,7 +24,7 @@ from talik.data.rows import Place
 from talik.machine import matmul_rate
 from talik.model.chain import Chain
 from talik.model.freeze import freeze
-from talik.plan.solve import choose
+from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.train.loss import trained_rows
 from talik.train.scratch import MemoryScratch

@@ -31,7 +31,7 @@ from talik.files import need_room, write_json
 from talik.machine import PeakMemory
 from talik.model.checkpoint import read_tables, write_tensors
 from talik.model.hollow import hollow_model
-from talik.plan.solve import choose
+from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.system import forget_pages
 from talik.train.cache import groups_of, open_cache

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from talik.cli import main
+from talik.machine import this_machine
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -45,10 +46,25 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def machine_json(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A machine.json, so that the machine is measured once and not by every test."""
+    home = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TALIK_HOME", str(home))
+        patch.setattr("talik.machine_rates.SECONDS", 0.0)
+        this_machine()
+    return (home / "machine.json").read_text(encoding="utf-8")
+
+
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_home(
+    tmp_path_factory: pytest.TempPathFactory, machine_json: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No test touches the user's caches."""
-    monkeypatch.setenv("TALIK_HOME", str(tmp_path_factory.mktemp("home")))
+    home = tmp_path_factory.mktemp("home")
+    (home / "machine.json").write_text(machine_json, encoding="utf-8")
+    monkeypatch.setenv("TALIK_HOME", str(home))
 
 
 def make_model(kind: str = "qwen2", *, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Any:

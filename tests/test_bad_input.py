@@ -23,9 +23,9 @@ Refused = Callable[..., str]
 
 
 def held(*folders: Path) -> set[Path]:
-    """Everything in the folders but locks, and what is remembered of weights that were read."""
+    """Everything in the folders but locks, and what is remembered of the machine and of weights."""
     paths = {path for folder in folders for path in folder.rglob("*") if path.suffix != ".lock"}
-    return {path for path in paths if path.name != "home" and "digests" not in path.parts}
+    return {p for p in paths if p.name not in ("home", "machine.json") and "digests" not in p.parts}
 
 
 @pytest.fixture

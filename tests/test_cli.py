@@ -246,4 +246,6 @@ def test_resume_of_a_finished_run_changes_nothing(run_folder: Path, talik: Talik
     before, result = files(), json.loads((run_folder / "results.json").read_text())
     again = talik("resume", run_folder, "--json").value
     assert files() == before and len(before) > 6
+    measured = [value.pop("memory") for value in (again, result)]
+    assert measured[0].keys() == measured[1].keys() and measured[0]["loss"] == measured[1]["loss"]
     assert {**again, "seconds": 0} == {**result, "seconds": 0}

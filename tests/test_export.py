@@ -15,6 +15,7 @@ import talik
 from talik.chat import answer, load_for_chat
 from talik.events import Said
 from talik.files import read_json
+from talik.plan.ways import choose
 from talik.recipe import Recipe
 
 MAMBA2 = {"num_heads": 8, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 16}
@@ -30,7 +31,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 
 def trained(folder: Path, rows: Path, run: Path, **changes: Any) -> Path:
     fields = {"model": str(folder), "data": str(rows), "top_layers": 2, "steps": 2, "batch_tokens": 300}
-    talik.train(Recipe.model_validate({**fields, "learning_rate": 1e-3, **changes}), run)
+    recipe = Recipe.model_validate({**fields, "learning_rate": 1e-3, **changes})
+    talik.train(recipe, run, plan=choose(recipe, folder) if folder.is_dir() else None)
     return run
 
 

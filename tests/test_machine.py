@@ -27,6 +27,12 @@ from talik.machine_table import GPUS, find_gpu
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(own_home: None) -> None:
+    """These tests begin on a machine that has not been measured."""
+    machine_rates.kept_file().unlink()
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Measuring takes no time here; the list says what was measured."""

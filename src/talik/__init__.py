@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from talik.model.chain import verify_chain as verify_chain
     from talik.model.freeze import freeze as freeze
     from talik.model.inspection import inspect_model as inspect_model
+    from talik.plan.explain import explain as explain
     from talik.recipe import Plan as Plan
     from talik.recipe import Recipe as Recipe
     from talik.run import resume as resume
@@ -38,6 +39,7 @@ _HOMES = {
     "chunked_loss": "train.loss",
     "collate": "data.batches",
     "evaluate": "evaluate",
+    "explain": "plan.explain",
     "export": "export",
     "freeze": "model.freeze",
     "inspect_model": "model.inspection",

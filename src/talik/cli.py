@@ -20,6 +20,7 @@ Fine-tunes the top layers of a language model on the machine you have.
   inspect MODEL             the model's config and sizes in words; no weights are read
   preview DATA --model M    which tokens are trained and which are masked
   plan MODEL [DATA]         what training would take, before a weight is loaded: fits or not, and why
+  explain MODEL|RUN         why a common habit fills the memory, or why a run did not fit
   train MODEL DATA -o RUN   train; every option: talik train --help
   resume RUN                go on with a run that was stopped
   eval RUN|MODEL DATA       loss, perplexity and accuracy; base beside tuned
@@ -37,6 +38,7 @@ COMMANDS = {  # and the module that has its function
     **dict.fromkeys(("inspect", "preview", "train", "resume", "eval", "chat", "export"), "commands"),
     "machine": "plan_commands",
     "plan": "plan_commands",
+    "explain": "plan_commands",
     **dict.fromkeys(("cache", "demo"), "commands"),
 }
 

@@ -22,10 +22,14 @@ from talik.options import (
     recipe_fields,
 )
 
+ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the diagnosis"
+
 
 def train_command(argv: list[str]) -> None:
     """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
-    from talik.recipe import Recipe, check, read_fields
+    from talik.errors import UsageError
+    from talik.files import parse_size
+    from talik.recipe import Recipe, check, read_fields, read_plan
 
     first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config")
@@ -40,14 +44,25 @@ def train_command(argv: list[str]) -> None:
         *recipe_fields(**shown),
         ("run", arg(str, "folder of the run; must be new", "-o", name="output")),
         ("config", arg(str | None, help_config, "-c"), None),
+        ("plan", arg(str | None, "the plan.json of another run, carried out again"), None),
+        ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
+        ("enforce", arg(bool, ENFORCE), False),
         ("json", arg(bool, "print the result as JSON"), False),
     )
     parsed = vars(parse("train", wanted, argv, "Trains the top of a model on a file of rows."))
-    run, as_json = parsed.pop("run"), parsed.pop("json")
+    run, as_json, plan, memory, enforce = (
+        parsed.pop(name) for name in ("run", "json", "plan", "memory", "enforce")
+    )
     del parsed["config"]
     defaults = {name: field.default for name, field in Recipe.model_fields.items()} | {"also": []} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
     recipe = check({**written, **given}, config)
+    if plan and memory:
+        raise UsageError("--plan and --memory: a plan says what it takes; name one")
+    limits = {
+        "plan": read_plan(Path(plan)) if plan else None,
+        "memory": parse_size(memory) if memory else None,
+    }
 
     from talik import show
     from talik.run import train
@@ -55,7 +70,7 @@ def train_command(argv: list[str]) -> None:
     _quiet()
     _show_recipe(recipe)
     with show.Watch() as watch:
-        result = train(recipe, run, notify=watch)
+        result = train(recipe, run, **limits, enforce=enforce, notify=watch)
     _show_result(result, as_json)
 
 
@@ -83,6 +98,7 @@ def resume_command(argv: list[str]) -> None:
     wanted = options(
         "Resume",
         ("run", positional(str, "folder of the run", "RUN")),
+        ("enforce", arg(bool, ENFORCE), False),
         ("json", arg(bool, "print the result as JSON"), False),
     )
     parsed = parse("resume", wanted, argv, "Goes on with a run from its newest checkpoint, bit for bit.")
@@ -91,7 +107,7 @@ def resume_command(argv: list[str]) -> None:
 
     _quiet()
     with show.Watch() as watch:
-        result = resume(parsed.run, notify=watch)
+        result = resume(parsed.run, enforce=parsed.enforce, notify=watch)
     _show_result(result, parsed.json)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from talik.data.dataset import read_all
 from talik.events import Notify, Said, silent
 from talik.model.source import find_model
-from talik.plan.solve import choose
+from talik.plan.ways import choose
 from talik.recipe import check
 from talik.train.evaluation import evaluate_top
 from talik.train.loading import load

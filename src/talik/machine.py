@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from talik.events import Notify, silent
 from talik.files import in_words, write_text
 from talik.machine_description import complete_rates, described_fields
 from talik.machine_rates import Rates, kept_file, matmul_rate, rates_here
-from talik.system import anonymous_bytes, free_memory, home_folder, processor_name, total_memory
+from talik.system import (
+    anonymous_bytes,
+    free_memory,
+    home_folder,
+    limited_memory,
+    processor_name,
+    total_memory,
+)
 
 __all__ = [
     "Machine",
@@ -25,6 +34,7 @@ __all__ = [
     "Rates",
     "choose_device",
     "described_machine",
+    "hard_limit",
     "machine_text",
     "matmul_rate",
     "save_machine",
@@ -178,16 +188,38 @@ def machine_text(machine: Machine) -> str:
     return "\n".join(f"{name:<17} {text}" for name, text in rows)
 
 
+@contextlib.contextmanager
+def hard_limit(device: torch.device, most: int) -> Iterator[None]:
+    """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
+
+    UsageError where a system has no such limit.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, most / torch.accelerator.get_memory_info(device)[1])
+        )
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    elif device.type == "cpu" and sys.platform == "linux":
+        with limited_memory(most):
+            yield
+    else:
+        raise UsageError(
+            f"--enforce: {sys.platform} sets no limit on {device.type} memory", remedy="Leave it out."
+        )
+
+
 class PeakMemory:
-    """Samples how much memory this process holds, in a thread; `take()` is the peak since the last one.
+    """Samples how much memory this process holds, in a thread; bytes.
 
     On a CPU: anonymous + shared anonymous memory, every 20 ms; on an accelerator: what its allocator gave
-    out. Bytes.
+    out. `phases` has the peak of each phase that `phase(name)` began, `take()` the peak since the last one.
     """
 
     def __init__(self, device: torch.device, seconds: float = 0.02) -> None:
+        self.phases: dict[str, int] = {}
         self._device, self._seconds = device, seconds
-        self._peak, self._stop = 0, threading.Event()
+        self._now, self._sampled, self._taken, self._stop = "", 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True, name="talik-memory")
 
     def __enter__(self) -> PeakMemory:
@@ -196,18 +228,32 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.phase("")
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _sample(self) -> None:
         while not self._stop.wait(self._seconds):
-            self._peak = max(self._peak, anonymous_bytes())
+            self._sampled = max(self._sampled, anonymous_bytes())
+
+    def phase(self, name: str) -> None:
+        """A phase begins, and the one before it ends."""
+        peak = self._since()
+        if self._now:
+            self.phases[self._now] = max(peak, self.phases.get(self._now, 0))
+        self._now, self._taken = name, max(peak, self._taken)
 
     def take(self) -> int:
-        """The peak since the last call, in bytes."""
+        """The peak since the last call."""
+        self.phase(self._now)
+        taken, self._taken = self._taken, 0
+        return taken
+
+    def _since(self) -> int:
+        """The peak since this was last asked for."""
         if self._device.type == "cpu":
-            sampled, self._peak = self._peak, 0
+            sampled, self._sampled = self._sampled, 0
             return max(sampled, anonymous_bytes())
         peak = torch.accelerator.max_memory_allocated(self._device)
         torch.accelerator.reset_peak_memory_stats(self._device)

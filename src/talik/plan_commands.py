@@ -1,16 +1,17 @@
-"""The commands about what a run would take: the machine it runs on."""
+"""The commands about what a run takes: the plan, the machine it is for, and why memory ends."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from talik.options import arg, options, parse, positional, recipe_fields
 
 PLANNED = (
-    *("input_field", "output_field", "train_on", "max_length", "too_long", "held_out", "top_layers", "also"),
-    *("precision", "epochs", "batch_tokens", "seed", "trunk", "device"),
+    *("input_field", "output_field", "train_on", "max_length", "too_long", "eval_data", "held_out"),
+    *("top_layers", "also", "precision", "epochs", "steps", "batch_tokens", "seed", "trunk", "device"),
 )
 
 
@@ -49,44 +50,137 @@ def plan_command(argv: list[str]) -> None:
         "Plan",
         ("model", positional(str, "a folder (config.json is enough), a hub id or a .gguf file", "MODEL")),
         ("data", positional(str | None, "a file of rows, for the true lengths", "[DATA]"), None),
+        ("top_layers", arg(int | Literal["auto"], "train the last N layers; auto: the most that fit"), 5),
         ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
+        ("ram", arg(str | None, "what it may take of the RAM beside a GPU"), None),
+        ("disk", arg(str | None, "what it may write"), None),
+        ("machine", arg(str | None, "another computer: a YAML file, or a GPU's name"), None),
+        ("picture", arg(str | None, "memory over the run, stacked by cause, to this .svg or .png"), None),
         ("json", arg(bool, "print it as JSON"), False),
-        *recipe_fields(PLANNED),
+        *recipe_fields([name for name in PLANNED if name != "top_layers"]),
     )
     parsed = vars(parse("plan", wanted, argv, "What a run will take, before a weight is loaded."))
     from talik import show
     from talik.errors import DoesNotFitError
-    from talik.files import parse_size
+    from talik.plan.picture import write_picture
     from talik.plan.report import plan_text
-    from talik.plan.ways import plan_run
     from talik.recipe import check
+    from talik.system import settle_allocators
 
-    memory = parse_size(parsed["memory"]) if parsed["memory"] else None
-    fields = {name: parsed[name] for name in PLANNED if parsed[name] is not None}
+    settle_allocators()
+    sizes = _sizes(parsed)
+    fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
     recipe = check({"model": parsed["model"], "data": parsed["data"] or "-", **fields})
     with show.Watch() as watch:
-        folder, examples = _model_and_examples(recipe, parsed["data"], watch)
-        planned = plan_run(recipe, folder, examples, memory=memory, notify=watch)
+        planned = _planned(recipe, parsed, sizes, watch)
+    if parsed["picture"]:
+        program = planned.target.program
+        write_picture(
+            planned.simulation, Path(parsed["picture"]), budget=planned.target.memory, program=program
+        )
+        show.said("written", parsed["picture"])
     if parsed["json"]:
         show.result_json(planned.as_dict())
     else:
         show.result(plan_text(planned))
     if not planned.fits:
         raise DoesNotFitError(
-            f"no way to run this fits {show.in_words(planned.budget)}",
-            remedy="Train fewer layers (--top-layers), or give it more memory (--memory).",
+            f"no way to run this fits {show.in_words(planned.target.memory)}",
+            remedy="; ".join(change.options for change in planned.changes),
         )
 
 
+def explain_command(argv: list[str]) -> None:
+    wanted = options(
+        "Explain",
+        ("target", positional(str, "a model (its config is enough), or the folder of a run", "MODEL|RUN")),
+        ("habit", arg(str | None, "with MODEL: what fills memory or spoils labels, by its name"), None),
+        ("memory", arg(str | None, "with MODEL: the memory that it fills, as in 8GiB"), None),
+        ("top_layers", arg(int, "with MODEL: the last N layers are trained"), 5),
+        ("json", arg(bool, "print it as JSON"), False),
+    )
+    parsed = parse(
+        "explain", wanted, argv, "Why memory ends: in a common habit, or in a run that did not fit."
+    )
+    from talik import show
+    from talik.errors import UsageError
+    from talik.model.source import find_model
+    from talik.plan.explain_run import explain_run
+    from talik.plan.habits import HABITS, habit
+    from talik.train.run_folder import REFUSED, is_run
+
+    folder = Path(parsed.target)
+    if (folder / REFUSED).is_file():
+        _explain_refused(folder / REFUSED, parsed.json)
+    elif is_run(folder):
+        found = explain_run(folder)
+        if parsed.json:
+            show.result_json([finding.as_dict() for finding in found])
+        else:
+            show.result("\n\n".join(map(str, found)) or "the run kept its promise")
+    elif parsed.habit is None:
+        shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
+        raise UsageError(f"name a habit with --habit:\n{shown}")
+    else:
+        model = find_model(parsed.target, weights=False).folder
+        report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)
+        show.result_json(report.as_dict()) if parsed.json else show.result(str(report))
+
+
+def _explain_refused(file: Path, as_json: bool) -> None:
+    """Plans the refused run once more, with the changes that would fit."""
+    from talik import show
+    from talik.files import read_json
+    from talik.plan.report import plan_text
+    from talik.recipe import check
+
+    kept = read_json(file)
+    recipe = check(kept["recipe"], file)
+    given = {"data": recipe.data, "machine": None, "top_layers": recipe.top_layers}
+    with show.Watch() as watch:
+        planned = _planned(recipe, given, {"memory": kept["planned"]["budget_bytes"]}, watch)
+    show.result_json(planned.as_dict()) if as_json else show.result(plan_text(planned))
+
+
+def _sizes(parsed: dict[str, Any]) -> dict[str, int | None]:
+    """The limits that were named, in bytes."""
+    from talik.files import parse_size
+
+    return {n: parse_size(parsed[n]) if parsed[n] else None for n in ("memory", "ram", "disk")}
+
+
+def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None], watch: Any) -> Any:
+    """The plan, for the most layers that fit where that is asked for; with what would help if none does."""
+    from talik.machine import described_machine, this_machine
+    from talik.plan.changes import most_layers, smallest_changes
+    from talik.plan.solve import plan_run
+    from talik.plan.target import target_of
+
+    folder, sets = _model_and_examples(recipe, parsed["data"], watch)
+    named = parsed["machine"]
+    machine = described_machine(named) if named else this_machine(recipe.device, notify=watch)
+    target = target_of(machine, **sizes)
+    if parsed["top_layers"] == "auto":
+        layers = most_layers(recipe, folder, sets, target, watch)
+        recipe = recipe.model_copy(update={"top_layers": layers})
+    planned = plan_run(recipe, folder, *sets, target=target, notify=watch)
+    if planned.fits:
+        return planned
+    changes = smallest_changes(planned, recipe, folder, sets, watch)
+    return dataclasses.replace(planned, changes=changes)
+
+
 def _model_and_examples(recipe: Any, data: str | None, notify: Any) -> tuple[Path, Any]:
-    """The model's folder, and the examples of the data if there is any."""
-    from talik.data.dataset import read_all
+    """The model's folder, and the examples to train on (None without data) and to evaluate on."""
+    from talik.data.dataset import read_sets
     from talik.model.source import find_model
     from talik.train.run_folder import load_tokenizer
 
     folder = find_model(recipe.model, weights=False).folder
     if data is None:
-        return folder, None
-    read = read_all(recipe, data, load_tokenizer(folder), "training")
-    notify(read)
-    return folder, read.examples
+        return folder, (None, ())
+    sets = read_sets(recipe, load_tokenizer(folder))
+    for found in sets:
+        if found is not None:
+            notify(found)
+    return folder, tuple(found.examples if found else () for found in sets)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from talik.errors import RecipeError
-from talik.files import write_text
+from talik.files import read_json, write_text
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
 
@@ -136,6 +136,10 @@ class Plan(BaseModel):
     micro_batch_tokens: int = Field(description="tokens that go through the top at once, padding included")
     loss_chunk: int = Field(description="trained positions whose logits exist at once")
     recompute: bool = Field(description="whether the backward runs each layer again, with nothing kept of it")
+    promised: dict[str, int] = Field(
+        default={},
+        description="memory that each phase takes at most, in bytes, the program's included; it alone, too",
+    )
 
 
 def check(given: dict[str, Any], where: object = None) -> Recipe:
@@ -150,6 +154,20 @@ def check(given: dict[str, Any], where: object = None) -> Recipe:
             where=where,
             remedy="`talik train --help` lists every field with its default.",
         ) from None
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a plan.json. RecipeError for a file that is missing or none of this version."""
+    if not path.is_file():
+        raise RecipeError("there is no such plan", where=path.absolute(), remedy="Name a run's plan.json.")
+    try:
+        return Plan.model_validate(read_json(path))
+    except ValidationError as error:
+        problem = f"is not a plan of this version of Talik ({error.error_count()} fields differ)"
+        remedy = "Go on with the version that the run began with, or begin a new run."
+        raise RecipeError(problem, where=path, remedy=remedy) from None
+    except ValueError as error:
+        raise RecipeError(f"is not JSON: {error}", where=path, remedy="Name a run's plan.json.") from None
 
 
 def _in_words(problem: Any) -> str:

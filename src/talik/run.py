@@ -13,24 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
+from talik.errors import DoesNotFitError, NoRoomError, UsageError
 from talik.events import Notify, Progress, Said, silent
-from talik.files import need_room, write_json
-from talik.machine import matmul_rate
+from talik.files import in_words, need_room, read_json, write_json
+from talik.machine import Machine, hard_limit, this_machine
 from talik.model.digests import remembered
-from talik.model.freeze import count_trained
 from talik.model.source import Source, find_model
-from talik.plan.solve import choose
+from talik.plan.explain_run import BROKEN
+from talik.plan.planned import Planned
+from talik.plan.promise import Promise, broken_fields
+from talik.plan.report import short_text
+from talik.plan.solve import plan_run
+from talik.plan.target import slack_of, target_of
+from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
-from talik.system import ctrl_c_waits
+from talik.system import ctrl_c_waits, settle_allocators
 from talik.train.evaluation import Evaluation, evaluate_top
-from talik.train.loading import Loaded, load, working_dtype
+from talik.train.loading import Loaded, load
 from talik.train.loop import Job, train_loop
 from talik.train.resume import (
     State,
-    checkpoint_bytes,
     clear_unfinished,
     latest_checkpoint,
     load_checkpoint,
@@ -42,6 +47,7 @@ from talik.train.run_folder import (
     load_tokenizer,
     only_process,
     open_run,
+    refuse_run,
     start_run,
 )
 from talik.train.scratch import MemoryScratch
@@ -51,7 +57,10 @@ from talik.train.trunk import trunk_states
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to; `base` and `tuned` (the best) are None without anything to evaluate on."""
+    """What a run came to; `base` and `tuned` (the best) are None without anything to evaluate on.
+
+    `memory` has, by phase and in bytes, what was promised, allocated (in the first steps) and measured.
+    """
 
     run: str
     steps: int
@@ -59,14 +68,25 @@ class Result:
     base: Evaluation | None
     tuned: Evaluation | None
     best_step: int | None
+    memory: dict[str, dict[str, int]]
 
 
-def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result:
-    """Trains by a recipe into a new run folder.
+def train(
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    plan: Plan | None = None,
+    memory: int | None = None,
+    enforce: bool = False,
+    notify: Notify = silent,
+) -> Result:
+    """Trains by a recipe into a new run folder, by a given plan or the fastest that fits.
 
+    `memory`: bytes that it may take, in place of what is free. `enforce`: the plan's promise is a hard limit.
     Raises the errors of talik.errors; every one that concerns the recipe, the model's files or the data is
     raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
     """
+    settle_allocators()
     folder = Path(run)
     check_new(folder)
     source = find_model(
@@ -74,23 +94,60 @@ def train(recipe: Recipe, run: str | Path, *, notify: Notify = silent) -> Result
     )
     notify(Said("model", f"{recipe.model} in {source.folder}"))
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    plan = choose(recipe, source.folder, notify)
+    check_layers(recipe, config.get_text_config(decoder=True).num_hidden_layers)
     sets = _read_sets(recipe, source.folder, notify)
     check_positions(config, *sets)
-    _check_room(folder, recipe, config)
-    _note_slow_precision(recipe, plan, notify)
+    if plan is None:
+        plan = _planned(recipe, source, folder, sets, memory, notify)
+    else:
+        check_plan(plan, recipe, source.folder)
     if not remembered(source.folder):
         notify(Said("model", "its weights are read once, to know them by their content"))
     started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
-    return _carry_out(started, *sets, notify)
+    return _carry_out(started, *sets, enforce, notify)
 
 
-def resume(run: str | Path, *, notify: Notify = silent) -> Result:
+def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -> Result:
     """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
+    settle_allocators()
     opened = open_run(run, notify)
     sets = _read_sets(opened.recipe, opened.source.folder, notify)
     check_same_data(opened, examples_fingerprint(*sets))
-    return _carry_out(opened, *sets, notify)
+    return _carry_out(opened, *sets, enforce, notify)
+
+
+def _planned(
+    recipe: Recipe,
+    source: Source,
+    folder: Path,
+    sets: tuple[Data, Data | None],
+    memory: int | None,
+    notify: Notify,
+) -> Plan:
+    """The plan that was chosen; a refusal stays in the run's folder for `talik explain`."""
+    try:
+        machine = this_machine(recipe.device, notify=notify)
+    except NoRoomError:  # to measure the disk, which a run can do without
+        machine = this_machine(recipe.device, measure=False)
+    examples, evaluated = (data.examples if data else [] for data in sets)
+    target = target_of(machine, memory=memory)
+    planned = plan_run(recipe, source.folder, examples, evaluated, target=target, notify=notify)
+    for line in short_text(planned):
+        notify(Said("plan", line))
+    if planned.breaks:
+        refuse_run(folder, recipe, planned.as_dict())
+        raise _refused(planned, folder)
+    need_room(folder, planned.disk["checkpoints"], "the run's checkpoints")
+    _note_slow_precision(recipe, machine, notify)
+    return planned.plan
+
+
+def _refused(planned: Planned, folder: Path) -> DoesNotFitError:
+    short = planned.peak.bytes + slack_of(planned.peak.bytes) - planned.target.memory
+    return DoesNotFitError(
+        f"no way to run this fits {in_words(planned.target.memory)}: {in_words(short)} are missing",
+        remedy=f"See why, and what would fit: talik explain {folder}",
+    )
 
 
 def _findable(recipe: Recipe, source: Source) -> Recipe:
@@ -108,19 +165,10 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
     return sets
 
 
-def _check_room(folder: Path, recipe: Recipe, config: PreTrainedConfig) -> None:
-    """NoRoomError if the checkpoints will not fit on the disk."""
-    dtype = working_dtype(recipe)
-    trained = count_trained(config, recipe.top_layers, tuple(recipe.also))
-    need_room(folder, checkpoint_bytes(trained, dtype, recipe), "the run's checkpoints")
-
-
-def _note_slow_precision(recipe: Recipe, plan: Plan, notify: Notify) -> None:
+def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> None:
     """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
-    if recipe.precision == "fp32":
-        return
-    slow, fast = (matmul_rate(dtype, torch.device(plan.device)) for dtype in (torch.bfloat16, torch.float32))
-    if slow < fast / 2:
+    slow, fast = machine.rates.matmul["bf16"], machine.rates.matmul["fp32"]
+    if recipe.precision != "fp32" and slow < fast / 2:
         text = (
             f"this machine multiplies bf16 matrices at {slow / 1e9:.0f} GFLOP/s and fp32 ones at "
             f"{fast / 1e9:.0f}: --precision fp32 would be faster, with twice the memory for the weights"
@@ -128,15 +176,31 @@ def _note_slow_precision(recipe: Recipe, plan: Plan, notify: Notify) -> None:
         notify(Said("note", text))
 
 
-def _carry_out(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Result:
+def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:
     """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
-    with only_process(run.folder):
-        result = _train(run, data, evaluation, _logged(run.folder, notify))
+    with only_process(run.folder), _limit(run, enforce), Promise(run.plan) as promise:
+        (run.folder / BROKEN).unlink(missing_ok=True)
+        try:
+            result = _train(run, data, evaluation, promise, _logged(run.folder, notify))
+        except Exception as error:
+            if (broken := promise.broken_by(error, run.folder)) is None:
+                raise
+            write_json(run.folder / BROKEN, broken_fields(broken, promise))
+            raise broken from None
         write_json(run.folder / "results.json", asdict(result))
     return result
 
 
-def _train(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Result:
+def _limit(run: Run, enforce: bool) -> contextlib.AbstractContextManager[None]:
+    """The hard limit that a run has: its promise and the slack, or none."""
+    if not enforce:
+        return contextlib.nullcontext()
+    if not (most := max(run.plan.promised.values(), default=0)):
+        raise UsageError("--enforce: this run's plan promises nothing", where=run.folder / "plan.json")
+    return hard_limit(torch.device(run.plan.device), most + slack_of(most))
+
+
+def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, notify: Notify) -> Result:
     started = time.perf_counter()
     clear_unfinished(run.folder)
     torch.set_num_threads(run.plan.threads)
@@ -144,7 +208,9 @@ def _train(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Res
     notify(Said("trained", _what_is_trained(loaded)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
     with contextlib.ExitStack() as stack:
+        promise.phase("trunk")
         states = stack.enter_context(trunk_states(loaded, sets, run.recipe, notify))
+        promise.phase("load")
         top, evaluate = loaded.top(), None
         if evaluation is not None:
             evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan)
@@ -164,11 +230,14 @@ def _train(run: Run, data: Data, evaluation: Data | None, notify: Notify) -> Res
             run.plan,
             run.folder,
             evaluate,
+            promise,
             notify,
             interrupted,
         )
         state = train_loop(job, state)
-    return _result(run.folder, state, time.perf_counter() - started)
+    promise.phase("end")
+    notify(Said("memory", promise.in_words()))
+    return _result(run.folder, state, time.perf_counter() - started, promise)
 
 
 def _logged(folder: Path, notify: Notify) -> Notify:
@@ -198,9 +267,12 @@ def _what_is_trained(loaded: Loaded) -> str:
     return f"{', '.join(shown)}: {share}; {frozen} frozen"
 
 
-def _result(folder: Path, state: State, seconds: float) -> Result:
+def _result(folder: Path, state: State, seconds: float, promise: Promise) -> Result:
     marks = [
         Evaluation(mark["loss"], mark["accuracy"], int(mark["trained_tokens"])) for mark in state.evaluations
     ]
     best = min(marks[1:], key=lambda mark: mark.loss, default=None)  # the first is the base's
-    return Result(str(folder), state.step, seconds, marks[0] if marks else None, best, state.best_step)
+    base = marks[0] if marks else None
+    written = folder / "results.json"
+    earlier = read_json(written).get("memory") if written.exists() else None
+    return Result(str(folder), state.step, seconds, base, best, state.best_step, promise.table(earlier))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import signal
@@ -17,6 +18,7 @@ import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows what containers and services may take
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_... of malloc.h
 _CGROUP_FILES = {  # version: limit and usage in bytes; the part of the usage that is given back on demand
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     "v2": ("memory.max", "memory.current", "inactive_file"),
@@ -69,6 +71,39 @@ def _limits() -> Iterator[tuple[int, int]]:
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:
             yield limit, used
+
+
+def settle_allocators() -> None:
+    """Settles how memory is given out, before much is: what is held shall be what is used.
+
+    On Linux CUDA's allocator gets expandable segments, unless the user has chosen, and glibc gives freed
+    blocks of 1 MiB and more back: it would learn from the first that is freed to keep all up to 32 MiB
+    (mallopt(3)).
+    """
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_TRIM_THRESHOLD, 1 << 20)
+
+
+@contextlib.contextmanager
+def limited_memory(most: int) -> Iterator[None]:
+    """Inside, this process gets no more than `most` bytes of anonymous memory. Linux only: RLIMIT_DATA.
+
+    That limit counts what was asked for and never touched, too: what is so now comes on top.
+    """
+    import resource
+
+    untouched = psutil.Process().memory_info().data - anonymous_bytes()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most + max(0, untouched), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:

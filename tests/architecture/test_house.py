@@ -22,6 +22,7 @@ def test_the_public_names() -> None:
         "chunked_loss",
         "collate",
         "evaluate",
+        "explain",
         "export",
         "freeze",
         "inspect_model",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from talik.plan.attention import AMPERE, Call, cuda_attention, flash_backward_bytes, kernel_for
+from talik.plan.attention import (
+    AMPERE,
+    Call,
+    cuda_attention,
+    efficient_backward_bytes,
+    flash_backward_bytes,
+    kernel_for,
+)
 
 TURING, ADA, HOPPER = (7, 5), (8, 9), (9, 0)
 BF16 = torch.bfloat16
@@ -204,3 +213,37 @@ def test_what_flash_attention_s_backward_pass_allocates() -> None:
     assert flash_backward_bytes(1, 28, 1024, 128, 28) == sums + sums * 128
     assert flash_backward_bytes(1, 28, 1024, 128, 4) == sums + sums * 128 + 2 * (28 * 1024 * 128 * 2)
     assert flash_backward_bytes(1, 1, 1, 130) == 128 * 4 + 128 * 192 * 4
+
+
+@pytest.mark.parametrize(
+    ("size", "itemsize", "capability", "elements"),
+    [
+        (64, 2, (8, 0), 1024 * 64),  # dq alone: dk and dv are in registers
+        (128, 2, (8, 0), 1024 * 128),
+        (128, 2, ADA, 1024 * 128 + 2 * 3 * 1024 * 128),  # dk and dv, of keys in 200 // 56 parts
+        (80, 2, ADA, 1024 * 128),
+        (128, 4, ADA, 1024 * 128),
+        (80, 4, TURING, 1024 * 128),
+    ],
+)
+def test_what_the_efficient_kernel_allocates_for_itself(
+    size: int, itemsize: int, capability: tuple[int, int], elements: int
+) -> None:
+    taken = efficient_backward_bytes(2, 28, 1000, 1000, size, itemsize, capability)
+    assert taken == 4 * 2 * 28 * (1000 + elements)
+
+
+def test_the_efficient_kernel_s_tiles_are_those_of_the_installed_torch() -> None:
+    """In order: the first that is large enough, and fits the device's shared memory, is taken."""
+    header = "include/ATen/native/transformers/cuda/mem_eff_attention/kernels/cutlassB.h"
+    text = (Path(torch.__file__).parent / header).read_text(encoding="utf-8")
+    offered = re.findall(r"cb\(.*fmha_cutlassB_bf16_aligned_(\d+x\d+_k\d+)_sm80\)", text)
+    assert offered == [
+        "64x64_k32",
+        "64x64_k64",
+        "128x64_k96",
+        "128x128_k128",
+        "64x64_k128",
+        "128x64_k65536",
+        "64x64_k65536",
+    ]

@@ -18,9 +18,7 @@ from talik.plan.cuda_allocator import (
     Block,
     ExpandableAllocator,
     Replayed,
-    context_bytes,
     least_capacity,
-    library_workspace,
     replay,
 )
 
@@ -175,10 +173,20 @@ def test_a_storage_cannot_be_born_twice() -> None:
         replay([(7, 1), (7, 2)])
 
 
-def test_estimates_beside_the_allocator() -> None:
-    assert library_workspace((8, 6)) == 8_519_680
-    assert library_workspace((9, 0)) == library_workspace(None) == 32 * MIB
-    assert context_bytes("NVIDIA GeForce RTX 3090") < context_bytes(None) < 1024 * MIB
+def test_what_cannot_be_given_back_is_pages_that_hold_something() -> None:
+    allocator = ExpandableAllocator()
+    first, second = _allocate(allocator, 30 * MIB), _allocate(allocator, 25 * MIB)
+    assert allocator.held == allocator.reserved == 60 * MIB
+    allocator.free(first)  # of its two pages, the second holds `second`, too
+    assert (allocator.held, allocator.reserved) == (40 * MIB, 60 * MIB)
+    allocator.free(second)
+    assert allocator.held == 0
+    assert [allocator.pages_for(size) for size in (1, MIB, MIB + 1, 21 * MIB)] == [
+        2 * MIB,
+        2 * MIB,
+        20 * MIB,
+        40 * MIB,
+    ]
 
 
 def _allocate(allocator: Allocator, size: int) -> Block:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from talik.cli import main
 from talik.data.labels import Example, Span
 from talik.data.rows import Place
 from talik.model.weights import Weights
 from talik.plan.account import account
 from talik.plan.simulate import Subject, Work, rehearse, simulate, subject_of
 from talik.plan.storage_log import CAUSES, StorageLog
-from talik.plan.ways import plan_run
 from talik.recipe import Plan, Recipe
 from talik.train.cache import groups_of
 
@@ -120,53 +117,3 @@ def test_the_first_allocation_beyond_a_budget_is_named(
     broken = result.first_break(result.peak.bytes - 1)
     assert broken is not None
     assert (broken.phase, broken.total) == (result.peak.phase, result.peak.bytes)
-
-
-def test_a_config_is_enough(build_model: Callable[..., Any], tmp_path: Path) -> None:
-    build_model("qwen2", **SMALL).config.save_pretrained(tmp_path)
-    recipe = Recipe(model=str(tmp_path), data="-", top_layers=2, max_length=128, precision="fp32")
-    planned = plan_run(recipe, tmp_path, memory=64 << 30)
-    assert planned.fits
-    assert planned.assumed is not None
-    assert "128 tokens" in planned.assumed
-    report = planned.as_dict()
-    assert report["chosen"]["cut"] == 2
-    assert report["peak_bytes"]["cpu"] == max(phase["peak_bytes"] for phase in report["phases"])
-
-
-def test_a_smaller_way_is_found_where_the_first_does_not_fit(
-    build_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("talik.plan.ways.anonymous_bytes", lambda: 0)
-    monkeypatch.setattr("talik.plan.ways.LEAST_SLACK", 0)
-    build_model("qwen2", **SMALL, max_position_embeddings=512).save_pretrained(tmp_path)
-    recipe = Recipe(model=str(tmp_path), data="-", top_layers=2, precision="fp32", batch_tokens=4096)
-    made = examples(*[250] * 16)
-    first = plan_run(recipe, tmp_path, made, memory=64 << 30)
-    assert first.fits
-    assert first.plan.micro_batch_tokens == 2048
-    smaller = plan_run(recipe, tmp_path, made, memory=int(first.peak.bytes * 0.8))
-    assert smaller.fits
-    assert smaller.plan.micro_batch_tokens < 2048 or smaller.plan.recompute
-    assert smaller.peak.bytes <= smaller.budget - smaller.slack
-    assert smaller.refused[0].peak_bytes == first.peak.bytes
-    assert smaller.refused[0].simulated
-
-
-def test_the_command_says_what_does_not_fit(
-    build_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    build_model("qwen2", **SMALL).config.save_pretrained(tmp_path)
-    assert main(["plan", str(tmp_path), "--top-layers", "2", "--memory", "1MiB", "--json"]) == 3
-    out, err = capsys.readouterr()
-    report = json.loads(out)
-    assert not report["fits"]
-    assert report["breaks"]["bytes"] > 0
-    assert len(report["refused"]) > 1
-    assert "no way to run this fits 1" in err
-    assert main(["plan", str(tmp_path), "--top-layers", "2", "--memory", "64GiB"]) == 0
-    out, _ = capsys.readouterr()
-    assert out.startswith("fits: ")
-    assert "program" in out
-    assert main(["plan", str(tmp_path), "--memory", "plenty"]) == 2
-    assert main(["plan", str(tmp_path), "--top-layers", "9"]) == 2

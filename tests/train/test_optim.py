@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from conftest import make_recipe
-from talik.train import optim
-from talik.train.optim import adamw_, learning_rate_at, round_stochastically_, slices
+from talik.train import step as step_module
+from talik.train.optim import adamw_, learning_rate_at, round_stochastically_
+from talik.train.scratch import MemoryScratch
+from talik.train.step import update
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -25,10 +27,22 @@ def test_adamw_is_pytorchs(decay: float) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7), step
 
 
-def test_slices_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "SLICE", 7)
-    for size in (0, 1, 7, 8, 20):
-        assert [i for piece in slices(size) for i in range(size)[piece]] == list(range(size))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    trained = []
+    for size in (1 << 24, 7):
+        monkeypatch.setattr(step_module, "SLICE", size)
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(
+            torch.randn(5, 9).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+        )
+        scratch = MemoryScratch(torch.device("cpu"))
+        scratch["gradient/w"], scratch["master/w"] = torch.randn(5, 9), weight.detach().float()
+        for state in ("exp_avg", "exp_avg_sq"):
+            scratch.zeros(f"{state}/w", weight.shape, torch.float32)
+        update("w", weight, scratch, make_recipe(precision=precision), torch.tensor(0.5), 1, 0.01)
+        trained.append(weight.detach().clone())
+    assert torch.equal(*trained)
 
 
 def test_stochastic_rounding_is_right_on_average_and_keeps_bf16_numbers() -> None:

@@ -22,7 +22,9 @@ from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
 from talik.errors import Interrupted, NonFiniteError, RunError
 from talik.files import read_json
+from talik.plan.ways import choose
 from talik.recipe import Recipe
+from talik.run import Result
 from talik.train import loading, trunk
 from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
@@ -36,6 +38,11 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "qwen2-fp32.txt"
 def recipe_for(model_folder: Path, rows: Path, **changes: Any) -> Recipe:
     fields = {"model": str(model_folder), "data": str(rows), "precision": "fp32", "batch_tokens": 200}
     return Recipe.model_validate({**fields, "top_layers": 2, "learning_rate": 3e-3, **changes})
+
+
+def train(recipe: Recipe, run: Path, **options: Any) -> Result:
+    """By a plan of rules: simulating each of these runs would take longer than running it."""
+    return talik.train(recipe, run, plan=choose(recipe, Path(recipe.model)), **options)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -77,7 +84,7 @@ def plain_losses(recipe: Recipe, steps: int) -> list[float]:
 
 def test_twenty_steps_equal_a_plain_loop(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     recipe = recipe_for(model_folder, rows, steps=20)
-    talik.train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
     assert losses == pytest.approx(plain_losses(recipe, 20), abs=1e-5)
@@ -87,7 +94,7 @@ def test_golden_losses(
     model_folder: Path, rows: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A refactoring gives the same losses; other kernels may differ in the last digits."""
-    talik.train(recipe_for(model_folder, rows, steps=10, also=["head"]), tmp_path / "run")
+    train(recipe_for(model_folder, rows, steps=10, also=["head"]), tmp_path / "run")
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text("".join(f"{loss!r}\n" for loss in losses), encoding="utf-8")
@@ -99,7 +106,7 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
     folder = tmp_path / "run"
     seen: list[Any] = []
     recipe = recipe_for(model_folder, rows, held_out=0.2, epochs=2)
-    result = talik.train(recipe, folder, notify=seen.append)
+    result = train(recipe, folder, notify=seen.append)
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml",
         "plan.json",
@@ -140,14 +147,14 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
 ) -> None:
     """Ctrl-C in the middle of the second epoch, twice, and dropout's randomness in between."""
     recipe = recipe_for(model_folder, rows, precision=precision, epochs=3, held_out=0.2)
-    talik.train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "whole")
 
     def press(event: Any) -> None:
         if isinstance(event, StepDone) and event.step in (9, 13):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="after step 9"):
-        talik.train(recipe, tmp_path / "parts", notify=press)
+        train(recipe, tmp_path / "parts", notify=press)
     torch.manual_seed(123)  # whatever else happened to the generator
     with pytest.raises(Interrupted, match="after step 13"):
         talik.resume(tmp_path / "parts", notify=press)
@@ -178,7 +185,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_killed_after_a_save_and_resumed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     """SIGKILL between a save and the next: metrics are ahead of the checkpoint, and are taken back."""
     recipe = recipe_for(model_folder, rows, steps=9, save_every=4)
-    talik.train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "whole")
     script = (
         "import os, signal, sys, torch, talik\n"
         "torch.set_num_threads(1)\n"
@@ -196,7 +203,7 @@ def test_killed_after_a_save_and_resumed(model_folder: Path, rows: Path, tmp_pat
 
 
 def test_a_finished_run_resumed_does_nothing(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    talik.train(recipe_for(model_folder, rows, steps=3), tmp_path / "run")
+    train(recipe_for(model_folder, rows, steps=3), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     talik.resume(tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
@@ -220,7 +227,7 @@ def test_not_finite_stops_and_names_the_examples(model_folder: Path, rows: Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "make_top", spy_out)
         with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*rows\.jsonl:\d+"):
-            talik.train(recipe, tmp_path / "run", notify=poison)
+            train(recipe, tmp_path / "run", notify=poison)
     assert len(metrics(tmp_path / "run")) == 2
 
 
@@ -229,7 +236,7 @@ def test_early_stop_and_the_best_checkpoint(model_folder: Path, rows: Path, tmp_
     recipe = recipe_for(
         model_folder, rows, learning_rate=0.3, held_out=0.3, eval_every=1, early_stop=3, epochs=20, warmup=0
     )
-    result = talik.train(recipe, tmp_path / "run")
+    result = train(recipe, tmp_path / "run")
     state = read_json(checkpoints(tmp_path / "run")[-1] / "state.json")
     assert state["worse"] == 3 and result.steps == state["best_step"] + 3
     assert result.best_step == state["best_step"]
@@ -245,17 +252,17 @@ def test_the_trunk_runs_once(model_folder: Path, rows: Path, tmp_path: Path, mon
         honest(*args)
 
     monkeypatch.setattr(trunk, "trunk_pass", counted)
-    result = talik.train(recipe_for(model_folder, rows, epochs=3), tmp_path / "one")
+    result = train(recipe_for(model_folder, rows, epochs=3), tmp_path / "one")
     tokens = sum(record["tokens"] for record in metrics(tmp_path / "one"))
     assert result.steps > 3 and sum(passed) * 3 == tokens
-    talik.train(recipe_for(model_folder, rows, epochs=1, learning_rate=1e-3), tmp_path / "two")
+    train(recipe_for(model_folder, rows, epochs=1, learning_rate=1e-3), tmp_path / "two")
     assert sum(passed) * 3 == tokens
 
 
 def test_other_data_is_refused(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     mine = tmp_path / "rows.jsonl"
     mine.write_bytes(rows.read_bytes())
-    talik.train(recipe_for(model_folder, mine, steps=2), tmp_path / "run")
+    train(recipe_for(model_folder, mine, steps=2), tmp_path / "run")
     mine.write_text(mine.read_text(encoding="utf-8").replace("plus 1 is", "plus 1 makes"), encoding="utf-8")
     with pytest.raises(RunError, match="not those that this run began with"):
         talik.resume(tmp_path / "run")
@@ -266,7 +273,7 @@ def test_a_run_goes_on_from_another_folder(
 ) -> None:
     monkeypatch.chdir(rows.parent)
     recipe = recipe_for(Path(os.path.relpath(model_folder)), Path(rows.name), steps=2)
-    talik.train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     assert talik.resume("run").steps == 2
 
@@ -277,11 +284,11 @@ def test_two_processes_do_not_work_on_one_run(model_folder: Path, rows: Path, tm
             with pytest.raises(RunError, match="another process"):
                 talik.resume(tmp_path / "run")
 
-    talik.train(recipe_for(model_folder, rows, steps=1), tmp_path / "run", notify=second)
+    train(recipe_for(model_folder, rows, steps=1), tmp_path / "run", notify=second)
 
 
 def test_what_a_killed_save_left_is_removed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    talik.train(recipe_for(model_folder, rows, steps=2), tmp_path / "run")
+    train(recipe_for(model_folder, rows, steps=2), tmp_path / "run")
     part = tmp_path / "run" / "checkpoints" / ".step-00000009.part"
     part.mkdir()
     (part / "weights.safetensors").write_bytes(b"half")

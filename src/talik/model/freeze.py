@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from talik.errors import UsageError
 from talik.model.anatomy import Parts, parts_of
@@ -30,13 +29,6 @@ def freeze(model: PreTrainedModel, top_layers: int, also: tuple[str, ...] = ()) 
     for name, parameter in model.named_parameters():
         parameter.requires_grad = parts.part(name) in wanted
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def count_trained(config: PreTrainedConfig, top_layers: int, also: tuple[str, ...] = ()) -> int:
-    """How many parameters `freeze` would leave trained, from the config alone."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in freeze(model, top_layers, also).values())
 
 
 def untie(model: PreTrainedModel, parts: Parts) -> None:

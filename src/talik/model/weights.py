@@ -84,6 +84,10 @@ class Weights:
         sources = {source for name in names for source, _ in self._made_of[name].sources}
         return sum(self._table[source].size for source in sources)
 
+    def drop_staging(self) -> None:
+        """Gives back the memory that tensors of another dtype are read through; reading takes it again."""
+        self._staging = None
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """Names the content of these tensors by every byte that they are made of."""
         digests = tensor_digests(self.folder)

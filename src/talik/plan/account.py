@@ -34,12 +34,16 @@ class Break:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """The peaks of the phases of a run in the order in which they first begin, and what it computes."""
+    """The peaks of the phases of a run in the order in which they first begin, and what it computes.
+
+    `flops` and `moved` (bytes) are by phase; `routed`: what it takes depends on what a router chooses.
+    """
 
     phases: tuple[Peak, ...]
     flops: dict[str, int]
     moved: dict[str, int]
     log: StorageLog
+    routed: bool = False
 
     @property
     def peak(self) -> Peak:
@@ -66,7 +70,7 @@ def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
         yield number, phase, total
 
 
-def account(log: StorageLog) -> Simulation:
+def account(log: StorageLog, *, routed: bool = False) -> Simulation:
     """Finds each phase's peak, and what was alive then."""
     highest: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
     for number, phase, total in levels(log):
@@ -84,4 +88,4 @@ def account(log: StorageLog) -> Simulation:
                 wanted[number], sum(causes.values()), causes, made.block, made.operator
             )
     phases = tuple(peaks[phase] for phase in highest if phase in peaks)
-    return Simulation(phases, dict(log.flops), dict(log.moved), log)
+    return Simulation(phases, dict(log.flops), dict(log.moved), log, routed)

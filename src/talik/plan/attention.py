@@ -8,7 +8,7 @@ The rules are select_sdp_backend's in aten/src/ATen/native/transformers/cuda/sdp
 the masks those of scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp. Assumed:
 an NVIDIA device, the default kernels and order, cuDNN newer than 9.15. Not modelled: nested tensors, dropout
 that only cuDNN refuses, deterministic algorithms (no cuDNN), and what kernels allocate for themselves and
-free again (`flash_backward_bytes` is flash attention's).
+free again (`flash_backward_bytes` and `efficient_backward_bytes` are what those of the backward pass do).
 """
 
 from __future__ import annotations
@@ -101,6 +101,49 @@ def flash_backward_bytes(
     dq_accum = 4 * batch * heads * rounded * _up(head_dim, 32 if head_dim <= 128 else 64)
     expanded = 2 * batch * heads * sequence * _up(head_dim, 8) if key_heads not in (None, heads) else 0
     return softmax_d + dq_accum + 2 * expanded
+
+
+def efficient_backward_bytes(
+    batch: int,
+    heads: int,
+    sequence: int,
+    keys: int,
+    head_dim: int,
+    itemsize: int,
+    compute_capability: tuple[int, int],
+) -> int:
+    """Bytes that the backward pass of memory-efficient attention allocates beside its results, and frees.
+
+    In _efficient_attention_backward of aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta,
+    which an fp32 kernel gets from a product as large as the query, and then workspace_size() of
+    mem_eff_attention/kernel_backward.h: dq in fp32, and dk and dv as often as the keys are split, unless the
+    kernel keeps them in registers.
+    """
+    rows, half = batch * heads, itemsize == 2
+    of_queries, of_keys, in_registers = _backward_tile(head_dim, half, compute_capability)
+    elements = _up(sequence, of_queries) * _up(head_dim, of_keys)
+    if half and not in_registers:
+        splits = max(1, min(-(-keys // of_keys), 200 // rows))
+        elements += 2 * splits * _up(keys, of_keys) * _up(head_dim, of_queries)
+    product = 0 if half else sequence * head_dim
+    return 4 * rows * (sequence + max(elements, product))
+
+
+def _backward_tile(head_dim: int, half: bool, compute_capability: tuple[int, int]) -> tuple[int, int, bool]:
+    """The kernel that kernels/cutlassB.h offers first: queries and keys of its tile; are dk, dv in registers?
+
+    Assumed: the larger tiles need more shared memory than 7.5, 8.6, 8.9 and 12.x have (64 to 99 KB a block).
+    """
+    small = (
+        compute_capability < AMPERE or compute_capability in ((8, 6), (8, 9)) or compute_capability[0] > 11
+    )
+    if head_dim <= 64:
+        return 64, 64, half
+    if head_dim <= 96 and half and compute_capability in ((8, 6), (8, 9)):
+        return 128, 64, True
+    if small:
+        return 64, 64, False
+    return (128, 128, True) if half and head_dim <= 128 else (128, 64, False)
 
 
 def _attention(

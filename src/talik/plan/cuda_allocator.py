@@ -13,7 +13,7 @@ keeps segments that it would give back under pressure.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,17 +28,6 @@ LARGE_LIMIT = 10 * MIB  # kMinLargeAlloc: from here on, a native segment is as l
 LARGE_ROUNDING = 2 * MIB  # kRoundLarge: up to a multiple of this
 PAGES = 1 << 32  # of addresses in an expandable segment: for this model, no limit
 GRID = 16 * MIB  # of `least_capacity`
-
-# parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; from the caching allocator (#89027,
-# #95668). Which capabilities from 9.0 on have the larger one went back and forth (#175344): here all.
-WORKSPACE = 2 * (4096 << 10) + 8 * (16 << 10)  # :4096:2:16:8
-WORKSPACE_FROM_9_0 = 32 * MIB
-
-# No reliable figure is published. Bare contexts with lazily loaded kernels: 256 MiB (RTX 3090, CUDA 12.8,
-# InvokeAI #9413), 426 MiB (RTX 6000 Ada, CUDA 13.0, unsloth-zoo #1053), "around 400 MB" (pytorch #109888).
-BARE_CONTEXTS = {"RTX 3090": 256 * MIB, "RTX 6000 Ada": 426 * MIB}
-BARE_CONTEXT = 448 * MIB
-LOADED_KERNELS = 320 * MIB  # a guess: kernels of PyTorch, cuBLAS and cuDNN that a training step loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +45,7 @@ class Replayed:
 
 
 def replay(
-    events: Iterable[tuple[int, int]], *, capacity: int | None = None, expandable: bool = True
+    events: Sequence[tuple[int, int]], *, capacity: int | None = None, expandable: bool = True
 ) -> Replayed:
     """Gives storages memory on a device with `capacity` bytes for the allocator (None: without limit).
 
@@ -64,8 +53,14 @@ def replay(
     no bytes take nothing. Raises ValueError for a key that is born while it lives.
     """
     allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
+    done = sum(1 for _ in follow(events, allocator))
+    failed = done if done < len(events) else None
+    return Replayed(allocator.peak_allocated, allocator.peak_reserved, failed)
+
+
+def follow(events: Sequence[tuple[int, int]], allocator: Allocator) -> Iterator[int]:
+    """Does one event of `replay` after another, and gives its index; ends before one that does not fit."""
     live: dict[int, Block] = {}
-    failed = None
     for index, (key, size) in enumerate(events):
         if size <= 0:
             if block := live.pop(key, None):
@@ -75,9 +70,8 @@ def replay(
         elif block := allocator.allocate(size):
             live[key] = block
         else:
-            failed = index
-            break
-    return Replayed(allocator.peak_allocated, allocator.peak_reserved, failed)
+            return
+        yield index
 
 
 def least_capacity(events: Sequence[tuple[int, int]], *, expandable: bool = True) -> int:
@@ -97,24 +91,6 @@ def least_capacity(events: Sequence[tuple[int, int]], *, expandable: bool = True
     return enough * GRID
 
 
-def library_workspace(compute_capability: tuple[int, int] | None) -> int:
-    """Bytes that the first matrix product allocates for cuBLAS, and that stay; the larger for None.
-
-    To be replayed as a storage that is born first and never dies. CUBLAS_WORKSPACE_CONFIG is not read.
-    """
-    return WORKSPACE if compute_capability and compute_capability < (9, 0) else WORKSPACE_FROM_9_0
-
-
-def context_bytes(name: str | None) -> int:
-    """Bytes of device memory that a process takes beside the allocator's. An estimate, and a rough one.
-
-    They depend on the device (called `name`), the driver and CUDA. Where the machine is at hand, measure:
-    how much mem_get_info() fell since the process began, without torch.cuda.memory_reserved().
-    """
-    bare = (size for part, size in BARE_CONTEXTS.items() if part in (name or ""))
-    return next(bare, BARE_CONTEXT) + LOADED_KERNELS
-
-
 class Block(NamedTuple):
     """A range of addresses that storages of one pool may have; a hole if no memory is mapped there."""
 
@@ -126,6 +102,11 @@ class Block(NamedTuple):
     @property
     def end(self) -> int:
         return self.address + self.size
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Where the whole pages in it begin and end; if there is none, the end is no higher."""
+        return _up(self.address, self.pool.segment), self.end // self.pool.segment * self.pool.segment
 
 
 class Pool:
@@ -140,11 +121,13 @@ class Pool:
         self.holes: list[int] = []
         self.starts: dict[int, Block] = {}
         self.ends: dict[int, Block] = {}
+        self.idle = 0  # bytes of whole pages with memory that hold nothing
 
     def add(self, block: Block) -> None:
         self.starts[block.address] = self.ends[block.end] = block
         if block.mapped:
             insort(self.free, (block.size, block.address))
+            self.idle += _whole(block)
         else:
             insort(self.holes, block.address)
 
@@ -152,6 +135,7 @@ class Pool:
         del self.starts[block.address], self.ends[block.end]
         if block.mapped:
             del self.free[bisect_left(self.free, (block.size, block.address))]
+            self.idle -= _whole(block)
         else:
             del self.holes[bisect_left(self.holes, block.address)]
 
@@ -243,6 +227,15 @@ class ExpandableAllocator(Allocator):
         for pool in (self.small, self.large):
             pool.add(Block(pool, 0, pool.segment * PAGES, mapped=False))
 
+    @property
+    def held(self) -> int:
+        """Bytes that cannot be given back: of all pages that hold something."""
+        return self.reserved - self.small.idle - self.large.idle
+
+    def pages_for(self, size: int) -> int:
+        """Bytes of the pages that a storage of so many bytes takes where no other's has room for it."""
+        return _up(size, SMALL_SEGMENT if _up(size, ROUNDING) <= SMALL_LIMIT else LARGE_SEGMENT)
+
     def _new(self, pool: Pool, size: int) -> Block | None:
         """Maps pages at the lowest address with room (try_allocate_expandable_block)."""
         block = self._room(pool, size)
@@ -274,7 +267,7 @@ class ExpandableAllocator(Allocator):
 
     def _release(self, pool: Pool) -> None:
         for block in [pool.starts[address] for _, address in pool.free]:
-            start, end = _up(block.address, pool.segment), block.end // pool.segment * pool.segment
+            start, end = block.pages
             if start < end:
                 self._unmap(block, start, end)
 
@@ -293,6 +286,11 @@ class ExpandableAllocator(Allocator):
 def _growable(block: Block) -> int:
     after = block.pool.starts.get(block.end)
     return block.size + (after.size if after and not after.mapped else 0)
+
+
+def _whole(block: Block) -> int:
+    start, end = block.pages
+    return max(0, end - start)
 
 
 def _up(size: int, unit: int) -> int:

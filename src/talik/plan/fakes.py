@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,23 @@ from talik.train.cache import Cache, Group, States
 from talik.train.cache_shard import ShardWriter
 from talik.train.scratch import MemoryScratch
 
+Routing = Literal["even", "same"]
 SMALL = 4096  # elements up to which a float computed from integers alone stays real
+IN_PLACE = {"add_", "addcdiv_", "addcmul_", "copy_", "div_", "fill_", "lerp_", "mul_", "sub_", "zero_"}
 FACTORIES = {"arange", "zeros", "ones", "full", "tensor", "empty", "scalar_tensor"}
 
 
 class FakeLog(StorageLog):
-    """A StorageLog under a FakeTensorMode, in which integers are real."""
+    """A StorageLog under a FakeTensorMode, in which integers are real.
 
-    def __init__(self) -> None:
+    `routing` is what a router chooses: every expert about as often as any other, or always the same ones.
+    `routed` tells afterwards whether something was chosen.
+    """
+
+    def __init__(self, routing: Routing = "even") -> None:
         super().__init__()
+        self.routed = False
+        self._routing = routing
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,6 +51,8 @@ class FakeLog(StorageLog):
         name = func._schema.name.removeprefix("aten::")
         taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fake = any(isinstance(tensor, FakeTensor) for tensor in taken)
+        if name in IN_PLACE and isinstance(args[0], FakeTensor):
+            return args[0]  # as a fake of it would be, without the work
         if fake and name == "index":  # how many rows a mask chooses is known
             args = (args[0], _places(args[1]))
         if fake and name == "_local_scalar_dense":
@@ -69,7 +79,10 @@ class FakeLog(StorageLog):
             return torch.zeros(shape, dtype=tensor.dtype)
 
     def _choice(self, shape: list[int], count: int) -> Tensor:
-        """For each row another choice among `count`."""
+        """For each row another choice among `count`, or for all the same."""
+        self.routed = True
+        if self._routing == "same":
+            return torch.arange(shape[-1]).expand(shape).contiguous()
         rows = torch.rand(math.prod(shape[:-1]), count, generator=self._generator)
         return rows.argsort(-1)[:, : shape[-1]].reshape(shape).contiguous()
 
@@ -112,9 +125,9 @@ def _large_floats_fake(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def fake_world(model: nn.Module) -> Iterator[FakeLog]:
+def fake_world(model: nn.Module, routing: Routing = "even") -> Iterator[FakeLog]:
     """Inside, tensors are fake and logged, and the model's real float buffers have fakes in their place."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeLog() as log, _fake_buffers(model):
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeLog(routing) as log, _fake_buffers(model):
         yield log
 
 
@@ -190,15 +203,26 @@ class FakeStates(States):
 
 
 class FakeCache(Cache):
-    """A cache that keeps nothing."""
+    """A cache that keeps nothing.
 
-    def __init__(self) -> None:
-        pass
+    Of the groups that a run holds at once some are simulated; `others` is how many times their bytes the
+    others take, as far as `most` bytes in all allow.
+    """
+
+    def __init__(self, log: Log, others: float = 0.0, most: int = 0) -> None:
+        self._log, self._others, self._most = log, others, most
 
     @contextmanager
     def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
         """As `Cache.new_shard`."""
+        held = []
+        if self._others:
+            flows = self._log.unnamed()
+            size = int(min(self._others * flows, max(0, self._most - flows)))
+            held.append(torch.empty(size, dtype=torch.uint8))
+            self._log.mark(held, "cache and batches")
         yield FakeShard()
+        del held
 
 
 class FakeShard(ShardWriter):

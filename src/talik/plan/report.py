@@ -1,52 +1,92 @@
-"""A plan on one screen."""
+"""A plan on one screen, or in a few lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from talik.files import in_words
-from talik.plan.ways import Planned
+from talik.plan import ways
+from talik.plan.planned import Planned
+from talik.plan.target import slack_of
 
 WIDTH = 40  # characters of a bar that stands for the whole budget
 
 
 def plan_text(planned: Planned) -> str:
     """Whether it fits, a bar for every phase, what the peak is made of, the way chosen, those refused."""
-    return "\n".join(_lines(planned))
+    parts = (_verdict, _bars, _causes, _costs, _ways)
+    return "\n\n".join("\n".join(part(planned)) for part in parts)
 
 
-def _lines(planned: Planned) -> Iterator[str]:
-    peak, plan = planned.peak, planned.plan
-    verdict = "fits" if planned.fits else "does not fit"
+def short_text(planned: Planned) -> list[str]:
+    """The verdict and the way chosen."""
+    return [next(_verdict(planned)), next(_ways(planned)), *_costs(planned)]
+
+
+def _verdict(planned: Planned) -> Iterator[str]:
+    peak = planned.peak
+    where = f"{peak.phase}, {peak.block}" if peak.block else peak.phase
     yield (
-        f"{verdict}: {in_words(peak.bytes)} of {in_words(planned.budget)}, of which "
-        f"{in_words(planned.slack)} are kept back ({plan.device})"
+        f"{'fits' if planned.fits else 'does not fit'}: {in_words(peak.bytes)} ({where}) and a margin of "
+        f"{in_words(slack_of(peak.bytes))}, of {in_words(planned.target.memory)} ({planned.plan.device})"
     )
+    if planned.least is not None:
+        yield f"between {in_words(planned.least)} and this, by what the router chooses"
+    if planned.ram_missing:
+        yield f"the RAM beside it lacks {in_words(planned.ram_missing)}"
+    if planned.disk_missing:
+        yield f"the disk lacks {in_words(planned.disk_missing)}"
     if planned.assumed:
         yield f"assumed: {planned.assumed}"
-    yield ""
+    yield from planned.target.machine.notes
+
+
+def _bars(planned: Planned) -> Iterator[str]:
     for phase in planned.phases:
-        filled = min(WIDTH, round(WIDTH * phase.bytes / planned.budget))
+        filled = min(WIDTH, round(WIDTH * phase.bytes / planned.target.memory))
         block = f"  {phase.block}" if phase.block else ""
         yield f"{phase.phase:<9}{'#' * filled:.<{WIDTH}} {in_words(phase.bytes):>9}{block}"
-    yield ""
+
+
+def _causes(planned: Planned) -> Iterator[str]:
+    peak = planned.peak
     yield f"at the peak ({peak.phase}{f', {peak.block}' if peak.block else ''}):"
     for cause, size in sorted(peak.causes.items(), key=lambda item: -item[1]):
         if size >= 1 << 20:
             yield f"  {cause:<18}{in_words(size):>10}"
-    recomputed = "recomputed" if plan.recompute else "kept"
-    yield ""
+
+
+def _costs(planned: Planned) -> Iterator[str]:
+    seconds = planned.seconds
+    uses = " + ".join(f"{name} {in_words(size)}" for name, size in planned.disk.items())
     yield (
-        f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, micro-batches of "
-        f"{plan.micro_batch_tokens:,} tokens, activations {recomputed}, loss chunks of {plan.loss_chunk}"
+        f"time about {_time(seconds.total)}: trunk {_time(seconds.trunk)}, an epoch {_time(seconds.epoch)}; "
+        f"disk {in_words(planned.disk_bytes)} ({uses})"
     )
+
+
+def _ways(planned: Planned) -> Iterator[str]:
+    plan = planned.plan
+    way = {"recompute": plan.recompute, "micro_batch_tokens": plan.micro_batch_tokens}
+    chosen = ways.in_words({**way, "loss_chunk": plan.loss_chunk})
+    yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {chosen}"
     for refusal in planned.refused:
-        way = refusal.way
-        recomputed = ", recomputed" if way["recompute"] else ""
-        yield f"refused: micro-batches of {way['micro_batch_tokens']:,}{recomputed}: {refusal.reason}"
+        helps = f"; would fit with {refusal.change}" if refusal.change else ""
+        yield f"refused: {ways.in_words(refusal.way)}: {refusal.reason}{helps}"
     if planned.breaks:
         broken = planned.breaks
         yield (
             f"breaks in {broken.phase} {broken.block}: {broken.operator} of {in_words(broken.bytes)}, "
             f"shape {' x '.join(map(str, broken.shape))}"
         )
+    for change in planned.changes:
+        note = f" ({change.note})" if change.note else ""
+        yield f"would fit: {change.options}{note}: {in_words(change.peak_bytes)}"
+
+
+def _time(seconds: float) -> str:
+    """As in "3 h 20 min", "4 min 10 s" or "12 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

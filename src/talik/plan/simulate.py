@@ -30,11 +30,12 @@ from talik.plan.fakes import (
     FakeStates,
     FakeWeights,
     MarkedScratch,
+    Routing,
     assumed_table,
     fake_world,
 )
-from talik.plan.solve import check_layers
 from talik.plan.storage_log import Log
+from talik.plan.ways import check_layers
 from talik.recipe import Plan, Recipe
 from talik.train.cache import Group
 from talik.train.evaluation import evaluate_top
@@ -58,12 +59,18 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What goes through: examples, those of each simulated step, and those that are evaluated."""
+    """What goes through: examples, those of each simulated step, and those that are evaluated.
+
+    `groups` go through the trunk; `others` is how many times their tokens are held beside them, and `beside`
+    the bytes of micro-batches that wait while the others of their step are computed.
+    """
 
     examples: Sequence[Example]
     groups: Sequence[Group]
     steps: Sequence[Sequence[int]]
     evaluated: Sequence[int] = ()
+    others: float = 0.0
+    beside: int = 0
 
 
 def subject_of(recipe: Recipe, folder: Path) -> Subject:
@@ -77,18 +84,21 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 
-def simulate(subject: Subject, plan: Plan, work: Work) -> Simulation:
+def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
     """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
-    chain = subject.chain
+    chain, plan = (
+        subject.chain,
+        plan.model_copy(update={"device": "cpu"}),
+    )  # a fake CUDA device has no backward
     weights = FakeWeights(chain.model, subject.folder, subject.tables)
-    with fake_world(chain.model) as log, log.blocks_of(chain):
+    with fake_world(chain.model, routing) as log, log.blocks_of(chain):
         weights.log = log
         try:
-            rehearse(subject, weights, plan, work, log, layers=_enough_layers(chain, plan.cut))
+            rehearse(subject, weights, plan, work, log, layers=enough_layers(chain, plan.cut))
         finally:
             for block in ("rest", "embeddings", "tail", *(f"layer {i}" for i in range(plan.layers))):
                 weights.remove(block)
-    return account(log)
+    return account(log, routed=log.routed)
 
 
 def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
@@ -101,9 +111,10 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     loaded = begin(chain, weights, plan, AtOnce())
     log.phase("trunk")
     with loaded.trunk() as store:
-        _load_each(loaded, store)
+        _load_each(loaded, store, layers)
         groups = [(group, work.examples) for group in work.groups]
-        trunk_pass(chain, plan.model_copy(update={"cut": layers}), groups, store, FakeCache(), silent)
+        cache = FakeCache(log, work.others, plan.hidden_bytes)
+        trunk_pass(chain, plan.model_copy(update={"cut": layers}), groups, store, cache, silent)
     log.phase("load")
     top = loaded.top()
     scratch = MarkedScratch(torch.device("cpu"), log)
@@ -115,21 +126,27 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
         held_out = [work.examples[i] for i in work.evaluated]
         evaluate_top(top, held_out, FakeStates([e.length for e in held_out], *form), plan)
     states = FakeStates([example.length for example in work.examples], *form)
+    waiting = torch.empty(work.beside, dtype=torch.uint8)
+    log.mark([waiting], "cache and batches")
     for step, indices in enumerate(work.steps, start=1):
         run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
     log.phase("save")
 
 
-def _load_each(loaded: Loaded, store: Store) -> None:
+def _load_each(loaded: Loaded, store: Store, layers: int) -> None:
     """Block after block, as the check of the chain loads them; its few tokens take nothing worth counting."""
+    plan = loaded.plan
     store.get("embeddings")
-    for layer in range(loaded.plan.layers):
+    for layer in (*range(layers), *range(plan.cut, plan.layers)):
         with loaded.around(store, layer):
             pass
+    if layers < plan.cut:
+        store.get(f"layer {layers}")  # which was read ahead
+        store.release(f"layer {layers}")
     loaded.store.release("tail")
 
 
-def _enough_layers(chain: Chain, cut: int) -> int:
+def enough_layers(chain: Chain, cut: int) -> int:
     """How many layers of the trunk hold every kind of it twice: what the others take is the same."""
     counts: Counter[Any] = Counter()
     kinds = [_kind(chain, index) for index in range(cut)]

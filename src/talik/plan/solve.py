@@ -1,82 +1,201 @@
-"""Chooses how a run is carried out."""
+"""Chooses how a run is carried out: the fastest way that fits, and of each other why it does not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-from transformers import AutoConfig
-
-from talik.errors import UsageError
+from talik.data.labels import Example
 from talik.events import Notify, Said, silent
-from talik.machine import choose_device
-from talik.model.anatomy import anatomy_of
-from talik.model.chain import Chain
-from talik.model.hollow import hollow_model
+from talik.files import in_words
+from talik.machine import this_machine
+from talik.plan import ways
+from talik.plan.account import Break, Peak, Simulation
+from talik.plan.fakes import Routing
+from talik.plan.planned import Planned, Refusal
+from talik.plan.seconds import seconds_of, token_bytes
+from talik.plan.simulate import Subject, Work, simulate, subject_of
+from talik.plan.target import Target, target_of
+from talik.plan.work import assumed_examples, work_of
 from talik.recipe import Plan, Recipe
-from talik.system import free_memory
 from talik.train.loading import working_dtype
+from talik.train.resume import checkpoint_bytes
 
-LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
+STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
 
-def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
-    """The plan for this recipe and the model in a folder, on this machine.
+def plan_run(
+    recipe: Recipe,
+    folder: Path,
+    examples: Sequence[Example] | None = None,
+    evaluated: Sequence[Example] = (),
+    *,
+    target: Target | None = None,
+    notify: Notify = silent,
+) -> Planned:
+    """Plans a run (default: on this machine, with all that is free of it).
 
-    UsageError if the model has fewer layers than asked for, ChainError if it cannot be run layer by layer.
+    `examples` are those to train on, `evaluated` those to evaluate on; without any, every one is taken to be
+    as long as the recipe allows. The folder needs no weights. Raises UsageError and ChainError for models
+    that cannot be trained.
     """
-    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    check_layers(recipe, text.num_hidden_layers)
-    return plan_for(recipe, Chain(hollow_model(folder, working_dtype(recipe)), "cpu"), notify)
-
-
-def check_layers(recipe: Recipe, layers: int) -> None:
-    """UsageError if the recipe trains more layers than a model has."""
-    if recipe.top_layers > layers:
-        raise UsageError(
-            f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
-            remedy=f"Choose --top-layers between 1 and {layers}.",
-        )
-
-
-def plan_for(recipe: Recipe, chain: Chain, notify: Notify = silent) -> Plan:
-    """The plan that needs no search: as fast as can be, by fixed rules."""
-    text, layers = chain.model.config.get_text_config(decoder=True), len(chain.layers)
-    device = choose_device(recipe.device)
-    cut, reason = chain.lowest_cut(layers - recipe.top_layers)
-    if reason:
-        notify(Said("cut", f"moved from layer {layers - recipe.top_layers} to {cut}: {reason}"))
-    free = _free_memory(device)
-    return Plan(
-        device=str(device),
-        threads=torch.get_num_threads(),
-        cut=cut,
-        layers=layers,
-        trunk=_trunk(recipe, chain, free),
-        top="resident",
-        cache="disk",
-        trunk_batch_tokens=2048,
-        hidden_bytes=max(64 << 20, min(1 << 30, free // 16)),
-        micro_batch_tokens=2048,
-        recompute=False,
-        loss_chunk=min(
-            max(64, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
-            getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
+    target = target or target_of(this_machine(recipe.device, notify=notify))
+    assumed = None
+    if examples is None:
+        examples, assumed = assumed_examples(recipe)
+        evaluated = examples if recipe.held_out or recipe.eval_data else ()
+    search = Search(subject_of(recipe, folder), examples, evaluated, target, notify)
+    done = search.run()
+    plan, result, target = done.plan, done.result, target.now()
+    phases, breaks = target.account(result)
+    least = search.least(done) if result.routed else None
+    promised = {"program": target.program, **{peak.phase: peak.bytes for peak in phases}}
+    return Planned(
+        plan=plan.model_copy(update={"promised": promised}),
+        target=target,
+        phases=phases,
+        simulation=result,
+        seconds=seconds_of(
+            result, search.subject, plan, done.work, examples, evaluated, target.machine.rates
         ),
+        disk=_disk(search.subject, plan, examples, evaluated),
+        assumed=assumed,
+        refused=tuple(search.refused),
+        breaks=breaks,
+        ram_bytes=max(p.bytes for p in phases) if target.on_cpu else _ram(search.subject, plan, target),
+        least=least,
     )
 
 
-def _trunk(recipe: Recipe, chain: Chain, free: int) -> Literal["resident", "streamed"]:
-    """In memory where the whole model leaves room for what trains: every step would wait for nothing less."""
-    if recipe.trunk != "auto":
-        return recipe.trunk
-    size = anatomy_of(chain.model).parameters * working_dtype(recipe).itemsize
-    return "resident" if size < free // 2 else "streamed"
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A way that was simulated, and what it takes on the target."""
+
+    plan: Plan
+    work: Work
+    result: Simulation
+    phases: tuple[Peak, ...]
+    breaks: Break | None
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all phases."""
+        return max(self.phases, key=lambda peak: peak.bytes)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that this machine could give now."""
-    if device.type == "cpu":
-        return free_memory()
-    return torch.accelerator.get_memory_info(device)[0]
+@dataclass(slots=True)
+class Search:
+    """Way after way for one subject on one target, until one fits."""
+
+    subject: Subject
+    examples: Sequence[Example]
+    evaluated: Sequence[Example]
+    target: Target
+    notify: Notify = silent
+    refused: list[Refusal] = field(default_factory=list)
+    _tried: list[Tried] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example to train on."""
+        return max(example.length for example in self.examples)
+
+    def run(self) -> Tried:
+        """The first way that fits; else the one that takes least."""
+        first = self.first()
+        for way in ways.ways_of(first, self.longest):
+            if self._fits(first.model_copy(update=way), way):
+                return self._tried[-1]
+        return min(self._tried, key=lambda tried: tried.peak.bytes)
+
+    def first(self) -> Plan:
+        """What all ways have in common."""
+        device = self.target.machine.device
+        memory = self.target.memory
+        return ways.first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
+
+    def try_plan(self, plan: Plan) -> Tried:
+        """Simulates a plan; with the trunk streamed where it does not fit resident and may be."""
+        recipe, chain = self.subject.recipe, self.subject.chain
+        work = work_of(self.examples, self.evaluated, plan, recipe, chain)
+        tried = self._simulated(plan, work, "same")
+        trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
+        if trunk > self.target.most and plan.trunk == "resident" != recipe.trunk:
+            return self._simulated(plan.model_copy(update={"trunk": "streamed"}), work, "same")
+        return tried
+
+    def least(self, tried: Tried) -> int:
+        """The peak of a way where a router chooses all experts alike."""
+        return self._simulated(tried.plan, tried.work, "even").peak.bytes
+
+    def _simulated(self, plan: Plan, work: Work, routing: Routing) -> Tried:
+        with self.target.kernels():
+            result = simulate(self.subject, plan, work, routing)
+        return Tried(plan, work, result, *self.target.account(result))
+
+    def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:
+        """Whether a way fits, by simulation, unless another's has shown that it cannot; notes why not."""
+        if self._tried and (least := self._least(plan)) > self.target.most:
+            reason = f"takes {in_words(least)} at least"
+            self.refused.append(Refusal(way, least, reason, None, simulated=False))
+            return False
+        self.notify(Said("plan", f"simulating {ways.in_words(way)}"))
+        tried = self.try_plan(plan)
+        self._tried.append(tried)
+        if broken := tried.breaks:
+            peak = tried.peak.bytes
+            change = f"--memory {in_mebibytes(self.target.needed(peak))}"
+            self.refused.append(Refusal(way, peak, _why(broken), change, simulated=True))
+        return broken is None
+
+    def _least(self, plan: Plan) -> int:
+        """Bytes that a way takes at least: weights, gradients and optimizer state stay, whatever the way.
+
+        Of what is saved for the backward a smaller micro-batch keeps its share at least.
+        """
+        least = 0
+        for tried in self._tried:
+            causes = tried.peak.causes
+            fixed = sum(causes.get(cause, 0) for cause in STAY)
+            share = min(1.0, plan.micro_batch_tokens / tried.plan.micro_batch_tokens)
+            saved = (
+                share * causes.get("saved activations", 0) if plan.recompute == tried.plan.recompute else 0
+            )
+            least = max(least, int(fixed + saved))
+        return least + (self.target.program if self.target.on_cpu else 0)
+
+
+def in_mebibytes(size: int) -> str:
+    """A size as an option takes it, rounded up: "1235MiB"."""
+    return f"{-(-size // (1 << 20))}MiB"
+
+
+def _disk(
+    subject: Subject, plan: Plan, examples: Sequence[Example], evaluated: Sequence[Example]
+) -> dict[str, int]:
+    """What the trunk's cache and the checkpoints take at most, in bytes."""
+    tokens = sum(example.length for example in (*examples, *evaluated))
+    recipe, parameters = subject.recipe, subject.chain.model.parameters()
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return {
+        "cache": tokens * token_bytes(subject, plan),
+        "checkpoints": checkpoint_bytes(trained, working_dtype(recipe), recipe),
+    }
+
+
+def _ram(subject: Subject, plan: Plan, target: Target) -> int:
+    """RAM beside an accelerator, about: the program, and what passes through on its way to the device."""
+    layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in subject.chain.layers)
+    tensors = (weight.nbytes for weight in subject.chain.model.parameters())
+    return target.program + max(tensors) + (2 * max(layers) if plan.trunk == "streamed" else 0)
+
+
+def _why(broken: Break) -> str:
+    where = f" in {broken.block}" if broken.block else ""
+    shape = " x ".join(map(str, broken.shape))
+    return (
+        f"{broken.phase}{where}: {broken.operator.removeprefix('aten::')} of {shape} "
+        f"({in_words(broken.bytes)}) makes it {in_words(broken.total)}"
+    )

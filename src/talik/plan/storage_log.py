@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from talik.model.chain import Chain
+from talik.plan.flops import flops_of
 
 CAUSES = (
     "program",
@@ -30,6 +30,8 @@ CAUSES = (
     "gradients",
     "optimizer state",
     "cache and batches",
+    "libraries",
+    "allocator",
     "saved activations",
     "recomputed",
     "logits and loss",
@@ -42,6 +44,7 @@ class Log(Protocol):
     """What a run tells while it is watched: which phase begins, and what tensors are for."""
 
     def phase(self, name: str, /) -> None: ...
+    def unnamed(self) -> int: ...
     def mark(self, tensors: Iterable[Tensor], cause: str) -> None: ...
 
 
@@ -84,6 +87,12 @@ class StorageLog(TorchDispatchMode):
         self.phase_now, self.block = name, ""
         self.marks.append((len(self.events), name))
 
+    def unnamed(self) -> int:
+        """Bytes that are alive and have no cause yet."""
+        return sum(
+            self.births[number].bytes for number in self._live.values() if not self.births[number].cause
+        )
+
     def mark(self, tensors: Iterable[Tensor], cause: str) -> None:
         """Says what the storages of these tensors are for; those made before are born now."""
         for tensor in tensors:
@@ -112,8 +121,8 @@ class StorageLog(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
         """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops[self.phase_now] += formula(*args, **kwargs, out_val=out)
+        if (flops := flops_of(func, args, kwargs, out)) is not None:
+            self.flops[self.phase_now] += flops
         elif not func.is_view:
             taken = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor))
             self.moved[self.phase_now] += sum(t.nbytes for t in (*taken, *made))

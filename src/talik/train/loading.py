@@ -60,6 +60,7 @@ class Loaded:
         """Loads what is trained and what runs beside it; it stays in memory."""
         for block in (*(f"layer {i}" for i in range(self.plan.cut, self.plan.layers)), "tail"):
             self.store.stay(block)
+        self.weights.drop_staging()
         parameters = self.chain.model.named_parameters()
         return make_top(self.chain, {name: p for name, p in parameters if p.requires_grad}, self.plan.cut)
 

@@ -11,9 +11,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,6 @@ from talik.data.batches import steps_of_epoch
 from talik.data.labels import Example
 from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
-from talik.machine import PeakMemory
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
 from talik.train.evaluation import Evaluation
@@ -78,6 +78,15 @@ class ScalarMonitor:
         return self._scalars[name].item()
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """Who watches a run's memory, told of phases and steps; `take` is the peak since the last, in bytes."""
+
+    def phase(self, name: str, /) -> None: ...
+    def step(self, top: Top, scratch: Scratch, /) -> AbstractContextManager[None]: ...
+    def take(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Everything that the loop works on."""
@@ -90,6 +99,7 @@ class Job:
     plan: Plan
     run: Path
     evaluate: Callable[[], Evaluation] | None
+    watch: Watch
     notify: Callable[[Any], None]
     interrupted: Callable[[], bool]
 
@@ -107,14 +117,14 @@ def train_loop(job: Job, state: State) -> State:
     lengths = [example.length for example in job.examples]
     steps = count_steps(lengths, job.recipe)
     metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: nothing is saved yet
-    with metrics, PeakMemory(job.top.chain.device) as peak:
+    with metrics:
         if job.evaluate and not state.evaluations:
             _evaluate(job, state, metrics)
         epoch: list[list[int]] = []
         while state.step < steps and not _patience_lost(job.recipe, state):
             if not epoch or state.step_in_epoch == 0:
                 epoch = steps_of_epoch(lengths, job.recipe.batch_tokens, job.recipe.seed, state.epoch)
-            done = _one_step(job, state, epoch[state.step_in_epoch], steps, peak)
+            done = _one_step(job, state, epoch[state.step_in_epoch], steps)
             metrics.write(json.dumps(_without(asdict(done), "steps")) + "\n")
             metrics.flush()
             _advance(state, len(epoch))
@@ -123,14 +133,17 @@ def train_loop(job: Job, state: State) -> State:
     return state
 
 
-def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: PeakMemory) -> StepDone:
+def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> StepDone:
     """Runs the next step and reads what the monitor got."""
     start, step = time.perf_counter(), state.step + 1
     torch.manual_seed(step_seed(job.recipe.seed, step))
     rate = learning_rate_at(job.recipe, step, steps)
-    monitor = ScalarMonitor()
+    monitor = ScalarMonitor(job.watch.phase)
     world = World(ResidentStore(), job.scratch, monitor)
-    batches = run_step(job.top, job.examples, indices, job.states, world, job.recipe, job.plan, step, rate)
+    with job.watch.step(job.top, job.scratch):
+        batches = run_step(
+            job.top, job.examples, indices, job.states, world, job.recipe, job.plan, step, rate
+        )
     loss, norm = monitor.read("loss"), monitor.read("grad_norm")
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(job, step, indices, loss, norm)
@@ -143,7 +156,7 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int, peak: 
         learning_rate=rate,
         grad_norm=norm,
         seconds=time.perf_counter() - start,
-        peak_memory_bytes=peak.take(),
+        peak_memory_bytes=job.watch.take(),
         steps=steps,
     )
 
@@ -164,6 +177,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
     last = last or _patience_lost(job.recipe, state)
     best = state.best_step == state.step
     if last or best or interrupted or _due(job.recipe.save_every, state.step, epoch_ends):
+        job.watch.phase("save")
         path = save_checkpoint(job.run, job.top, job.scratch, job.recipe, state)
         job.notify(Saved(state.step, path))
     if interrupted and not last:
@@ -179,6 +193,7 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
 
 def _evaluate(job: Job, state: State, metrics: Any) -> None:
     assert job.evaluate is not None
+    job.watch.phase("evaluate")
     evaluation = job.evaluate()
     # The base is what the tuned ones are compared with; it has no checkpoint to be the best.
     tuned = state.step > 0

@@ -6,7 +6,7 @@ None of them reads a value back, starts a thread or compiles, so that a simulate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +47,6 @@ def adamw_(
 
 
 OPTIMIZERS = {"adamw": Optimizer(state=("exp_avg", "exp_avg_sq"), update=adamw_)}
-
-
-def slices(size: int) -> Iterator[slice]:
-    """[0, size) in pieces of at most SLICE elements."""
-    for start in range(0, size, SLICE):
-        yield slice(start, min(start + SLICE, size))
 
 
 def round_stochastically_(target: Float[Tensor, " n"], exact: Float[Tensor, " n"]) -> None:

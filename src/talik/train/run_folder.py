@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from talik.errors import RunError
@@ -17,10 +16,11 @@ from talik.events import Notify, Said
 from talik.files import finished_folder, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
-from talik.recipe import Plan, Recipe, check, read_fields, write_recipe
+from talik.recipe import Plan, Recipe, check, read_fields, read_plan, write_recipe
 from talik.train.resume import checkpoint_path, latest_checkpoint
 
 FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
+REFUSED = "refused.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def check_new(folder: Path) -> None:
     if blocked := next((parent for parent in folder.parents if parent.is_file()), None):
         problem = f"cannot be used: Not a directory: {blocked}"
         raise RunError(problem, where=folder, remedy="Name another place.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {REFUSED}):
         go_on = f"Go on with it: talik resume {folder}\n  Or name" if is_run(folder) else "Name"
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
 
@@ -58,6 +58,7 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
         "weights": weights_fingerprint(source.folder),
         "data": data,
     }
+    (folder / REFUSED).unlink(missing_ok=True)
     if folder.exists():
         folder.rmdir()  # it is empty, or another run has begun in it since that was checked
     with finished_folder(folder) as part:
@@ -65,6 +66,12 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
         write_json(part / "plan.json", plan.model_dump())
         write_recipe(recipe, part / "recipe.yaml")
     return Run(folder, recipe, plan, source)
+
+
+def refuse_run(folder: Path, recipe: Recipe, planned: dict[str, Any]) -> None:
+    """Keeps why a run was refused in the folder that it would have had, which stays free for another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REFUSED, {"recipe": recipe.model_dump(), "planned": planned})
 
 
 @contextlib.contextmanager
@@ -100,12 +107,7 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
         )
         raise RunError(problem, where=folder, remedy="Name the folder that `talik train -o` was given.")
     recipe = check(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
-    try:
-        plan = Plan.model_validate(read_json(folder / "plan.json"))
-    except ValidationError as error:
-        problem = f"plan.json is not one of this version of Talik ({error.error_count()} fields differ)"
-        remedy = "Go on with the version that the run began with, or begin a new run."
-        raise RunError(problem, where=folder, remedy=remedy) from None
+    plan = read_plan(folder / "plan.json")
     known = read_json(folder / "source.json")
     model = known["folder"] if Path(known["folder"]).is_dir() else recipe.model
     source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Said("model", text)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 @runtime_checkable
 class Scratch(Protocol):
-    """Named tensors. `zeros` makes one if it is not there yet; `drop` forgets one."""
+    """Named tensors. `zeros` makes one if it is not there yet; `drop` forgets one; `values` are all."""
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
     def __getitem__(self, name: str) -> Tensor: ...
     def __setitem__(self, name: str, tensor: Tensor) -> None: ...
     def __contains__(self, name: str) -> bool: ...
     def drop(self, name: str) -> None: ...
+    def values(self) -> Iterable[Tensor]: ...
 
 
 class MemoryScratch:
@@ -42,3 +44,6 @@ class MemoryScratch:
 
     def drop(self, name: str) -> None:
         self._tensors.pop(name, None)
+
+    def values(self) -> Iterable[Tensor]:
+        return self._tensors.values()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from talik.model.chain import Chain, run_layers
 from talik.recipe import Plan, Recipe
 from talik.train.loss import loss_chunks
-from talik.train.optim import OPTIMIZERS, round_stochastically_, slices
+from talik.train.optim import OPTIMIZERS, SLICE, round_stochastically_
 from talik.train.scratch import Scratch
 from talik.train.store import Store
 
@@ -226,21 +226,23 @@ def update(
         )
     )
     decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-    for place in slices(parameter.numel()):
+    for slice_, weights, grads, *states in zip(
+        *(tensor.split(SLICE) for tensor in (working, exact, gradient, *state)), strict=True
+    ):
         if scale is not None:
-            gradient[place].mul_(scale)
-        weight = exact[place].float()  # a copy only for bf16-sr
+            grads.mul_(scale)
+        weight = weights.float()  # a copy only for bf16-sr
         optimizer.update(
             weight,
-            gradient[place],
-            *(tensor[place] for tensor in state),
+            grads,
+            *states,
             step=step,
             learning_rate=learning_rate,
             weight_decay=decay,
             recipe=recipe,
         )
         if recipe.precision == "bf16":
-            working[place].copy_(weight)
+            slice_.copy_(weight)
         elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
-            round_stochastically_(working[place], weight)
+            round_stochastically_(slice_, weight)
     scratch.drop(f"gradient/{name}")

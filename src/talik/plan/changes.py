@@ -1,0 +1,157 @@
+"""The single changes of a recipe with which a run fits, each simulated; and the most layers that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from talik.data.labels import Example
+from talik.errors import DoesNotFitError
+from talik.events import Notify, Said, silent
+from talik.plan.planned import Change, Planned
+from talik.plan.simulate import subject_of
+from talik.plan.solve import STAY, Search, in_mebibytes
+from talik.plan.target import Target
+from talik.plan.ways import ways_of
+from talik.plan.work import assumed_examples
+from talik.recipe import Recipe
+
+LIGHTER = {"fp32": "bf16", "bf16": "bf16-sr"}
+SHORTEST = 64  # tokens of an example, below which no change is looked for
+
+
+def smallest_changes(
+    planned: Planned,
+    recipe: Recipe,
+    folder: Path,
+    sets: tuple[Sequence[Example] | None, Sequence[Example]],
+    notify: Notify = silent,
+) -> tuple[Change, ...]:
+    """What would make a refused run fit: more memory, fewer layers, less precision, shorter examples.
+
+    Each alone, with everything else as it was, and simulated the way that takes least.
+    """
+    target, peak = planned.target, planned.peak.bytes
+    changes = [Change(f"--memory {in_mebibytes(target.needed(peak))}", peak)]
+    thrift = Thrift(folder, sets, target, notify)
+    if recipe.top_layers > 1 and (layers := thrift.most_layers(recipe, recipe.top_layers - 1)):
+        changes.append(Change(f"--top-layers {layers}", thrift.peak(_with(recipe, top_layers=layers))))
+    for options, changed, note in _candidates(recipe, sets[0]):
+        if _least(planned, recipe, changed) > target.most:
+            continue
+        if (peak := thrift.peak(changed)) <= target.most:
+            changes.append(Change(options, peak, note))
+    return tuple(changes)
+
+
+def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
+    """Bytes that a changed recipe takes at least, by what stays of the refused one."""
+    causes = planned.peak.causes
+    fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
+    if changed.also != recipe.also or recipe.precision == "fp32" != changed.precision:
+        return 0
+    without_masters = changed.precision == "bf16-sr" != recipe.precision
+    return fixed - (causes.get("optimizer state", 0) // 3 if without_masters else 0)
+
+
+def _candidates(recipe: Recipe, examples: Sequence[Example] | None) -> Iterator[tuple[str, Recipe, str]]:
+    """Changed recipes: the options, the recipe, and what it means for the data."""
+    if lighter := LIGHTER.get(recipe.precision):
+        yield f"--precision {lighter}", _with(recipe, precision=lighter), ""
+    if recipe.also:
+        yield "without --also head", _with(recipe, also=[]), ""
+    longest = recipe.max_length if examples is None else max(example.length for example in examples)
+    shorter = 1 << (longest - 1).bit_length() - 1  # the next power of two below
+    if shorter >= SHORTEST:
+        note = ""
+        if examples is not None:
+            dropped = sum(example.length > shorter for example in examples)
+            note = f"{dropped:,} of {len(examples):,} examples are longer"
+            if dropped == len(examples):
+                return
+        yield f"--max-length {shorter}", _with(recipe, max_length=shorter), note
+
+
+def _with(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe.model_copy(update=changes)
+
+
+class Thrift:
+    """What recipes take in the way that takes least, by simulation."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sets: tuple[Sequence[Example] | None, Sequence[Example]],
+        target: Target,
+        notify: Notify = silent,
+    ) -> None:
+        self._folder, self._sets, self._target, self._notify = folder, sets, target, notify
+        self._peaks: dict[str, int] = {}
+
+    def peak(self, recipe: Recipe) -> int:
+        """The promise for a recipe, in bytes; its examples are those that are not longer than it allows."""
+        key = recipe.model_dump_json()
+        if key not in self._peaks:
+            self._notify(Said("plan", f"simulating {_in_words(recipe)}"))
+            examples, evaluated = self._examples(recipe)
+            search = Search(subject_of(recipe, self._folder), examples, evaluated, self._target)
+            first = search.first()
+            tried = search.try_plan(first.model_copy(update=ways_of(first, search.longest)[-1]))
+            self._peaks[key] = tried.peak.bytes
+        return self._peaks[key]
+
+    def _examples(self, recipe: Recipe) -> tuple[list[Example], list[Example]]:
+        examples, evaluated = self._sets
+        if examples is None:
+            examples, _ = assumed_examples(recipe)
+            evaluated = examples if recipe.held_out or recipe.eval_data else ()
+        train, held_out = ([e for e in of if e.length <= recipe.max_length] for of in (examples, evaluated))
+        return train, held_out
+
+    def most_layers(self, recipe: Recipe, most: int) -> int:
+        """The most top layers, up to `most`, that fit; 0 if not even one does.
+
+        From the step between one layer and two the number is guessed, then looked for from there.
+        """
+
+        def fits(layers: int) -> bool:
+            return self.peak(_with(recipe, top_layers=layers)) <= self._target.most
+
+        if most < 1 or not fits(1):
+            return 0
+        if most == 1 or not fits(2):
+            return 1
+        one, two = (self.peak(_with(recipe, top_layers=layers)) for layers in (1, 2))
+        step, room = max(1, two - one), self._target.most - one
+        guess = min(most, max(2, 1 + room // step))
+        while not fits(guess):
+            guess -= 1
+        # One more is tried unless the step between layers says that it is far too much.
+        while guess < most and guess * step < room + step // 2 and fits(guess + 1):
+            guess += 1
+        return guess
+
+
+def most_layers(
+    recipe: Recipe,
+    folder: Path,
+    sets: tuple[Sequence[Example] | None, Sequence[Example]],
+    target: Target,
+    notify: Notify = silent,
+) -> int:
+    """The most top layers that fit a target. DoesNotFitError if not even one does."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    found = Thrift(folder, sets, target, notify).most_layers(recipe, config.num_hidden_layers)
+    if not found:
+        raise DoesNotFitError("not even one layer fits", remedy="Give it more memory (--memory).")
+    return found
+
+
+def _in_words(recipe: Recipe) -> str:
+    return (
+        f"top {recipe.top_layers} layers in {recipe.precision}, examples of up to {recipe.max_length:,} "
+        "tokens, the way that takes least"
+    )

@@ -1,0 +1,46 @@
+"""Floating-point operations of torch's operators: torch's own table, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+    """What one call of an operator computes; None for operators that are no products.
+
+    Attention counts every pair of positions, masked or not, as torch's table does.
+    """
+    own = _LEFT_OUT.get(func._schema.name)
+    if own is not None:
+        return own(*args)
+    formula = flop_registry.get(func._overloadpacket)
+    return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _linear(hidden: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * hidden.numel() * weight.shape[0]
+
+
+def _grouped(one: Tensor, other: Tensor, offsets: Tensor | None = None, *_: Any) -> int:
+    """Rows of `one` go through a matrix each; in the weights' gradient the sums go over groups."""
+    return 2 * one.numel() * other.shape[-1] // (one.shape[0] if one.dim() == 3 == other.dim() + 1 else 1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    return 2 * query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    return _attention(query, key, value) * 5 // 2  # five products in place of two
+
+
+_LEFT_OUT: dict[str, Callable[..., int]] = {
+    "aten::linear": _linear,  # in inference mode it is no other operator's work
+    "aten::_grouped_mm": _grouped,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

@@ -1,0 +1,131 @@
+"""What a run takes beside what was promised, phase by phase, and what to say when the memory ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from talik.errors import DoesNotFitError
+from talik.files import in_words
+from talik.machine import PeakMemory
+from talik.plan.account import account
+from talik.plan.storage_log import StorageLog
+from talik.recipe import Plan
+from talik.train.scratch import Scratch
+from talik.train.step import Top
+
+TRACKED = 2  # steps whose every storage is counted on a CPU; an accelerator's allocator counts by itself
+_ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMG]iB)")
+_OUT = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",
+    "Cannot alloc",
+)
+
+
+class Promise:
+    """Watches a run: samples its memory all the time, and counts every storage in the first two steps."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.now, self.steps = "load", 0
+        self._plan, self._device = plan, torch.device(plan.device)
+        self._memory, self._log = PeakMemory(self._device), StorageLog()
+        self._allocated: dict[str, int] = {}
+
+    def __enter__(self) -> Promise:
+        self._memory.__enter__()
+        self.phase("load")
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        self._memory.__exit__(*stopped)
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+        self.now = name
+        self._memory.phase(name)
+        if self._log.marks[-1][1] != name:
+            self._log.phase(name)
+
+    def take(self) -> int:
+        """The highest sample since the last call, in bytes."""
+        return self._memory.take()
+
+    @contextmanager
+    def step(self, top: Top, scratch: Scratch) -> Iterator[None]:
+        """Around a step; the first ones are tracked."""
+        self.steps += 1
+        if self.steps > TRACKED or self._device.type != "cpu":
+            yield
+            return
+        self._log.mark((t for t in top.chain.model.state_dict().values() if not t.is_meta), "weights frozen")
+        self._log.mark(scratch.values(), "optimizer state")
+        with self._log:
+            yield
+        program = self._plan.promised.get("program", 0)
+        self._allocated = {peak.phase: peak.bytes + program for peak in account(self._log).phases}
+        if self.steps == TRACKED:
+            self._log = StorageLog()
+
+    def table(self, earlier: dict[str, dict[str, int]] | None = None) -> dict[str, dict[str, int]]:
+        """By phase, in bytes: promised, allocated (the first steps' storages and the program), measured.
+
+        `earlier` is that of the run before it was resumed: what it took then counts, too.
+        """
+        by_use = {
+            "promised": self._plan.promised,
+            "allocated": {
+                name: self._allocated.get(name, 0) for name in ("forward", "loss", "backward", "update")
+            },
+            "measured": self._memory.phases,
+        }
+        now = {
+            phase: {use: sizes[phase] for use, sizes in by_use.items() if sizes.get(phase)}
+            for phase in self._memory.phases
+        }
+        before = earlier or {}
+        return {
+            phase: {
+                use: max(rows.get(phase, {}).get(use, 0) for rows in (before, now))
+                for use in {**before.get(phase, {}), **now.get(phase, {})}
+            }
+            for phase in {**before, **now}
+        }
+
+    def in_words(self) -> str:
+        """How far off the promise was."""
+        phase, measured = max(self._memory.phases.items(), key=lambda item: item[1])
+        took = f"took {in_words(measured)} at most ({phase})"
+        promised = max((size for size in self._plan.promised.values()), default=0)
+        if not promised:
+            return f"{took}; nothing was promised"
+        off = 100 * (measured / promised - 1)
+        return f"promised {in_words(promised)}, {took}: {abs(off):.1f} % {'more' if off > 0 else 'less'}"
+
+    def broken_by(self, error: BaseException, run: object) -> DoesNotFitError | None:
+        """The diagnosis of an error that says that there is no memory; None for any other."""
+        text = str(error)
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in text for o in _OUT)):
+            return None
+        self._memory.phase(self.now)
+        found = _ASKED.search(text)
+        asked = f": {in_words(int(found[1])) if found[1] else found[2]} more were asked for" if found else ""
+        promised = self._plan.promised.get(self.now)
+        where = f"step {self.steps}, {self.now}" if self.steps else self.now
+        had = f"the run had {in_words(self._memory.phases.get(self.now, 0))}"
+        beside = f", and {in_words(promised)} were promised for this phase" if promised else ""
+        return DoesNotFitError(
+            f"no memory was left in {where}{asked}; {had}{beside}",
+            remedy=f"See what takes it: talik explain {run}",
+        )
+
+
+def broken_fields(error: DoesNotFitError, promise: Promise) -> dict[str, Any]:
+    """What `talik explain RUN` needs to know of a run that broke."""
+    return {"problem": error.problem, "phase": promise.now, "step": promise.steps, "memory": promise.table()}

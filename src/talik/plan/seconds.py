@@ -1,0 +1,74 @@
+"""How long a run takes: what its simulation computes and moves, over the rates of a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from talik.data.batches import steps_of_epoch
+from talik.data.labels import Example
+from talik.machine import Rates
+from talik.plan.account import Simulation
+from talik.plan.simulate import Subject, Work, enough_layers
+from talik.recipe import Plan
+
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """The pass of the trunk, one epoch with its evaluation, and all of the run; starting up left out."""
+
+    trunk: float
+    epoch: float
+    total: float
+
+
+def seconds_of(
+    result: Simulation,
+    subject: Subject,
+    plan: Plan,
+    work: Work,
+    examples: Sequence[Example],
+    evaluated: Sequence[Example],
+    rates: Rates,
+) -> Seconds:
+    """Seconds by the simulated phases, each scaled from its tokens to all of them.
+
+    A phase takes its FLOPs over the rate of matrix products of the precision plus the bytes that all other
+    operators move over the rate of copies. A streamed trunk waits for the disk where that is slower.
+    """
+    recipe = subject.recipe
+    rate = rates.matmul[PRECISIONS[recipe.precision]]
+
+    def of_phase(name: str) -> float:
+        return result.flops.get(name, 0) / rate + result.moved.get(name, 0) / rates.copy
+
+    lengths = [example.length for example in examples]
+    tokens, held_out = sum(lengths), sum(example.length for example in evaluated)
+    layers = max(1, enough_layers(subject.chain, plan.cut))
+    share = plan.cut / layers * (tokens + held_out) / sum(group.tokens for group in work.groups)
+    trunk = of_phase("trunk") * share
+    if plan.trunk == "streamed":
+        shards = 1 + (tokens + held_out) * token_bytes(subject, plan) // plan.hidden_bytes
+        trunk = max(trunk, shards * _file_bytes(subject, plan.cut) / min(rates.disk_read, rates.to_device))
+    in_steps = sum(lengths[i] for step in work.steps for i in step)
+    steps = len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, 0))
+    epoch = sum(map(of_phase, ("forward", "loss", "backward"))) * tokens / in_steps
+    epoch += of_phase("update") * steps / len(work.steps)
+    evaluation = 0.0
+    if work.evaluated and held_out:
+        evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
+    epochs = recipe.epochs if recipe.steps is None else recipe.steps / steps
+    return Seconds(trunk, epoch + evaluation, trunk + epochs * (epoch + evaluation) + evaluation)
+
+
+def token_bytes(subject: Subject, plan: Plan) -> int:
+    """What the cache keeps of one token."""
+    return subject.chain.width(plan.cut) * subject.chain.handed_on(plan.cut).itemsize
+
+
+def _file_bytes(subject: Subject, cut: int) -> int:
+    """Bytes of the layers below the cut, as they are in memory."""
+    layers = subject.chain.layers[:cut]
+    return sum(weight.nbytes for layer in layers for weight in layer.parameters())

@@ -1,0 +1,95 @@
+"""Where a run will take place: a machine, what it may take there, and what a simulation comes to."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from talik.errors import UsageError
+from talik.machine import HERE, Machine
+from talik.plan import cuda
+from talik.plan.account import Break, Peak, Simulation
+from talik.system import anonymous_bytes
+
+SLACK = 0.03  # of the promise: how far the process may be above it
+LEAST_SLACK = 64 << 20  # bytes
+# What Python with torch and Transformers takes of the RAM on another computer, in bytes: measured on Linux
+# without CUDA; with CUDA's libraries a guess.
+PROGRAM = {"cpu": 300 << 20, "cuda": 2 << 30}
+
+
+def slack_of(promise: int) -> int:
+    """Bytes that a run may take beyond its promise: what no simulation sees."""
+    return max(int(SLACK * promise), LEAST_SLACK)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine and the bytes that a run may take of its device's memory, its RAM and its disk.
+
+    `program`: what the interpreter and the libraries take of the RAM by themselves.
+    """
+
+    machine: Machine
+    memory: int
+    ram: int
+    disk: int | None
+    program: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device's memory is the RAM."""
+        return self.machine.device == "cpu"
+
+    @property
+    def most(self) -> int:
+        """The highest promise that, with its slack, stays within the memory."""
+        return min(int(self.memory / (1 + SLACK)), self.memory - LEAST_SLACK)
+
+    def now(self) -> Target:
+        """With what the program takes after planning, on this machine."""
+        here = self.machine.name == HERE
+        return replace(self, program=max(self.program, anonymous_bytes())) if here else self
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """Inside, a simulation runs the device's attention kernels."""
+        return cuda.target(self.machine)
+
+    def account(self, result: Simulation) -> tuple[tuple[Peak, ...], Break | None]:
+        """The phases' peaks in the device's memory, and the first allocation that it has no room for.
+
+        On a CPU with the program's own memory; on CUDA with the context, and in the allocator's pages.
+        """
+        if not self.on_cpu:
+            device = cuda.on_cuda(result, self.machine)
+            return device.phases, device.first_break(self.most)
+        phases = tuple(
+            replace(p, bytes=p.bytes + self.program, causes={"program": self.program, **p.causes})
+            for p in result.phases
+        )
+        found = result.first_break(self.most - self.program)
+        return phases, replace(found, total=found.total + self.program) if found else None
+
+    def needed(self, promise: int) -> int:
+        """The memory with which a promise fits."""
+        return promise + slack_of(promise) + 1
+
+
+def target_of(
+    machine: Machine, *, memory: int | None = None, ram: int | None = None, disk: int | None = None
+) -> Target:
+    """What a run may take: these bytes, else all that is free; of this machine the program's own included.
+
+    On a CPU memory and RAM are one: the smaller counts. UsageError for a device that cannot be planned for.
+    """
+    kind, here = machine.device.partition(":")[0], machine.name == HERE
+    if kind not in PROGRAM:
+        raise UsageError(
+            f"a run on {machine.device!r} cannot be planned yet", remedy="Plan for a CPU or for CUDA."
+        )
+    program = anonymous_bytes() if here else PROGRAM[kind]
+    free = machine.ram_free + (program if here else 0)
+    on_cpu = [size for size in (memory, ram) if size is not None] if kind == "cpu" else []
+    most_ram = min(on_cpu, default=free if ram is None else ram)
+    most = most_ram if kind == "cpu" else machine.free if memory is None else memory
+    return Target(machine, most, most_ram, machine.disk_free if disk is None else disk, program)

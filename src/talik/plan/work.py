@@ -1,0 +1,84 @@
+"""What goes through a simulated run: the examples, groups and steps of a real one that take most."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from talik.data.batches import micro_batches, steps_of_epoch
+from talik.data.labels import Example, Span
+from talik.data.rows import Place
+from talik.model.chain import Chain
+from talik.plan.simulate import Work
+from talik.recipe import Plan, Recipe
+from talik.train.cache import groups_of
+
+LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
+BATCHES = 2  # of a step, the largest, are simulated: the others differ by nothing but being smaller
+
+
+def work_of(
+    examples: Sequence[Example], evaluated: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
+) -> Work:
+    """The two groups with the longest examples, and two steps: the longest example's, the largest batch's."""
+    both = [*examples, *evaluated]
+    groups = groups_of(both, plan.trunk_batch_tokens)
+    tokens, chosen = sum(group.tokens for group in groups), groups[-2:]
+    held_out = sorted(range(len(examples), len(both)), key=lambda i: -both[i].length)
+    if held_out:
+        held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
+    steps = [_of_step(step, examples, plan, chain) for step in _largest_steps(examples, plan, recipe, chain)]
+    return Work(
+        examples=both,
+        groups=chosen,
+        steps=[step for step, _ in steps],
+        evaluated=held_out,
+        others=tokens / sum(group.tokens for group in chosen) - 1,
+        beside=max(size for _, size in steps),
+    )
+
+
+def _batches(step: list[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> list[list[int]]:
+    """A step's micro-batches, the largest first; indices into `examples`."""
+    lengths = [examples[i].length for i in step]
+    found = micro_batches(range(len(step)), lengths, plan.micro_batch_tokens, chain.rope_group)
+    batches = [[step[i] for i in batch] for batch in found]
+    return sorted(batches, key=lambda batch: -_padded(batch, examples))
+
+
+def _padded(batch: list[int], examples: Sequence[Example]) -> int:
+    return len(batch) * max(examples[i].length for i in batch)
+
+
+def _of_step(step: list[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> tuple[list[int], int]:
+    """What is simulated of a step, and the bytes of the other micro-batches, which wait in memory."""
+    batches = _batches(step, examples, plan, chain)
+    token_bytes = chain.width(plan.cut) * chain.handed_on(plan.cut).itemsize + 2 * torch.long.itemsize
+    positions = sum(_padded(batch, examples) for batch in batches[BATCHES:])
+    trained = sum(examples[i].trained_tokens for batch in batches[BATCHES:] for i in batch)
+    simulated = [i for batch in batches[:BATCHES] for i in batch]
+    return simulated, positions * token_bytes + trained * 2 * torch.long.itemsize
+
+
+def _largest_steps(
+    examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
+) -> tuple[list[int], list[int]]:
+    lengths = [example.length for example in examples]
+    epochs = range(1 if recipe.steps else recipe.epochs)
+    steps = [s for epoch in epochs for s in steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch)]
+    fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
+    longest = max(steps, key=lambda step: max(lengths[i] for i in step))
+    return longest, max(fullest, key=lambda s: _padded(_batches(s, examples, plan, chain)[0], examples))
+
+
+def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:
+    """A step of examples as long as the recipe allows, the last half of each trained, and that in words."""
+    length, count = recipe.max_length, max(1, recipe.batch_tokens // recipe.max_length)
+    spans = (Span(0, length // 2, False), Span(length // 2, length, True))
+    made = [
+        Example(array("i", [3 + number]) * length, spans, Place("assumed", number + 1))
+        for number in range(count)
+    ]
+    return made, f"every example has {length:,} tokens, half of them trained (name DATA for the true lengths)"

@@ -1,0 +1,185 @@
+"""The way that is chosen, what is said of the others, and the changes that would fit."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talik.cli import main
+from talik.data.labels import Example, Span
+from talik.data.rows import Place
+from talik.errors import DoesNotFitError
+from talik.machine import HERE, Machine, this_machine
+from talik.plan.account import Simulation
+from talik.plan.changes import Thrift, most_layers, smallest_changes
+from talik.plan.fakes import Routing
+from talik.plan.planned import Planned
+from talik.plan.report import plan_text
+from talik.plan.simulate import Subject, Work, simulate, subject_of
+from talik.plan.solve import Search, plan_run
+from talik.plan.target import LEAST_SLACK, Target, slack_of
+from talik.recipe import Plan, Recipe
+
+WIDE = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512, "head_dim": 64}
+WIDE |= {"max_position_embeddings": 512}
+
+
+def examples(*lengths: int) -> list[Example]:
+    made = []
+    for length in lengths:
+        spans = (Span(0, length // 2, False), Span(length // 2, length, True))
+        ids = array("i", ((7 * place + length) % 300 + 3 for place in range(length)))
+        made.append(Example(ids, spans, Place("made.jsonl", 1)))
+    return made
+
+
+def target(memory: int, disk: int | None = None) -> Target:
+    """A described machine, so that the program's own memory is left out."""
+    machine: Machine = replace(this_machine(), name="another")
+    return Target(machine, memory, memory, disk, 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once() -> Iterator[None]:
+    """The same way is simulated once for all tests of this file."""
+    known: dict[tuple[str, ...], Simulation] = {}
+
+    def remembered(subject: Subject, plan: Plan, work: Work, routing: Routing) -> Simulation:
+        recipe = subject.recipe.model_dump_json(include={"top_layers", "also", "precision", "model"})
+        key = (recipe, plan.model_dump_json(), repr((work.steps, work.evaluated)), routing)
+        if key not in known:
+            known[key] = simulate(subject, plan, work, routing)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("talik.plan.solve.simulate", remembered)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only a config."""
+    made = tmp_path_factory.mktemp("wide")
+    build_model("qwen2", **WIDE).config.save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Recipe:
+    return Recipe(model=str(folder), data="-", top_layers=2, precision="fp32", max_length=256)
+
+
+@pytest.fixture(scope="module")
+def roomy(recipe: Recipe, folder: Path, machine_json: str) -> Planned:
+    """With memory for everything."""
+    return plan_run(recipe, folder, examples(*[250] * 12), target=target(64 << 30))
+
+
+def test_a_config_is_enough(recipe: Recipe, folder: Path) -> None:
+    planned = plan_run(recipe, folder, target=target(64 << 30))
+    assert planned.fits and planned.assumed is not None and "256 tokens" in planned.assumed
+    report = planned.as_dict()
+    assert report["chosen"]["cut"] == 2
+    assert report["peak_bytes"]["cpu"] == max(phase["peak_bytes"] for phase in report["phases"])
+    assert report["chosen"]["promised"]["backward"] == planned.plan.promised["backward"]
+    assert report["seconds"]["total"] > report["seconds"]["epoch"] > 0 < report["seconds"]["trunk"]
+
+
+def test_a_smaller_way_is_found_where_the_first_does_not_fit(
+    roomy: Planned, recipe: Recipe, folder: Path
+) -> None:
+    assert roomy.plan.micro_batch_tokens == 2048 and not roomy.plan.recompute and not roomy.refused
+    budget = int(roomy.peak.bytes * 0.75) + LEAST_SLACK
+    smaller = plan_run(recipe, folder, examples(*[250] * 12), target=target(budget))
+    assert smaller.fits
+    assert smaller.plan.micro_batch_tokens < 2048 or smaller.plan.recompute
+    assert smaller.peak.bytes + slack_of(smaller.peak.bytes) <= budget
+    refused = smaller.refused[0]
+    assert refused.simulated and refused.peak_bytes == roomy.peak.bytes
+    assert refused.change == f"--memory {-(-(roomy.peak.bytes + LEAST_SLACK + 1) // 2**20)}MiB"
+    assert "chosen: " in plan_text(smaller) and "refused: micro-batches of 2,048" in plan_text(smaller)
+
+
+def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
+    sets = examples(250, 250), []
+    needed = Thrift(folder, sets, target(64 << 30)).peak(recipe)
+    tight = target(int(needed * 0.97) + LEAST_SLACK)
+    refused = plan_run(recipe, folder, *sets, target=tight)
+    assert not refused.fits and refused.breaks is not None
+    changes = {change.options: change for change in smallest_changes(refused, recipe, folder, sets)}
+    assert "--top-layers 1" in changes
+    for options, change in changes.items():
+        fits = change.peak_bytes + slack_of(change.peak_bytes) <= tight.memory
+        assert fits or options.startswith("--memory")
+    one = recipe.model_copy(update={"top_layers": 1})
+    assert plan_run(one, folder, *sets, target=tight).fits
+    more = next(options for options in changes if options.startswith("--memory"))
+    memory = int(more.removeprefix("--memory ").removesuffix("MiB")) << 20
+    assert plan_run(recipe, folder, *sets, target=target(memory)).fits
+
+
+def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
+    sets = examples(250, 250), []
+    thrift = Thrift(folder, sets, target(64 << 30))
+    peaks = [thrift.peak(recipe.model_copy(update={"top_layers": n})) for n in (1, 2, 3, 4)]
+    assert peaks == sorted(peaks)
+    for layers, peak in enumerate(peaks, start=1):
+        known = Thrift(folder, sets, target(peak + LEAST_SLACK))
+        known._peaks = thrift._peaks  # nothing is simulated again
+        assert known.most_layers(recipe, 4) == layers
+    with pytest.raises(DoesNotFitError, match="not even one layer"):
+        most_layers(recipe, folder, sets, target(peaks[0] // 4 + LEAST_SLACK))
+
+
+def test_a_disk_that_is_too_small_does_not_fit(roomy: Planned) -> None:
+    assert roomy.fits and roomy.disk["cache"] == 12 * 250 * 256 * 4
+    short = replace(roomy, target=target(64 << 30, disk=roomy.disk_bytes - 1))
+    assert not short.fits and short.disk_missing == 1
+    assert "the disk lacks 1 B" in plan_text(short)
+
+
+def test_experts_have_a_range(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("mixtral", num_local_experts=4, hidden_size=64, intermediate_size=160).config.save_pretrained(
+        tmp_path
+    )
+    recipe = Recipe(model=str(tmp_path), data="-", top_layers=1, precision="fp32", max_length=128)
+    planned = plan_run(recipe, tmp_path, examples(100, 90), target=target(64 << 30))
+    assert planned.least is not None
+    assert 0 < planned.least <= planned.peak.bytes
+
+
+def test_the_trunk_is_streamed_where_it_does_not_fit(recipe: Recipe, folder: Path) -> None:
+    one = recipe.model_copy(update={"top_layers": 0, "also": ["head"]})
+    search = Search(subject_of(one, folder), examples(64, 64), [], target(64 << 30))
+    tried = search.try_plan(search.first())
+    trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
+    assert tried.plan.trunk == "resident"
+    search = Search(subject_of(one, folder), examples(64, 64), [], target(trunk - 1 + LEAST_SLACK))
+    plan = search.first().model_copy(update={"trunk": "resident"})
+    assert search.try_plan(plan).plan.trunk == "streamed"
+
+
+def test_the_command_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["plan", str(folder), "--top-layers", "2", "--max-length", "256"]
+    assert main([*options, "--memory", "100MiB", "--json"]) == 3
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert not report["fits"] and report["breaks"]["bytes"] > 0 and len(report["refused"]) > 1
+    assert report["changes"][0]["options"].startswith("--memory")
+    assert "no way to run this fits 100" in err
+    assert main([*options, "--memory", "plenty"]) == 2
+    assert main(["plan", str(folder), "--top-layers", "9"]) == 2
+
+
+def test_the_command_plans_for_what_is_free_and_for_all_layers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(folder), "--top-layers", "auto", "--max-length", "256"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("fits: ") and "program" in out and HERE not in out

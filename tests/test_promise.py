@@ -1,0 +1,114 @@
+"""Runs keep what their plan promised, or end with the reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import talik
+from talik.cli import main
+from talik.errors import DoesNotFitError, UsageError
+from talik.files import read_json
+from talik.plan.promise import Promise
+from talik.plan.ways import choose
+from talik.recipe import Plan, Recipe
+from talik.run import Result
+
+
+@pytest.fixture(scope="module")
+def recipe(model_folder: Path, rows: Path) -> Recipe:
+    fields = {"model": str(model_folder), "data": str(rows), "precision": "fp32", "top_layers": 2}
+    return Recipe.model_validate({**fields, "batch_tokens": 300, "steps": 3})
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, machine_json: str) -> tuple[Result, Path]:
+    """A planned run."""
+    folder = tmp_path_factory.mktemp("promise") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        (home / "machine.json").write_text(machine_json, encoding="utf-8")
+        patch.setenv("TALIK_HOME", str(home))
+        return talik.train(recipe, folder), folder
+
+
+def test_what_was_promised_was_allocated(run: tuple[Result, Path]) -> None:
+    result, folder = run
+    promised = read_json(folder / "plan.json")["promised"]
+    for phase in ("forward", "loss", "backward", "update"):
+        row = result.memory[phase]
+        assert row["promised"] == promised[phase]
+        assert row["allocated"] == pytest.approx(promised[phase], rel=1e-3)
+        assert row["measured"] > 0
+    assert read_json(folder / "results.json")["memory"] == result.memory
+
+
+def test_a_plan_is_repeated_bit_for_bit_and_tracking_changes_nothing(
+    run: tuple[Result, Path], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = run
+    monkeypatch.setattr("talik.plan.promise.TRACKED", 0)
+    again = ["train", recipe.model, recipe.data, "--precision", "fp32", "--top-layers", "2"]
+    again += ["--batch-tokens", "300", "--steps", "3", "--plan", str(folder / "plan.json")]
+    assert main([*again, "-o", str(tmp_path / "again")]) == 0
+    one, other = (
+        load_file(next((where / "checkpoints").glob("*3")) / "weights.safetensors")
+        for where in (folder, tmp_path / "again")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_plan_of_another_cut_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    plan = choose(recipe, Path(recipe.model))
+    with pytest.raises(UsageError, match="cut at 3, and this run has 4 layers cut at 2"):
+        talik.train(recipe, tmp_path / "run", plan=plan.model_copy(update={"cut": 3}))
+    with pytest.raises(UsageError, match="promises nothing"):
+        talik.train(recipe, tmp_path / "run", plan=plan, enforce=True)
+
+
+def test_a_refused_run_leaves_its_reason_and_a_free_folder(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(DoesNotFitError, match=r"fits 200\.0 MiB: .* missing"):
+        talik.train(recipe, folder, memory=200 << 20)
+    refused = read_json(folder / "refused.json")
+    assert not refused["planned"]["fits"] and refused["recipe"]["top_layers"] == 2
+    assert main(["explain", str(folder)]) == 0
+    assert "200.0 MiB" in capsys.readouterr().out
+    assert talik.train(recipe, folder, plan=choose(recipe, Path(recipe.model))).steps == 3
+    assert not (folder / "refused.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a limit to break")
+def test_a_broken_promise_ends_with_the_diagnosis(
+    recipe: Recipe,
+    run: tuple[Result, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = Plan.model_validate(read_json(run[1] / "plan.json"))
+    hungry: list[Any] = []
+
+    def eat(self: Promise, name: str) -> None:
+        self.now = name
+        if name == "backward":
+            hungry.append(torch.ones(1 << 28))
+
+    monkeypatch.setattr(Promise, "phase", eat)
+    folder = tmp_path / "run"
+    with pytest.raises(DoesNotFitError, match=r"step 1, backward: 1\.0 GiB more were asked for"):
+        talik.train(recipe, folder, plan=plan, enforce=True)
+    monkeypatch.undo()
+    hungry.clear()
+    assert read_json(folder / "broken.json")["phase"] == "backward"
+    assert main(["explain", str(folder)]) == 0
+    assert "backward" in capsys.readouterr().out
+    assert talik.resume(folder).steps == 3
+    assert not (folder / "broken.json").exists()
