@@ -51,7 +51,7 @@ def prepare(folder: Path, draw: random.Random) -> tuple[Recipe, str]:
         "max_position_embeddings": 2048,
     }
     torch.manual_seed(draw.randrange(1 << 30))
-    attention = "eager" if family == "gpt2" else "sdpa"
+    attention = "eager" if family in ("gpt2", "gemma2") else "sdpa"
     tiny_model(family, attention=attention, **sizes).save_pretrained(folder)
     make_tokenizer("chatml").save_pretrained(folder)
     longest = draw.choice((40, 120, 300))
@@ -60,7 +60,7 @@ def prepare(folder: Path, draw: random.Random) -> tuple[Recipe, str]:
             "input": "What is 2 + 3? " * draw.randint(1, longest // 10),
             "output": "It is 5. " * draw.randint(1, 20),
         }
-        for _ in range(40)
+        for _ in range(16)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     fields = {

@@ -98,6 +98,20 @@ def test_causes_are_what_the_bytes_are_for(build_model: Callable[..., Any], tmp_
     assert {p.phase: p for p in again.phases}["loss"].causes["saved activations"] < kept / 2
 
 
+def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("qwen2", **SMALL, tie_word_embeddings=True).save_pretrained(tmp_path)
+    size = SMALL["vocab_size"] * SMALL["hidden_size"] * 4
+    trained = []
+    for also in ([], ["head"]):
+        recipe = Recipe.model_validate(
+            {"model": "-", "data": "-", "top_layers": 2, "precision": "fp32", "also": also}
+        )
+        _, plan, work = problem(tmp_path, "fp32")
+        peaks = simulate(subject_of(recipe, tmp_path), plan, work).phases
+        trained.append(next(peak.causes["weights trained"] for peak in peaks if peak.phase == "forward"))
+    assert trained[1] - trained[0] == size
+
+
 def test_the_model_is_as_it_was_afterwards(build_model: Callable[..., Any], tmp_path: Path) -> None:
     build_model("qwen2", **SMALL).save_pretrained(tmp_path)
     subject, plan, work = problem(tmp_path, "fp32")

@@ -18,7 +18,7 @@ from talik.errors import DoesNotFitError
 from talik.machine import HERE, Machine, this_machine
 from talik.plan.account import Simulation
 from talik.plan.changes import Thrift, most_layers, smallest_changes
-from talik.plan.fakes import Routing
+from talik.plan.fake_log import Routing
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
 from talik.plan.simulate import Subject, Work, simulate, subject_of

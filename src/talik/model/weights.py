@@ -203,13 +203,18 @@ class Weights:
         return self.model.get_submodule(module), own
 
     def _tied(self, made: dict[str, Piece]) -> dict[str, Piece]:
-        """For each tensor that is in the checkpoint under a tied name only: the piece that makes that one."""
+        """For each tensor that is in the checkpoint under a tied name only: the piece that makes that one.
+
+        Tied in the model, or by its class and untied since (`freeze.untie`).
+        """
         of_tensor = {id(tensor): made[name] for name, tensor in self._hollow.items() if name in made}
-        return {
-            name: of_tensor[id(tensor)]
+        twins: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        found = {
+            name: of_tensor.get(id(tensor)) or made.get(twins.get(name, ""))
             for name, tensor in self._hollow.items()
-            if name not in made and id(tensor) in of_tensor
+            if name not in made
         }
+        return {name: piece for name, piece in found.items() if piece is not None}
 
     def _twin(self, name: str, made: dict[str, Tensor]) -> str:
         """The name that a converted tensor has where this one is tied to it."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from talik.model.anatomy import Parts, parts_of
 from talik.model.chain_probe import tensors_in
 from talik.plan.account import Simulation, account, levels
-from talik.plan.fakes import fake_world
+from talik.plan.fake_log import fake_world
 from talik.plan.storage_log import Storage, StorageLog
 
 STEPS = 2  # in the second the optimizer's states are there during the backward
@@ -79,7 +79,7 @@ def run_loop(
     with ExitStack() as stack:
         for context in (unchanged(model), torch.random.fork_rng(devices=[]), torch.enable_grad()):
             stack.enter_context(context)
-        log = stack.enter_context(fake_world(model))
+        log = stack.enter_context(fake_world(model, "cuda" if foreach else "cpu"))
         _without_accelerate(model)
         resident = _fake_parameters(model, {id(module) for module in offloaded}, log)
         stack.enter_context(_brought_in(offloaded, log))

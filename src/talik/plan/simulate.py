@@ -24,16 +24,8 @@ from talik.model.freeze import freeze
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.plan.account import Simulation, account
-from talik.plan.fakes import (
-    AtOnce,
-    FakeCache,
-    FakeStates,
-    FakeWeights,
-    MarkedScratch,
-    Routing,
-    assumed_table,
-    fake_world,
-)
+from talik.plan.fake_log import Routing, fake_world
+from talik.plan.fakes import AtOnce, FakeCache, FakeStates, FakeWeights, MarkedScratch, assumed_table
 from talik.plan.storage_log import Log
 from talik.plan.ways import check_layers
 from talik.recipe import Plan, Recipe
@@ -86,12 +78,10 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
 
 def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
     """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
-    chain, plan = (
-        subject.chain,
-        plan.model_copy(update={"device": "cpu"}),
-    )  # a fake CUDA device has no backward
+    chain, device = subject.chain, plan.device.partition(":")[0]
+    plan = plan.model_copy(update={"device": "cpu"})  # a fake CUDA device has no backward
     weights = FakeWeights(chain.model, subject.folder, subject.tables)
-    with fake_world(chain.model, routing) as log, log.blocks_of(chain):
+    with fake_world(chain.model, device, routing) as log, log.blocks_of(chain):
         weights.log = log
         try:
             rehearse(subject, weights, plan, work, log, layers=enough_layers(chain, plan.cut))

@@ -13,7 +13,7 @@ from talik.files import in_words
 from talik.machine import this_machine
 from talik.plan import ways
 from talik.plan.account import Break, Peak, Simulation
-from talik.plan.fakes import Routing
+from talik.plan.fake_log import Routing
 from talik.plan.planned import Planned, Refusal
 from talik.plan.seconds import seconds_of, token_bytes
 from talik.plan.simulate import Subject, Work, simulate, subject_of

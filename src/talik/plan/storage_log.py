@@ -102,6 +102,9 @@ class StorageLog(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        beside = self.beside(func, args)  # alive until this returns
+        for tensor in beside:
+            self._see(tensor, func._schema.name)
         out = self.run(func, args, kwargs)
         if func is torch.ops.prim.device.default:
             return out
@@ -118,6 +121,10 @@ class StorageLog(TorchDispatchMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carries out one operator."""
         return func(*args, **kwargs)
+
+    def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """Tensors that an operator makes for itself and drops when it ends."""
+        return []
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
         """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""

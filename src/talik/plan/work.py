@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from talik.model.chain import Chain
 from talik.plan.simulate import Work
 from talik.recipe import Plan, Recipe
 from talik.train.cache import groups_of
+from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
 BATCHES = 2  # of a step, the largest, are simulated: the others differ by nothing but being smaller
@@ -66,8 +68,11 @@ def _largest_steps(
     examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> tuple[list[int], list[int]]:
     lengths = [example.length for example in examples]
-    epochs = range(1 if recipe.steps else recipe.epochs)
-    steps = [s for epoch in epochs for s in steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch)]
+    steps: list[list[int]] = []
+    count, epochs = count_steps(lengths, recipe), itertools.count()
+    while len(steps) < count:
+        steps += steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, next(epochs))
+    steps = steps[:count]
     fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
     longest = max(steps, key=lambda step: max(lengths[i] for i in step))
     return longest, max(fullest, key=lambda s: _padded(_batches(s, examples, plan, chain)[0], examples))

@@ -5,7 +5,7 @@ The gradient is computed with the loss, chunk by chunk, so that the logits of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,27 +29,45 @@ def trained_rows(
     return row * labels.shape[1] + column, following[row, column]
 
 
-def loss_chunks(
+def loss_backward(
     chain: Chain,
     rows: Float[Tensor, "trained hidden"],
     targets: Int[Tensor, " trained"],
-    weights: Sequence[nn.Parameter],
+    weights: Mapping[nn.Parameter, Float[Tensor, ...]],
     chunk: int,
     divisor: int,
-) -> Iterator[tuple[slice, Float[Tensor, ""], tuple[Tensor, ...]]]:
-    """For each chunk of rows: its place, its loss, and the gradients of (rows, *weights).
+) -> tuple[Float[Tensor, ""], Float[Tensor, "trained hidden"]]:
+    """The loss, summed over the tokens and divided by `divisor`, in fp32, and its gradient at `rows`.
 
-    The loss is the sum over the chunk's tokens divided by `divisor`, in fp32.
+    The gradient of each of `weights` is added to the tensor beside it.
     """
+    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    of_rows = torch.empty_like(rows)
     for start in range(0, len(rows), chunk):
         place = slice(start, min(start + chunk, len(rows)))
-        with torch.enable_grad():
-            part = rows[place].detach().requires_grad_()
-            logits = chain.tail(part[None])[0].float()
-            loss = F.cross_entropy(logits, targets[place], reduction="sum") / divisor
-            del logits
-            gradients = torch.autograd.grad(loss, (part, *weights))
-        yield place, loss.detach(), gradients
+        total += _chunk_backward(chain, rows[place], targets[place], of_rows[place], weights, divisor)
+    return total, of_rows
+
+
+def _chunk_backward(
+    chain: Chain,
+    rows: Tensor,
+    targets: Tensor,
+    of_rows: Tensor,
+    weights: Mapping[nn.Parameter, Tensor],
+    divisor: int,
+) -> Tensor:
+    """One chunk's loss. Apart, so that a gradient as large as the head is gone before the next is made."""
+    with torch.enable_grad():
+        part = rows.detach().requires_grad_()
+        logits = chain.tail(part[None])[0].float()
+        loss = F.cross_entropy(logits, targets, reduction="sum") / divisor
+        del logits
+        of_part, *of_weights = torch.autograd.grad(loss, (part, *weights))
+    of_rows.copy_(of_part)
+    for whole, gradient in zip(weights.values(), of_weights, strict=True):
+        whole.add_(gradient)
+    return loss.detach()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -57,17 +75,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, chain: Chain, rows: Tensor, targets: Tensor, chunk: int, *weights: nn.Parameter
     ) -> Tensor:
-        of_rows = torch.empty_like(rows)
-        of_weights = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        for place, loss, (of_part, *of_tail) in loss_chunks(
-            chain, rows, targets, weights, chunk, max(len(rows), 1)
-        ):
-            total += loss
-            of_rows[place] = of_part
-            for whole, gradient in zip(of_weights, of_tail, strict=True):
-                whole += gradient
-        ctx.gradients = (of_rows, *(g.to(w.dtype) for g, w in zip(of_weights, weights, strict=True)))
+        sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+        total, of_rows = loss_backward(chain, rows, targets, sums, chunk, max(len(rows), 1))
+        ctx.gradients = (of_rows, *(whole.to(weight.dtype) for weight, whole in sums.items()))
         return total
 
     @staticmethod

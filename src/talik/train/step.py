@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from talik.model.chain import Chain, run_layers
 from talik.recipe import Plan, Recipe
-from talik.train.loss import loss_chunks
+from talik.train.loss import loss_backward
 from talik.train.optim import OPTIMIZERS, SLICE, round_stochastically_
 from talik.train.scratch import Scratch
 from talik.train.store import Store
@@ -156,14 +156,9 @@ def forward_backward(
             hidden = run_top(top, batch, recompute=plan.recompute)
             phase("loss")
             rows = hidden.flatten(0, 1)[batch.rows]
-            of_rows = torch.empty_like(rows)
-            for place, loss, (of_part, *of_tail) in loss_chunks(
-                top.chain, rows, batch.targets, list(tail.values()), plan.loss_chunk, count
-            ):
-                total += loss
-                of_rows[place] = of_part
-                for name, gradient in zip(tail, of_tail, strict=True):
-                    scratch[f"gradient/{name}"].add_(gradient)
+            sums = {parameter: scratch[f"gradient/{name}"] for name, parameter in tail.items()}
+            loss, of_rows = loss_backward(top.chain, rows, batch.targets, sums, plan.loss_chunk, count)
+            total += loss
             phase("backward")
             if rows.requires_grad:
                 rows.backward(of_rows)

@@ -1,0 +1,54 @@
+"""What stands for a run in its simulation takes as much as the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_simulate import SMALL, examples, problem
+
+from talik.plan.simulate import Subject, Work, simulate, subject_of
+from talik.plan.work import work_of
+from talik.recipe import Plan, Recipe
+from talik.train.cache import groups_of
+
+LENGTHS = (30, 31, 31, 32, 60, 61, 62, 64, 100)  # the largest micro-batch is neither the first nor the last
+
+
+@pytest.fixture
+def subject(build_model: Callable[..., Any], tmp_path: Path) -> Subject:
+    build_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    recipe = Recipe.model_validate(
+        {"model": "-", "data": "-", "top_layers": 2, "precision": "fp32", "also": ["head"]}
+    )
+    return subject_of(recipe, tmp_path)
+
+
+def peaks(subject: Subject, plan: Plan, work: Work) -> dict[str, int]:
+    return {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
+
+
+def test_two_micro_batches_stand_for_a_step_of_more(subject: Subject, tmp_path: Path) -> None:
+    _, plan, _ = problem(tmp_path, "fp32", loss_chunk=16)
+    recipe = subject.recipe.model_copy(update={"batch_tokens": sum(LENGTHS), "epochs": 1})
+    made = examples(*LENGTHS)
+    whole = Work(made, groups_of(made, plan.trunk_batch_tokens)[-2:], [range(len(made))] * 2)
+    short = work_of(made, [], plan, recipe, subject.chain)
+    assert max(map(len, short.steps)) < len(made)
+    expected = peaks(subject, plan, whole)
+    for phase, size in peaks(subject, plan, short).items():
+        assert size == pytest.approx(expected[phase], abs=8192), phase
+
+
+def test_the_steps_of_every_epoch_are_looked_at(subject: Subject, tmp_path: Path) -> None:
+    _, plan, _ = problem(tmp_path, "fp32")
+    made = examples(*range(20, 52))
+
+    def largest(**fields: int) -> int:
+        recipe = subject.recipe.model_copy(update={"batch_tokens": 100, **fields})
+        steps = work_of(made, [], plan, recipe, subject.chain).steps
+        return max(len(step) * max(made[i].length for i in step) for step in steps)
+
+    assert largest(steps=1) < largest(epochs=20) == largest(epochs=1, steps=20 * 12)
