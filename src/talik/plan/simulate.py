@@ -116,10 +116,12 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
         held_out = [work.examples[i] for i in work.evaluated]
         evaluate_top(top, held_out, FakeStates([e.length for e in held_out], *form), plan)
     states = FakeStates([example.length for example in work.examples], *form)
+    log.phase("forward")  # a step begins by making its micro-batches
     waiting = torch.empty(work.beside, dtype=torch.uint8)
     log.mark([waiting], "cache and batches")
     for step, indices in enumerate(work.steps, start=1):
         run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
+    del waiting
     log.phase("save")
 
 
