@@ -28,9 +28,10 @@ from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.train.loss import trained_rows
 from talik.train.scratch import MemoryScratch
-from talik.train.step import MicroBatch, World, make_top, prepare, train_step
+from talik.train.step import MicroBatch, World, make_top, train_step
 from talik.train.store import ResidentStore
 from talik.train.trunk import run_trunk
+from talik.train.update import prepare
 
 SHAPE = {
     "vocab_size": 49152,
@@ -90,7 +91,7 @@ def main(precision: str = "fp32") -> None:
             MicroBatch(batch["input_ids"], batch["attention_mask"], hidden, *trained_rows(batch["labels"]))
         )
     world = World(ResidentStore(), MemoryScratch(torch.device("cpu")), Nobody())
-    prepare(top, recipe, world.scratch)
+    prepare(top.parameters(), recipe, world.scratch)
     step = best_seconds(lambda: train_step(top, batches, world, recipe, plan, step=1, learning_rate=1e-6))
     whole = collate(examples, 0)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-6, fused=True)

@@ -51,8 +51,8 @@ from talik.train.run_folder import (
     start_run,
 )
 from talik.train.scratch import MemoryScratch
-from talik.train.step import prepare
 from talik.train.trunk import trunk_states
+from talik.train.update import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         if evaluation is not None:
             evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan)
         scratch = MemoryScratch(top.chain.device)
-        prepare(top, run.recipe, scratch)
+        prepare(top.parameters(), run.recipe, scratch)
         checkpoint = latest_checkpoint(run.folder)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
         if checkpoint:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import make_recipe
-from talik.train import step as step_module
+from talik.train import update as update_module
 from talik.train.optim import adamw_, learning_rate_at, round_stochastically_
 from talik.train.scratch import MemoryScratch
-from talik.train.step import update
+from talik.train.update import update
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -31,7 +31,7 @@ def test_adamw_is_pytorchs(decay: float) -> None:
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     trained = []
     for size in (1 << 24, 7):
-        monkeypatch.setattr(step_module, "SLICE", size)
+        monkeypatch.setattr(update_module, "SLICE", size)
         torch.manual_seed(0)
         weight = torch.nn.Parameter(
             torch.randn(5, 9).to(torch.float32 if precision == "fp32" else torch.bfloat16)

@@ -34,9 +34,10 @@ from talik.train.evaluation import evaluate_top
 from talik.train.feed import run_step
 from talik.train.loading import Loaded, begin, working_dtype
 from talik.train.loop import ScalarMonitor
-from talik.train.step import World, prepare
+from talik.train.step import World
 from talik.train.store import ResidentStore, Store
 from talik.train.trunk import trunk_pass
+from talik.train.update import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     log.phase("load")
     top = loaded.top()
     scratch = MarkedScratch(torch.device("cpu"), log)
-    prepare(top, recipe, scratch)
+    prepare(top.parameters(), recipe, scratch)
     form = chain.width(plan.cut), chain.handed_on(plan.cut)
     world = World(ResidentStore(), scratch, ScalarMonitor(log.phase))
     if work.evaluated:

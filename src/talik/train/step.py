@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from talik.model.chain import Chain, run_layers
 from talik.recipe import Plan, Recipe
 from talik.train.loss import loss_backward
-from talik.train.optim import OPTIMIZERS, SLICE, round_stochastically_
 from talik.train.scratch import Scratch
 from talik.train.store import Store
+from talik.train.update import gradient_norm, update
 
 
 @runtime_checkable
@@ -90,15 +90,6 @@ class World:
     monitor: Monitor
 
 
-def prepare(top: Top, recipe: Recipe, scratch: Scratch) -> None:
-    """Makes what lives as long as the run: fp32 masters (precision bf16) and the optimizer's state."""
-    for name, parameter in top.parameters():
-        if recipe.precision == "bf16":
-            scratch[f"master/{name}"] = parameter.detach().float()
-        for state in OPTIMIZERS[recipe.optimizer].state:
-            scratch.zeros(f"{state}/{name}", parameter.shape, torch.float32)
-
-
 def train_step(
     top: Top,
     batches: Sequence[MicroBatch],
@@ -122,7 +113,7 @@ def train_step(
             world.scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
     world.monitor.scalar("loss", forward_backward(top, batches, world, plan, count))
     world.monitor.phase("update")
-    norm = gradient_norm(top, world.scratch)
+    norm = gradient_norm((name for name, _ in top.parameters()), world.scratch)
     world.monitor.scalar("grad_norm", norm)
     scale = (recipe.clip / (norm + 1e-6)).clamp(max=1) if recipe.clip else None
     for block, parameters in top.blocks.items():
@@ -186,58 +177,3 @@ def run_top(
     for first, end in itertools.pairwise([*bounds, count]):
         hidden = checkpoint(run_layers, chain, range(first, end), hidden, calls, use_reentrant=False)
     return hidden
-
-
-def gradient_norm(top: Top, scratch: Scratch) -> Float[Tensor, ""]:
-    """The norm of the whole gradient, in fp32."""
-    norms = [torch.linalg.vector_norm(scratch[f"gradient/{name}"]) for name, _ in top.parameters()]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-@torch.no_grad()
-def update(
-    name: str,
-    parameter: nn.Parameter,
-    scratch: Scratch,
-    recipe: Recipe,
-    scale: Float[Tensor, ""] | None,
-    step: int,
-    learning_rate: float,
-) -> None:
-    """One parameter's update, slice by slice; its gradient is used up.
-
-    bf16: the fp32 master is updated and the parameter rounded from it. bf16-sr: the parameter is updated in
-    fp32 and rounded at random. fp32: in place.
-    """
-    optimizer = OPTIMIZERS[recipe.optimizer]
-    master = scratch[f"master/{name}"] if recipe.precision == "bf16" else parameter
-    working, exact, gradient, *state = (
-        tensor.detach().view(-1)
-        for tensor in (
-            parameter,
-            master,
-            scratch[f"gradient/{name}"],
-            *(scratch[f"{state}/{name}"] for state in optimizer.state),
-        )
-    )
-    decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-    for slice_, weights, grads, *states in zip(
-        *(tensor.split(SLICE) for tensor in (working, exact, gradient, *state)), strict=True
-    ):
-        if scale is not None:
-            grads.mul_(scale)
-        weight = weights.float()  # a copy only for bf16-sr
-        optimizer.update(
-            weight,
-            grads,
-            *states,
-            step=step,
-            learning_rate=learning_rate,
-            weight_decay=decay,
-            recipe=recipe,
-        )
-        if recipe.precision == "bf16":
-            slice_.copy_(weight)
-        elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
-            round_stochastically_(slice_, weight)
-    scratch.drop(f"gradient/{name}")
