@@ -28,8 +28,9 @@ from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.train.loss import trained_rows
 from talik.train.scratch import MemoryScratch
-from talik.train.step import MicroBatch, World, make_top, train_step
+from talik.train.step import train_step
 from talik.train.store import ResidentStore
+from talik.train.top import MicroBatch, World, make_top
 from talik.train.trunk import run_trunk
 from talik.train.update import prepare
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from talik.data.dataset import read_all
 from talik.events import Notify, Said, silent
 from talik.model.source import find_model
+from talik.model.working_copy import Saved
 from talik.plan.ways import choose
 from talik.recipe import check
 from talik.train.evaluation import evaluate_top
@@ -47,10 +48,13 @@ def evaluate(
     loaded = load(recipe, plan, folder)
     with trunk_states(loaded, [found.examples], recipe, notify) as [states]:
         top = loaded.top()
-        first = evaluate_top(top, found.examples, states, plan)
+        first = evaluate_top(top, found.examples, states, plan, loaded.store)
         report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
         if checkpoint is None:
             return {**report, "model": first.measures()}
-        load_weights(checkpoint, dict(top.parameters()))
-        tuned = evaluate_top(top, found.examples, states, plan)
+        if plan.top == "streamed":
+            loaded.weights.changed = Saved(checkpoint / "weights.safetensors")
+        else:
+            load_weights(checkpoint, dict(top.parameters()))
+        tuned = evaluate_top(top, found.examples, states, plan, loaded.store)
     return {**report, "base": first.measures(), "tuned": tuned.measures()}

@@ -6,7 +6,7 @@ The command line, recipe.yaml and the table in docs/recipe.md derive from these 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -70,8 +70,10 @@ class Recipe(BaseModel):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW: decay of matrices; vectors have none")
-    clip: float = Field(
-        default=1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off"
+    clip: Annotated[float, Field(ge=0)] | Literal["last"] = Field(
+        default=1.0,
+        description="largest norm of the whole gradient; 0 turns clipping off; last: 1.0, by the norm of the "
+        "step before, so that no gradient is kept until all are known",
     )
 
     eval_every: int = Field(
@@ -95,6 +97,11 @@ class Recipe(BaseModel):
         ge=0,
         description="largest size of all caches there, in GB; the least recently used go first; 0: no bound",
     )
+
+    @property
+    def max_norm(self) -> float:
+        """The largest norm that the gradient may have."""
+        return 1.0 if self.clip == "last" else self.clip
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -127,8 +134,18 @@ class Plan(BaseModel):
     trunk: Literal["resident", "streamed"] = Field(
         description="where the frozen weights are while they run: in memory, or one layer at a time"
     )
-    top: Literal["resident"] = Field(description="where the trained weights are")
-    cache: Literal["disk"] = Field(description="where the trunk's hidden states are kept")
+    top: Literal["resident", "streamed"] = Field(
+        description="where the trained weights are: in memory, or in a working copy and one layer at a time"
+    )
+    state: Literal["memory", "disk"] = Field(
+        default="memory", description="where masters, optimizer state and gradients that wait are"
+    )
+    inputs: Literal["memory", "disk"] = Field(
+        default="memory", description="streamed: where what goes into each layer waits for the backward"
+    )
+    cache: Literal["disk", "none"] = Field(
+        description="where the trunk's hidden states are kept; none where the embeddings are trained"
+    )
     trunk_batch_tokens: int = Field(description="tokens that go through the trunk at once")
     hidden_bytes: int = Field(
         description="what is held between the trunk's layers, about; a shard of the data"
@@ -140,6 +157,12 @@ class Plan(BaseModel):
         default={},
         description="memory that each phase takes at most, in bytes, the program's included; it alone, too",
     )
+
+    def on_disk(self, kind: str) -> bool:
+        """Whether tensors of a kind ("input", "kept", "master", ...) are in files while they wait."""
+        if kind == "input":
+            return self.inputs == "disk"
+        return self.state == "disk" and kind not in ("gradient", "norm")
 
 
 def check(given: dict[str, Any], where: object = None) -> Recipe:

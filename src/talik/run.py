@@ -50,9 +50,8 @@ from talik.train.run_folder import (
     refuse_run,
     start_run,
 )
-from talik.train.scratch import MemoryScratch
+from talik.train.step import prepare_top
 from talik.train.trunk import trunk_states
-from talik.train.update import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,12 +210,12 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         promise.phase("trunk")
         states = stack.enter_context(trunk_states(loaded, sets, run.recipe, notify))
         promise.phase("load")
-        top, evaluate = loaded.top(), None
+        top, store, evaluate = loaded.top(), loaded.store, None
         if evaluation is not None:
-            evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan)
-        scratch = MemoryScratch(top.chain.device)
-        prepare(top.parameters(), run.recipe, scratch)
+            evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan, store)
         checkpoint = latest_checkpoint(run.folder)
+        scratch = stack.enter_context(loaded.working(top, run.folder / "work", checkpoint))
+        prepare_top(top, run.recipe, store, scratch)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
         if checkpoint:
             notify(Said("resumed", f"after step {state.step}, from {checkpoint}"))
@@ -225,6 +224,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
             top,
             data.examples,
             states[0],
+            store,
             scratch,
             run.recipe,
             run.plan,

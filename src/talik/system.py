@@ -23,6 +23,7 @@ _CGROUP_FILES = {  # version: limit and usage in bytes; the part of the usage th
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     "v2": ("memory.max", "memory.current", "inactive_file"),
 }
+_ZEROS = 1 << 20  # bytes of a file that are written at once where none can be reserved
 
 
 def home_folder() -> Path:
@@ -157,6 +158,16 @@ def forget_pages(file: int, start: int, size: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
+
+
+def reserve(file: int, size: int) -> None:
+    """Takes `size` bytes of the disk for an open, empty file: OSError now and not when they are written."""
+    if hasattr(os, "posix_fallocate"):
+        if size:
+            os.posix_fallocate(file, 0, size)
+        return
+    for start in range(0, size, _ZEROS):
+        os.write(file, bytes(min(_ZEROS, size - start)))
 
 
 @contextlib.contextmanager

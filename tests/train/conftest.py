@@ -19,7 +19,7 @@ from talik.model.freeze import freeze
 from talik.recipe import Plan, Recipe
 from talik.train.loading import Loaded, load
 from talik.train.loss import trained_rows
-from talik.train.step import MicroBatch, Top, make_top
+from talik.train.top import MicroBatch, Top, make_top
 from talik.train.trunk import run_trunk
 
 
@@ -34,12 +34,12 @@ def make_examples(lengths: tuple[int, ...] = (9, 14, 14, 6, 11, 20), seed: int =
     return made
 
 
-def make_plan(top: Top, **changes: Any) -> Plan:
+def make_plan(of: Top, /, **changes: Any) -> Plan:
     fields = {
         "device": "cpu",
         "threads": 1,
-        "cut": top.cut,
-        "layers": len(top.chain.layers),
+        "cut": of.cut,
+        "layers": len(of.chain.layers),
         "trunk": "resident",
         "top": "resident",
         "cache": "disk",

@@ -14,8 +14,9 @@ from talik.data.labels import Example
 from talik.train.loop import ScalarMonitor
 from talik.train.loss import chunked_loss
 from talik.train.scratch import MemoryScratch
-from talik.train.step import Top, World, forward_backward, run_top
+from talik.train.step import forward_backward, run_top
 from talik.train.store import ResidentStore
+from talik.train.top import Top, World
 
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("llama", {}, ()),

@@ -30,7 +30,7 @@ from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
 from talik.train.resume import checkpoints, latest_checkpoint
 from talik.train.run_folder import load_tokenizer
-from talik.train.step import make_top
+from talik.train.top import Top, make_top
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "qwen2-fp32.txt"
 
@@ -72,7 +72,7 @@ def plain_losses(recipe: Recipe, steps: int) -> list[float]:
             batch = [examples[i] for i in indices]
             loss = plain_loss(model, batch, sum(e.trained_tokens for e in batch))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            torch.nn.utils.clip_grad_norm_(trained, recipe.max_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(recipe, len(losses) + 1, steps)
             optimizer.step()
@@ -214,15 +214,15 @@ def test_not_finite_stops_and_names_the_examples(model_folder: Path, rows: Path,
 
     def poison(event: Any) -> None:
         if isinstance(event, StepDone) and event.step == 2:
-            for weights in spy:
-                weights.data.fill_(math.inf)
+            for top in tops:
+                for _, weights in top.parameters():
+                    weights.data.fill_(math.inf)
 
-    spy: list[torch.nn.Parameter] = []
+    tops: list[Top] = []
 
-    def spy_out(*args: Any) -> Any:
-        top = make_top(*args)
-        spy.extend(dict(top.parameters()).values())
-        return top
+    def spy_out(*args: Any) -> Top:
+        tops.append(make_top(*args))
+        return tops[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "make_top", spy_out)

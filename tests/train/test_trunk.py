@@ -34,10 +34,12 @@ def test_states_are_those_of_the_model_in_memory(
         loaded = load_from(model, folder, trunk=where, hidden_bytes=hidden_bytes)
         recipe = make_recipe(cache=str(folder / "cache"))
         with trunk_states(loaded, [examples], recipe, silent) as [states]:
+            assert states is not None
             read = states.read([5, 0, 3])
         assert read.dtype == dtype and read.shape[:2] == (3, 20)
         for row, index in zip(read, (5, 0, 3), strict=True):
             length = examples[index].length
+            assert states is not None
             alone = run_trunk(chain, 2, torch.tensor([list(examples[index].input_ids)]))
             assert torch.equal(row[:length], alone[0]) and not row[length:].any()
         shards = len(list(folder.glob("cache/*/shard-*.bin")))
@@ -54,6 +56,7 @@ def test_a_residual_in_fp32_is_cached_in_fp32(
     recipe = make_recipe(cache=str(tmp_path / "cache"))
     with trunk_states(loaded, [examples], recipe, silent) as [states]:
         for index, example in enumerate(examples):
+            assert states is not None
             alone = run_trunk(chain, 2, torch.tensor([list(example.input_ids)]))
             assert alone.dtype == torch.float32 and torch.equal(states.read([index]), alone)
 

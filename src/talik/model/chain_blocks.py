@@ -125,17 +125,19 @@ class Chain:
         attention_mask: Int[Tensor, "batch sequence"] | None = None,
         *,
         embed: bool = True,
+        graph: bool = False,
     ) -> Skeleton:
         """Runs the model's own forward without its layers. No gradient flows through what it returns.
 
-        Without `embed` the embeddings are not looked up: `embedded` is zeros, the calls are the same.
+        Without `embed` the embeddings are not looked up: `embedded` is zeros, the calls are the same. With
+        `graph` gradients flow through `embedded` to what is trained of the embeddings.
         """
         calls: list[Call] = []
         seen: list[Tensor] = []
         record = partial(self._record, calls, seen, {})
         forget_lengths(self.model)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(graph))
             stack.enter_context(contextlib.suppress(_AllRecorded))
             self._stand_in(stack, [record] * len(self.layers))
             if not (embed or self.calls_need_embeddings):

@@ -16,6 +16,7 @@ from talik.model.anatomy import parts_of
 from talik.model.checkpoint import Entry, read_tables, tensor_bytes, weight_files
 from talik.model.conversion import Piece, pieces_of
 from talik.model.digests import file_state, tensor_digests
+from talik.model.working_copy import Saved, WorkingCopy
 
 ALIGNED = 64  # bytes: where a tensor in a buffer may begin
 STAGING = 4 << 20  # bytes that are read at once where they are cast
@@ -36,6 +37,7 @@ class Weights:
     ) -> None:
         self.model, self.folder = model, folder
         self.forget = False  # whether the system should keep no pages of the files once they are read
+        self.changed: WorkingCopy | Saved | None = None  # what stands in for tensors of the checkpoint
         self._states = {} if tables else {file: file_state(file) for file in weight_files(folder)}
         tables = tables or read_tables(folder)
         self._table = {name: entry for table in tables.values() for name, entry in table.items()}
@@ -55,6 +57,7 @@ class Weights:
     def look_again(self) -> None:
         """To be called where parameters of the hollow model were untied since, before a block is read."""
         self._hollow: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
+        self._first = {id(tensor): name for name, tensor in reversed(self._hollow.items())}
 
     def names(self, block: str) -> list[str]:
         """The block's tensors: parameters and persistent buffers, tied ones too."""
@@ -103,16 +106,30 @@ class Weights:
         """
         self._check_unchanged()
         views: dict[str, Tensor] = {}
-        pieces: dict[int, Piece] = {}
+        unchanged: dict[str, Tensor] = {}
         start = 0
         for name in names:
-            like, piece = self._hollow[name], self._made_of[name]
+            like = self._hollow[name]
             views[name] = buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
-            pieces[id(piece)] = piece
             start += _aligned(like.nbytes)
-        for piece in pieces.values():
-            self._read_piece(piece, {n: view for n, view in views.items() if self._made_of[n] is piece})
+            if self.changed and self.one_name(name) in self.changed:
+                self.changed.read(self.one_name(name), views[name])
+            else:
+                unchanged[name] = views[name]
+        for piece in {id(self._made_of[name]): self._made_of[name] for name in unchanged}.values():
+            self._read_piece(piece, {n: view for n, view in unchanged.items() if self._made_of[n] is piece})
         return views
+
+    def to_write(self, block: str) -> dict[str, Tensor]:
+        """What is trained of a loaded block, by the names of the working copy; tied tensors have one."""
+        names = {self.one_name(name): name for name in self.names(block)}
+        covered = {one: name for one, name in names.items() if self.changed and self.changed.covers(one)}
+        owners = {one: self._owner(name) for one, name in covered.items()}
+        return {one: getattr(module, own).detach() for one, (module, own) in owners.items()}
+
+    def one_name(self, name: str) -> str:
+        """The first of the names that tied tensors have."""
+        return self._first[id(self._hollow[name])]
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Puts tensors where the model has them; a parameter stays trained or frozen as it was."""

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from talik.model.checkpoint import Entry
 from talik.model.weights import Weights
-from talik.plan.storage_log import Log, StorageLog
+from talik.model.working_copy import WorkingCopy
+from talik.plan.storage_log import ON_DISK, Log, StorageLog
 from talik.train.cache import Cache, Group, States
 from talik.train.cache_shard import ShardWriter
-from talik.train.scratch import MemoryScratch
+from talik.train.scratch import FileScratch
+from talik.train.top import Top
+
+CAUSE_OF = {"gradient": "gradients", "kept": "gradients", "input": "saved activations"}
 
 
 class FakeWeights(Weights):
@@ -104,22 +108,48 @@ class FakeShard(ShardWriter):
         hidden.detach().contiguous().view(-1)
 
 
-class MarkedScratch(MemoryScratch):
-    """A scratch whose tensors' causes are known by their names."""
+class FakeCopy(WorkingCopy):
+    """A working copy that nothing is written to; what is trained is read from it and not the source."""
 
-    def __init__(self, device: torch.device, log: Log) -> None:
-        super().__init__(device)
+    def __init__(self, top: Top) -> None:
+        self._names = {name for name, _ in top.parameters()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def covers(self, name: str) -> bool:
+        """As `WorkingCopy.covers`."""
+        return name in self._names
+
+    def read(self, name: str, into: Tensor) -> None:
+        """As `WorkingCopy.read`."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """As `WorkingCopy.write`."""
+
+
+class MarkedScratch(FileScratch):
+    """A scratch whose tensors' causes are known by their names; those in files take no memory."""
+
+    def __init__(self, device: torch.device, log: Log, on_disk: Callable[[str], bool]) -> None:
+        super().__init__(device, Path(), on_disk)
         self._log = log
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """As `Scratch.zeros`."""
         tensor = super().zeros(name, shape, dtype)
-        self._log.mark([tensor], _cause(name))
+        self._log.mark([tensor], self._cause(name))
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         super().__setitem__(name, tensor)
-        self._log.mark([tensor], _cause(name))
+        self._log.mark([self[name]], self._cause(name))
 
+    def _make(self, path: Path, size: int) -> Tensor:
+        tensor = torch.empty(size, dtype=torch.uint8)
+        self._log.mark([tensor], ON_DISK)
+        return tensor
 
-def _cause(name: str) -> str:
-    return "gradients" if name.startswith("gradient/") else "optimizer state"
+    def _cause(self, name: str) -> str:
+        kind = name.partition("/")[0]
+        return ON_DISK if self._on_disk(kind) else CAUSE_OF.get(kind, "optimizer state")

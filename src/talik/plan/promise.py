@@ -16,7 +16,7 @@ from talik.plan.account import account
 from talik.plan.storage_log import StorageLog
 from talik.recipe import Plan
 from talik.train.scratch import Scratch
-from talik.train.step import Top
+from talik.train.top import Top
 
 TRACKED = 2  # steps whose every storage is counted on a CPU; an accelerator's allocator counts by itself
 _ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMG]iB)")

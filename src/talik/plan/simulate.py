@@ -25,7 +25,15 @@ from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.plan.account import Simulation, account
 from talik.plan.fake_log import Routing, fake_world
-from talik.plan.fakes import AtOnce, FakeCache, FakeStates, FakeWeights, MarkedScratch, assumed_table
+from talik.plan.fakes import (
+    AtOnce,
+    FakeCache,
+    FakeCopy,
+    FakeStates,
+    FakeWeights,
+    MarkedScratch,
+    assumed_table,
+)
 from talik.plan.storage_log import Log
 from talik.plan.ways import check_layers
 from talik.recipe import Plan, Recipe
@@ -34,10 +42,10 @@ from talik.train.evaluation import evaluate_top
 from talik.train.feed import run_step
 from talik.train.loading import Loaded, begin, working_dtype
 from talik.train.loop import ScalarMonitor
-from talik.train.step import World
-from talik.train.store import ResidentStore, Store
+from talik.train.step import prepare_top
+from talik.train.store import Store
+from talik.train.top import World
 from talik.train.trunk import trunk_pass
-from talik.train.update import prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +111,24 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     log.phase("trunk")
     with loaded.trunk() as store:
         _load_each(loaded, store, layers)
-        groups = [(group, work.examples) for group in work.groups]
-        cache = FakeCache(log, work.others, plan.hidden_bytes)
-        trunk_pass(chain, plan.model_copy(update={"cut": layers}), groups, store, cache, silent)
+        if plan.cache != "none":
+            _trunk(loaded, store, work, log, layers)
     log.phase("load")
     top = loaded.top()
-    scratch = MarkedScratch(torch.device("cpu"), log)
-    prepare(top.parameters(), recipe, scratch)
+    weights.changed = FakeCopy(top)
+    scratch = MarkedScratch(torch.device("cpu"), log, plan.on_disk)
+    prepare_top(top, recipe, loaded.store, scratch)
     form = chain.width(plan.cut), chain.handed_on(plan.cut)
-    world = World(ResidentStore(), scratch, ScalarMonitor(log.phase))
+    world = World(loaded.store, scratch, ScalarMonitor(log.phase))
+
+    def states_of(of: Sequence[Example]) -> FakeStates | None:
+        return None if plan.cache == "none" else FakeStates([example.length for example in of], *form)
+
     if work.evaluated:
         log.phase("evaluate")
         held_out = [work.examples[i] for i in work.evaluated]
-        evaluate_top(top, held_out, FakeStates([e.length for e in held_out], *form), plan)
-    states = FakeStates([example.length for example in work.examples], *form)
+        evaluate_top(top, held_out, states_of(held_out), plan, loaded.store)
+    states = states_of(work.examples)
     log.phase("forward")  # a step begins by making its micro-batches
     waiting = torch.empty(work.beside, dtype=torch.uint8)
     log.mark([waiting], "cache and batches")
@@ -124,6 +136,16 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
         run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
     del waiting
     log.phase("save")
+    loaded.store.drop_buffers()
+    weights.changed = None
+
+
+def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> None:
+    """The trunk's pass over the groups of the work."""
+    groups = [(group, work.examples) for group in work.groups]
+    cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
+    plan = loaded.plan.model_copy(update={"cut": layers})
+    trunk_pass(loaded.chain, plan, groups, store, cache, silent)
 
 
 def _load_each(loaded: Loaded, store: Store, layers: int) -> None:

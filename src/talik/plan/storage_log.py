@@ -37,6 +37,7 @@ CAUSES = (
     "logits and loss",
     "workspace",
 )
+ON_DISK = "on disk"  # the cause of tensors in files that are mapped, which take no memory
 
 
 @runtime_checkable
@@ -96,7 +97,10 @@ class StorageLog(TorchDispatchMode):
     def mark(self, tensors: Iterable[Tensor], cause: str) -> None:
         """Says what the storages of these tensors are for; those made before are born now."""
         for tensor in tensors:
-            self.births[self._see(tensor, "before")].cause = cause
+            made = self.births[self._see(tensor, "before")]
+            made.cause = cause
+            if cause == ON_DISK:
+                made.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,9 +140,9 @@ class StorageLog(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, operator: str) -> int:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, 0 if storage.filename else storage.nbytes()
         number = self._live.get(key)
-        if number is not None and self.births[number].bytes == size:
+        if number is not None and (self.births[number].bytes == size or self.births[number].cause == ON_DISK):
             return number
         if number is not None:  # resized: the old one is gone
             self._die(key, number)

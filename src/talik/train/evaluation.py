@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from talik.data.labels import Example
 from talik.recipe import Plan
 from talik.train.cache import States
 from talik.train.feed import load_micro_batches
-from talik.train.step import MicroBatch, Top, run_top
+from talik.train.step import run_top
+from talik.train.store import Store
+from talik.train.streamed import forward_streamed
+from talik.train.top import MicroBatch, Top
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +35,41 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_top(top: Top, examples: Sequence[Example], states: States, plan: Plan) -> Evaluation:
+def evaluate_top(
+    top: Top, examples: Sequence[Example], states: States | None, plan: Plan, store: Store
+) -> Evaluation:
     """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
     top.train_mode(False)
     loss, right, count = 0.0, 0, 0
     batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain)
-    for batch in batches:
-        batch_loss, batch_right = _evaluate_batch(top, batch, plan.loss_chunk)
+    for batch, hidden in _through(top, batches, plan, store):
+        batch_loss, batch_right = _evaluate_batch(top, batch, hidden, plan.loss_chunk)
         loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)
     return Evaluation(loss / count, right / count, count)
 
 
-def _evaluate_batch(top: Top, batch: MicroBatch, chunk: int) -> tuple[float, int]:
+def _through(
+    top: Top, batches: Iterable[MicroBatch], plan: Plan, store: Store
+) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """Each micro-batch with what the last layer hands on; a streamed top takes several at once."""
+    if plan.top == "resident":
+        yield from ((batch, run_top(top, batch)) for batch in batches)
+        return
+    waiting: list[MicroBatch] = []
+    held, token_bytes = 0, top.chain.width(top.cut) * top.chain.handed_on(top.cut).itemsize
+    for batch in batches:
+        waiting.append(batch)
+        held += batch.input_ids.numel() * token_bytes
+        if held >= plan.hidden_bytes:
+            yield from zip(waiting, forward_streamed(top, waiting, store), strict=True)
+            waiting, held = [], 0
+    if waiting:
+        yield from zip(waiting, forward_streamed(top, waiting, store), strict=True)
+
+
+def _evaluate_batch(top: Top, batch: MicroBatch, hidden: Tensor, chunk: int) -> tuple[float, int]:
     """The summed loss of a micro-batch and how many of its trained tokens were guessed right."""
-    rows = run_top(top, batch).flatten(0, 1)[batch.rows]
+    rows = hidden.flatten(0, 1)[batch.rows]
     loss, right = 0.0, 0
     for part, targets in zip(rows.split(chunk), batch.targets.split(chunk), strict=True):
         logits = top.chain.tail(part[None])[0].float()

@@ -10,28 +10,32 @@ from talik.model.chain import Chain
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
 from talik.train.loss import trained_rows
-from talik.train.step import MicroBatch, Top, World, train_step
+from talik.train.step import train_step
+from talik.train.top import MicroBatch, Top, World
 
 
 def load_micro_batches(
-    examples: Sequence[Example], indices: Sequence[int], states: States, plan: Plan, chain: Chain
+    examples: Sequence[Example], indices: Sequence[int], states: States | None, plan: Plan, chain: Chain
 ) -> Iterator[MicroBatch]:
-    """The examples with these indices, in groups of like length, with what the trunk handed on for them."""
+    """The examples with these indices, in groups of like length, with what the trunk handed on for them.
+
+    Without `states` there is no trunk.
+    """
     chosen = [examples[i] for i in indices]
     lengths = [example.length for example in chosen]
     for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens, chain.rope_group):
         batch = collate([chosen[i] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
-        hidden = states.read([indices[i] for i in group])
+        hidden = None if states is None else states.read([indices[i] for i in group])
         tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
-        yield MicroBatch(*(tensor.to(chain.device) for tensor in tensors))
+        yield MicroBatch(*(None if tensor is None else tensor.to(chain.device) for tensor in tensors))  # pyright: ignore[reportArgumentType]
 
 
 def run_step(
     top: Top,
     examples: Sequence[Example],
     indices: Sequence[int],
-    states: States,
+    states: States | None,
     world: World,
     recipe: Recipe,
     plan: Plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from talik.model.chain import Chain, load_model, verify_layers
 from talik.model.freeze import freeze
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
+from talik.model.working_copy import Saved, WorkingCopy
 from talik.recipe import Plan, Recipe
-from talik.train.step import Top, make_top
+from talik.train.scratch import FileScratch, Scratch
 from talik.train.store import FileStore, ResidentStore, Store
+from talik.train.top import Top, make_top
 
 
 def working_dtype(recipe: Recipe) -> torch.dtype:
@@ -57,12 +60,33 @@ class Loaded:
                 self.store.release(block)
 
     def top(self) -> Top:
-        """Loads what is trained and what runs beside it; it stays in memory."""
-        for block in (*(f"layer {i}" for i in range(self.plan.cut, self.plan.layers)), "tail"):
-            self.store.stay(block)
+        """What is trained, and what runs beside it: in memory from here on, unless the plan streams it."""
+        top = make_top(self.chain, trained_names(self.chain), self.plan.cut)
+        if self.plan.top == "resident":
+            for block in dict.fromkeys([*top.blocks, "tail"]):
+                self.store.stay(block)
         self.weights.drop_staging()
-        parameters = self.chain.model.named_parameters()
-        return make_top(self.chain, {name: p for name, p in parameters if p.requires_grad}, self.plan.cut)
+        return top
+
+    @contextlib.contextmanager
+    def working(self, top: Top, folder: Path, checkpoint: Path | None = None) -> Iterator[Scratch]:
+        """The scratch of a run; what does not stay in memory is in `folder`, which is removed at the end.
+
+        Weights that are streamed begin as they are in `checkpoint`, if there is one.
+        """
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        scratch = FileScratch(self.chain.device, folder, self.plan.on_disk)
+        if self.plan.top == "streamed":
+            sizes = {name: parameter.nbytes for name, parameter in top.parameters()}
+            saved = Saved(checkpoint / "weights.safetensors") if checkpoint else None
+            self.weights.changed = WorkingCopy(folder / "weights", sizes, saved, forget=self.weights.forget)
+        try:
+            yield scratch
+        finally:
+            self.store.drop_buffers()
+            if isinstance(self.weights.changed, WorkingCopy):
+                self.weights.changed.close()
+            scratch.close()
 
     def check_chain(self, examples: Sequence[Example], store: Store) -> None:
         """ChainError if the chain differs from the model's own forward on a few tokens of two examples."""
@@ -107,6 +131,11 @@ class Loaded:
             self.store.get("tail")
 
 
+def trained_names(chain: Chain) -> list[str]:
+    """The parameters that are trained, each by its first name."""
+    return [name for name, parameter in chain.model.named_parameters() if parameter.requires_grad]
+
+
 def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
     model = hollow_model(folder, working_dtype(recipe), plan.device)
@@ -120,8 +149,12 @@ def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
 
 def begin(chain: Chain, weights: Weights, plan: Plan, reader: Executor | None = None) -> Loaded:
     """Makes the store of a plan, and loads the blocks that stay for the whole run."""
-    streamed = [f"layer {i}" for i in range(plan.layers)] if plan.trunk == "streamed" else []
-    store = FileStore(weights, torch.device(plan.device), streamed, reader)
+    first = 0 if plan.trunk == "streamed" else plan.cut
+    end = plan.layers if "streamed" in (plan.trunk, plan.top) else plan.cut
+    streamed = [f"layer {i}" for i in range(first, end)]
+    top = make_top(chain, (), plan.cut)
+    buffers = 1 + (max(map(len, top.groups()), default=1) if plan.top == "streamed" else 1)
+    store = FileStore(weights, torch.device(plan.device), streamed, reader, buffers)
     store.stay("rest")
     if chain.calls_need_embeddings:
         store.stay("embeddings")

@@ -31,8 +31,8 @@ from talik.train.feed import run_step
 from talik.train.optim import learning_rate_at
 from talik.train.resume import State, save_checkpoint
 from talik.train.scratch import Scratch
-from talik.train.step import Top, World
-from talik.train.store import ResidentStore
+from talik.train.store import Store
+from talik.train.top import Top, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ class Job:
 
     top: Top
     examples: Sequence[Example]
-    states: States
+    states: States | None
+    store: Store
     scratch: Scratch
     recipe: Recipe
     plan: Plan
@@ -139,7 +140,7 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> Ste
     torch.manual_seed(step_seed(job.recipe.seed, step))
     rate = learning_rate_at(job.recipe, step, steps)
     monitor = ScalarMonitor(job.watch.phase)
-    world = World(ResidentStore(), job.scratch, monitor)
+    world = World(job.store, job.scratch, monitor)
     with job.watch.step(job.top, job.scratch):
         batches = run_step(
             job.top, job.examples, indices, job.states, world, job.recipe, job.plan, step, rate
@@ -178,7 +179,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
     best = state.best_step == state.step
     if last or best or interrupted or _due(job.recipe.save_every, state.step, epoch_ends):
         job.watch.phase("save")
-        path = save_checkpoint(job.run, job.top, job.scratch, job.recipe, state)
+        path = save_checkpoint(job.run, job.top, job.store, job.scratch, job.recipe, state)
         job.notify(Saved(state.step, path))
     if interrupted and not last:
         raise Interrupted(

@@ -8,19 +8,24 @@ a few integers are the whole state beside the tensors.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from talik.errors import RunError
 from talik.files import finished_folder, need_room, read_json, write_json
+from talik.model.checkpoint import tensor_bytes, write_tensors
 from talik.recipe import Recipe
 from talik.train.optim import OPTIMIZERS
 from talik.train.scratch import Scratch
-from talik.train.step import Top
+from talik.train.store import Store
+from talik.train.top import Top
 
 
 @dataclass(slots=True)
@@ -52,7 +57,8 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
-    return [f"{kind}/{name}" for name, _ in top.parameters() for kind in _kinds(recipe)]
+    last = ["norm"] if recipe.clip == "last" else []
+    return [*last, *(f"{kind}/{name}" for name, _ in top.parameters() for kind in _kinds(recipe))]
 
 
 def _kinds(recipe: Recipe) -> list[str]:
@@ -65,17 +71,23 @@ def checkpoint_bytes(trained: int, dtype: torch.dtype, recipe: Recipe) -> int:
     return trained * (dtype.itemsize + 4 * len(_kinds(recipe))) * (recipe.keep + 2)
 
 
-def save_checkpoint(run: Path, top: Top, scratch: Scratch, recipe: Recipe, state: State) -> Path:
-    """Writes a checkpoint of this state, unless there is one already; then drops those not to be kept."""
+def save_checkpoint(
+    run: Path, top: Top, store: Store, scratch: Scratch, recipe: Recipe, state: State
+) -> Path:
+    """Writes a checkpoint of this state, unless there is one already; then drops those not to be kept.
+
+    Block by block and tensor by tensor, so that it takes no memory.
+    """
     path = checkpoint_path(run, state.step)
     if not path.exists():
-        weights = {name: parameter.detach() for name, parameter in top.parameters()}
+        weights = [(name, parameter.dtype, parameter.shape) for name, parameter in top.parameters()]
         optimizer = {name: scratch[name] for name in _tensor_names(top, recipe)}
-        size = sum(t.nbytes for t in (*weights.values(), *optimizer.values()))
-        need_room(path.parent, size, "a checkpoint")
+        size = sum(parameter.nbytes for _, parameter in top.parameters())
+        need_room(path.parent, size + sum(t.nbytes for t in optimizer.values()), "a checkpoint")
         with finished_folder(path) as folder:
-            save_file(weights, folder / "weights.safetensors")
-            save_file(optimizer, folder / "optimizer.safetensors")
+            _write(folder / "weights.safetensors", weights, _trained(top, store))
+            table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
+            _write(folder / "optimizer.safetensors", table, optimizer.values())
             write_json(folder / "state.json", asdict(state))
     best = None if state.best_step is None else checkpoint_path(run, state.best_step)
     for old in checkpoints(run)[: -recipe.keep]:
@@ -84,12 +96,33 @@ def save_checkpoint(run: Path, top: Top, scratch: Scratch, recipe: Recipe, state
     return path
 
 
+def _write(file: Path, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> None:
+    with file.open("wb") as stream:
+        write_tensors(stream, table)
+        for tensor in tensors:
+            stream.write(tensor_bytes(tensor))
+
+
+def _trained(top: Top, store: Store) -> Iterator[Tensor]:
+    """The trained weights in the order of `top.parameters`, each block loaded while it is asked for."""
+    seen: set[str] = set()
+    for block in top.blocks:
+        store.get(block)
+        yield from (own for name, own in top.of(block) if name not in seen)
+        seen.update(name for name, _ in top.of(block))
+        store.release(block)
+
+
 def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
-    """Puts a checkpoint's tensors back, bit for bit, and returns where the run stood."""
-    load_weights(path, dict(top.parameters()))
-    device = str(top.chain.device)
-    for name, tensor in load_file(path / "optimizer.safetensors", device=device).items():
-        scratch[name] = tensor.clone()  # what is loaded maps the file, which is deleted later
+    """Puts a checkpoint's tensors back, bit for bit, and returns where the run stood.
+
+    Weights that are streamed are read from it when they are wanted (`Loaded.working`).
+    """
+    if not any(parameter.is_meta for _, parameter in top.parameters()):
+        load_weights(path, dict(top.parameters()))
+    with safe_open(path / "optimizer.safetensors", "pt", device=str(top.chain.device)) as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            scratch[name] = file.get_tensor(name).clone()  # it maps the file, which is deleted later
     return State(**read_json(path / "state.json"))
 
 

@@ -6,88 +6,22 @@ function runs on fake tensors when a run is planned.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from talik.model.chain import Chain, run_layers
+from talik.model.chain import run_layers
 from talik.recipe import Plan, Recipe
+from talik.train.gradients import Updates, accumulated, make_gradients
 from talik.train.loss import loss_backward
 from talik.train.scratch import Scratch
 from talik.train.store import Store
-from talik.train.update import gradient_norm, update
-
-
-@runtime_checkable
-class Monitor(Protocol):
-    """Where a step's scalars go; they stay tensors here. `phase` says what begins: "forward", "loss", ..."""
-
-    def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
-    def phase(self, name: str, /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A few examples, right-padded: their tokens, what the trunk hands on, and the trained rows.
-
-    `rows` are flat positions whose next token is trained, `targets` those tokens.
-    """
-
-    input_ids: Int[Tensor, "batch sequence"]
-    attention_mask: Int[Tensor, "batch sequence"]
-    hidden: Float[Tensor, "batch sequence hidden"]
-    rows: Int[Tensor, " trained"]
-    targets: Int[Tensor, " trained"]
-
-
-@dataclass(frozen=True, slots=True)
-class Top:
-    """The thawed part: the chain, the cut, and the trained parameters of each block by full name."""
-
-    chain: Chain
-    cut: int
-    blocks: dict[str, dict[str, nn.Parameter]]
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for block in self.blocks.values():
-            yield from block.items()
-
-    def train_mode(self, on: bool) -> None:
-        """Dropout in the top is on while a step runs, and off otherwise; the trunk never has any."""
-        self.chain.model.eval()
-        for layer in self.chain.layers[self.cut :]:
-            layer.train(on)
-
-
-def make_top(chain: Chain, trained: dict[str, nn.Parameter], cut: int | None = None) -> Top:
-    """Sorts the trained parameters into blocks: "layer 17" and "tail".
-
-    The cut is the first layer with a trained parameter, or given: lower, where layers share state.
-    """
-    of_layer = {name: chain.parts.part(name) for name in trained}
-    if cut is None:
-        layers = range(len(chain.layers))
-        cut = next((i for i in layers if f"layer {i}" in of_layer.values()), len(chain.layers))
-    blocks: dict[str, dict[str, nn.Parameter]] = {f"layer {i}": {} for i in range(cut, len(chain.layers))}
-    blocks["tail"] = {}
-    for name, parameter in trained.items():
-        blocks[of_layer[name] if of_layer[name] in blocks else "tail"][name] = parameter
-    return Top(chain, cut, blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """The three objects through which a step touches the world."""
-
-    store: Store
-    scratch: Scratch
-    monitor: Monitor
+from talik.train.streamed import forward_backward_streamed
+from talik.train.top import MicroBatch, Top, World
+from talik.train.update import prepare
 
 
 def train_step(
@@ -106,21 +40,23 @@ def train_step(
     clipping).
     """
     count = sum(len(batch.targets) for batch in batches)
-    world.monitor.phase("forward")
-    for block, parameters in top.blocks.items():
-        world.store.get(block)
-        for name, parameter in parameters.items():
-            world.scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
-    world.monitor.scalar("loss", forward_backward(top, batches, world, plan, count))
-    world.monitor.phase("update")
-    norm = gradient_norm((name for name, _ in top.parameters()), world.scratch)
-    world.monitor.scalar("grad_norm", norm)
-    scale = (recipe.clip / (norm + 1e-6)).clamp(max=1) if recipe.clip else None
-    for block, parameters in top.blocks.items():
-        for name, parameter in parameters.items():
-            update(name, parameter, world.scratch, recipe, scale, step, learning_rate)
-        world.store.put(block)
-        world.store.release(block)
+    updates = Updates(top, world, recipe, step, learning_rate)
+    if plan.top == "streamed":
+        loss = forward_backward_streamed(top, batches, world, plan, count, updates)
+    else:
+        loss = forward_backward(top, batches, world, plan, count)
+        for block in reversed(top.blocks):
+            updates.block(block)
+    world.monitor.scalar("loss", loss)
+    world.monitor.scalar("grad_norm", updates.finish())
+
+
+def prepare_top(top: Top, recipe: Recipe, store: Store, scratch: Scratch) -> None:
+    """Makes what lives as long as the run, block by block: masters and the optimizer's state."""
+    for block in top.blocks:
+        store.get(block)
+        prepare(top.of(block), recipe, scratch)
+        store.release(block)
 
 
 def forward_backward(
@@ -128,23 +64,14 @@ def forward_backward(
 ) -> Float[Tensor, ""]:
     """The loss over all micro-batches; adds every trained parameter's gradient to the one in scratch."""
     scratch, phase = world.scratch, world.monitor.phase
-
-    def take(name: str, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        scratch[f"gradient/{name}"].add_(parameter.grad)
-        parameter.grad = None
-
-    tail = top.blocks["tail"]
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
-        for name, parameter in top.parameters()
-        if name not in tail
-    ]
+    phase("forward")
+    make_gradients(top.parameters(), scratch)
+    tail = dict(top.of("tail"))
     total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
-    try:
+    with accumulated((pair for block in top.blocks if block != "tail" for pair in top.of(block)), scratch):
         for batch in batches:
             phase("forward")
-            hidden = run_top(top, batch, recompute=plan.recompute)
+            hidden = run_top(top, batch, recompute=plan.recompute, graph=True)
             phase("loss")
             rows = hidden.flatten(0, 1)[batch.rows]
             sums = {parameter: scratch[f"gradient/{name}"] for name, parameter in tail.items()}
@@ -154,26 +81,23 @@ def forward_backward(
             if rows.requires_grad:
                 rows.backward(of_rows)
             del hidden, rows, of_rows
-    finally:
-        for hook in hooks:
-            hook.remove()
     return total
 
 
 def run_top(
-    top: Top, batch: MicroBatch, *, recompute: bool = False
+    top: Top, batch: MicroBatch, *, recompute: bool = False, graph: bool = False
 ) -> Float[Tensor, "batch sequence hidden"]:
     """The top layers over one micro-batch, with the calls of a fresh skeleton.
 
     `recompute`: nothing inside a layer is kept for the backward, which runs the layer again with the same
-    random state; layers that share what they do not hand on are run again together.
+    random state; layers that share what they do not hand on are run again together. `graph`: gradients reach
+    the embeddings, where those are trained.
     """
-    chain, count = top.chain, len(top.chain.layers)
-    calls = chain.skeleton(batch.input_ids, batch.attention_mask, embed=False).calls
+    chain, own = top.chain, batch.hidden is None
+    skeleton = chain.skeleton(batch.input_ids, batch.attention_mask, embed=own, graph=own and graph)
+    hidden, calls = skeleton.embedded if batch.hidden is None else batch.hidden, skeleton.calls
     if not recompute:
-        return run_layers(chain, range(top.cut, count), batch.hidden, calls)
-    hidden = batch.hidden
-    bounds = [i for i in range(top.cut, count) if chain.lowest_cut(i)[0] == i]
-    for first, end in itertools.pairwise([*bounds, count]):
-        hidden = checkpoint(run_layers, chain, range(first, end), hidden, calls, use_reentrant=False)
+        return run_layers(chain, range(top.cut, len(chain.layers)), hidden, calls)
+    for group in top.groups():
+        hidden = checkpoint(run_layers, chain, group, hidden, calls, use_reentrant=False)
     return hidden

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from talik.model.weights import Weights
+from talik.model.working_copy import WorkingCopy
 
 STREAMS = ("cuda", "xpu")  # devices that copy from pinned memory beside what they compute
 
@@ -48,10 +49,15 @@ class ResidentStore:
 
 @dataclass(slots=True)
 class Traffic:
-    """What a store has read, in bytes of the files, and the seconds in which somebody waited for it."""
+    """What a store has read and written, in bytes of the files, and the seconds that it took.
+
+    `waited`: those in which somebody waited for a block; `writing`: those of the writes.
+    """
 
     bytes: int = 0
     waited: float = 0.0
+    written: int = 0
+    writing: float = 0.0
 
 
 @dataclass(slots=True)
@@ -66,9 +72,10 @@ class _Slot:
 class FileStore:
     """Blocks of a hollow model, read from the files of its checkpoint.
 
-    The `streamed` ones take turns in two buffers, each of the size of the largest: one is computed with while
-    a thread reads the next. Every other block is loaded by `get` and stays until `release`. Not for blocks
-    that change: `put` is refused.
+    The `streamed` ones take turns in `buffers`, each of the size of the largest: one is computed with while
+    a thread reads the next. Every other block is loaded by `get` and stays until `release`. What changed is
+    written to the weights' working copy by the same thread, so that it is read back as it was put; what
+    stays in memory is nowhere else.
     """
 
     def __init__(
@@ -77,14 +84,17 @@ class FileStore:
         device: torch.device,
         streamed: Collection[str] = (),
         reader: Executor | None = None,
+        buffers: int = 2,
     ) -> None:
         self.traffic = Traffic()
+        self._buffers = buffers
         self._weights, self._device = weights, device
         self._streamed = frozenset(streamed)
         self._largest = max((weights.size(weights.names(block)) for block in streamed), default=0)
         self._slots: list[_Slot] = []
         self._in_use: dict[str, _Slot] = {}
         self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+        self._going: list[Future[None]] = []
         self._kept: dict[int, Tensor] = {}
         self._users: dict[int, set[str]] = {}
         self._staying: set[str] = set()
@@ -93,9 +103,11 @@ class FileStore:
 
     def get(self, block: str) -> None:
         """The block's parameters become real. Waits for the reader."""
-        if block in self._staying:
+        if block in self._staying or (block in self._in_use and block not in self._coming):
             return
+        self._settle(wait_for_all=block not in self._streamed)
         if block not in self._streamed:
+            self._slots.clear()  # what is apart from the layers takes as much as they do
             self._keep(block)
             return
         if block not in self._coming:
@@ -111,7 +123,13 @@ class FileStore:
         self._staying.add(block)
 
     def put(self, block: str) -> None:
-        raise NotImplementedError("blocks read from a checkpoint do not change")
+        """Writes what is trained of a block; a streamed one while others are computed with."""
+        if block in self._staying:
+            return
+        future = self._reader.submit(self._write, self._weights.to_write(block))
+        self._going.append(future)
+        if block not in self._streamed:
+            future.result()  # its memory is wanted for others
 
     def read_ahead(self, block: str) -> None:
         """Begins to read a streamed block, if a buffer is free for it; `get` does so otherwise."""
@@ -138,6 +156,7 @@ class FileStore:
 
     def drop_buffers(self) -> None:
         """Gives the buffers of streamed blocks back; what was got without being streamed stays."""
+        self._settle(wait_for_all=True)
         for block in list(self._in_use):
             if coming := self._coming.pop(block, None):
                 wait([coming])
@@ -147,7 +166,7 @@ class FileStore:
     def _free_slot(self) -> _Slot | None:
         if self._slots:
             return self._slots.pop()
-        if len(self._in_use) >= 2:
+        if len(self._in_use) >= self._buffers:
             return None
         host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._stream is not None)
         return _Slot(
@@ -170,6 +189,21 @@ class FileStore:
                 slot.device.copy_(slot.host, non_blocking=True)
             self._stream.synchronize()
         return {name: _same_place(tensor, slot) for name, tensor in tensors.items()}
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        """In the reader's thread: to the working copy."""
+        copy = self._weights.changed
+        start = time.perf_counter()
+        for name, tensor in tensors.items():
+            assert isinstance(copy, WorkingCopy)  # nothing else covers a name
+            copy.write(name, tensor)
+            self.traffic.written += tensor.nbytes
+        self.traffic.writing += time.perf_counter() - start
+
+    def _settle(self, *, wait_for_all: bool = False) -> None:
+        """Raises what went wrong in a write that has ended."""
+        while self._going and (wait_for_all or self._going[0].done()):
+            self._going.pop(0).result()
 
     def _keep(self, block: str) -> None:
         """Loads what no block has loaded yet; tied tensors are loaded once."""

@@ -122,9 +122,17 @@ def _run_layer(chain: Chain, layer: int, cut: int, flows: Sequence[Flow], store:
 @contextmanager
 def trunk_states(
     loaded: Loaded, sets: Sequence[Sequence[Example]], recipe: Recipe, notify: Notify
-) -> Iterator[list[States]]:
-    """What the trunk hands on for each set of examples: from the cache, and by one pass what is not in it."""
+) -> Iterator[list[States | None]]:
+    """What the trunk hands on for each set of examples: from the cache, and by one pass what is not in it.
+
+    None where there is no trunk.
+    """
     plan, chain, cut = loaded.plan, loaded.chain, loaded.plan.cut
+    if plan.cache == "none":
+        with loaded.trunk() as store:
+            _check(loaded, sets[0], store, notify)
+        yield [None] * len(sets)
+        return
     weights = loaded.weights.fingerprint(loaded.weights.trunk_names(cut))
     facts = trunk_facts(chain, cut, weights, plan)
     root, width = cache_root(recipe), chain.width(cut)
@@ -165,8 +173,7 @@ def _run(
     """Checks the chain, runs the pass, and says what it took."""
     traffic = loaded.store.traffic
     with loaded.trunk() as store:
-        loaded.check_chain(work[0][1], store)
-        notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
+        _check(loaded, work[0][1], store, notify)
         start, waited, read = time.perf_counter(), traffic.waited, traffic.bytes
         trunk_pass(loaded.chain, loaded.plan, work, store, cache, notify)
         seconds = time.perf_counter() - start
@@ -175,6 +182,11 @@ def _run(
     if loaded.plan.trunk == "streamed":
         text += f"; {in_words(traffic.bytes - read)} of weights read, {traffic.waited - waited:.1f} s waited"
     notify(Said("trunk", text))
+
+
+def _check(loaded: Loaded, examples: Sequence[Example], store: Store, notify: Notify) -> None:
+    loaded.check_chain(examples, store)
+    notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
 
 
 def cache_root(recipe: Recipe) -> Path:

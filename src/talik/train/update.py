@@ -25,12 +25,6 @@ def prepare(parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, scra
             scratch.zeros(f"{state}/{name}", parameter.shape, torch.float32)
 
 
-def gradient_norm(names: Iterable[str], scratch: Scratch) -> Float[Tensor, ""]:
-    """The norm of the whole gradient of these parameters, in fp32."""
-    norms = [torch.linalg.vector_norm(scratch[f"gradient/{name}"]) for name in names]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 @torch.no_grad()
 def update(
     name: str,

@@ -1,0 +1,158 @@
+"""The streamed top against the resident one: the same numbers, though only inputs are kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import load_from, make_examples, make_recipe
+from talik.events import silent
+from talik.train.evaluation import evaluate_top
+from talik.train.feed import run_step
+from talik.train.loop import ScalarMonitor
+from talik.train.step import prepare_top
+from talik.train.top import World
+from talik.train.trunk import trunk_states
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("mistral", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"tie_word_embeddings": False}),
+    ("gemma", {}),
+    ("gemma2", {"final_logit_softcapping": 5.0}),
+    ("gemma3_text", {}),
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0}),
+    ("gpt_neox", {}),
+    ("gptj", {"rotary_dim": 4}),
+    ("granite", {"logits_scaling": 4.0}),
+    ("cohere", {}),
+    ("olmo2", {}),
+    ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0}),
+    ("mixtral", {"num_local_experts": 4}),
+    ("phi", {}),
+    ("phi3", {}),
+    ("starcoder2", {}),
+    ("stablelm", {}),
+    ("bloom", {"n_layer": 4, "n_head": 4}),
+    ("mamba2", {"num_heads": 8, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 16}),
+    ("falcon", {}),
+]
+Trained = tuple[dict[str, torch.Tensor], list[float]]
+
+
+def trained(
+    model: Any, folder: Path, recipe: Any, *, steps: int = 2, thaw: tuple[str, ...] = (), **plan: Any
+) -> Trained:
+    """What a few steps make of the trained weights; the loss and norm of each, and an evaluation's loss."""
+    examples = make_examples((9, 14, 14, 6, 11, 20))
+    loaded = load_from(model, folder / "model", layers=recipe.top_layers, also=thaw, **plan)
+    recipe = recipe.model_copy(update={"cache": str(folder / "cache")})
+    numbers: list[float] = []
+    with trunk_states(loaded, [examples], recipe, silent) as [states]:
+        top = loaded.top()
+        with loaded.working(top, folder / "work") as scratch:
+            prepare_top(top, recipe, loaded.store, scratch)
+            for step in range(1, steps + 1):
+                monitor = ScalarMonitor()
+                world = World(loaded.store, scratch, monitor)
+                run_step(top, examples, range(6), states, world, recipe, loaded.plan, step, 0.01)
+                numbers += [monitor.read("loss"), monitor.read("grad_norm")]
+            numbers.append(evaluate_top(top, examples, states, loaded.plan, loaded.store).loss)
+            found = {}
+            for block in top.blocks:
+                loaded.store.get(block)
+                found |= {name: own.detach().clone() for name, own in top.of(block)}
+                loaded.store.release(block)
+        assert not (folder / "work").exists()
+    return found, numbers
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    assert one[1] == other[1]
+    assert one[0].keys() == other[0].keys()
+    for name, tensor in one[0].items():
+        assert torch.equal(tensor, other[0][name]), name
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+def test_streamed_is_resident_bit_for_bit(
+    build_model: Callable[..., Any], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    model = build_model(family, **changes)
+    recipe = make_recipe(precision="fp32", clip=0.1)
+    resident = trained(model, tmp_path / "resident", recipe)
+    assert_same(trained(model, tmp_path / "streamed", recipe, top="streamed"), resident)
+    before = dict(model.named_parameters())
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in resident[0].items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "state", "inputs"),
+    [
+        ("bf16", 0.1, "disk", "disk"),
+        ("bf16", "last", "memory", "disk"),
+        ("fp32", "last", "disk", "memory"),
+        ("fp32", 0, "memory", "memory"),
+    ],
+)
+def test_where_things_are_and_how_gradients_are_clipped(
+    build_model: Callable[..., Any], tmp_path: Path, precision: str, clip: Any, state: str, inputs: str
+) -> None:
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = build_model("qwen2", dtype=dtype, tie_word_embeddings=False)
+    recipe = make_recipe(precision=precision, clip=clip, top_layers=3)
+    resident = trained(model, tmp_path / "one", recipe, thaw=("head",), steps=3)
+    places = {"top": "streamed", "state": state, "inputs": inputs}
+    assert_same(trained(model, tmp_path / "two", recipe, thaw=("head",), steps=3, **places), resident)
+
+
+def test_the_source_is_never_written(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = build_model("qwen2")
+    model.save_pretrained(tmp_path / "again")
+    trained(model, tmp_path, make_recipe(precision="fp32", clip="last"), top="streamed")
+    files = [tmp_path / folder / "model.safetensors" for folder in ("model", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_layer_that_runs_again_drops_the_same(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    """One micro-batch: the draws come in the order of the layers, streamed or not."""
+    model = build_model("gpt2", attn_pdrop=0.3, resid_pdrop=0.3)
+    found = []
+    for number, plan in enumerate(({}, {"recompute": True}, {"top": "streamed"})):
+        torch.manual_seed(3)
+        recipe = make_recipe(precision="fp32", clip=0)
+        place = tmp_path / str(number)
+        found.append(trained(model, place, recipe, steps=1, micro_batch_tokens=200, **plan))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+    without = trained(
+        build_model("gpt2", attn_pdrop=0.0, resid_pdrop=0.0), tmp_path / "without", recipe, steps=1
+    )
+    assert without[1][0] != found[0][1][0]
+
+
+def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    """However many micro-batches a step has; and no more than two layers are in memory."""
+    model = build_model("qwen2")
+    reads: dict[int, int] = {}
+    for tokens in (20, 200):
+        loaded = load_from(model, tmp_path / f"{tokens}", top="streamed", micro_batch_tokens=tokens)
+        recipe = make_recipe(precision="fp32", cache=str(tmp_path / "cache"), clip="last")
+        examples = make_examples()
+        with trunk_states(loaded, [examples], recipe, silent) as [states]:
+            top = loaded.top()
+            with loaded.working(top, tmp_path / "work") as scratch:
+                prepare_top(top, recipe, loaded.store, scratch)
+                before = loaded.store.traffic.bytes
+                world = World(loaded.store, scratch, ScalarMonitor())
+                batches = run_step(top, examples, range(6), states, world, recipe, loaded.plan, 1, 0.01)
+                reads[len(batches)] = loaded.store.traffic.bytes - before
+        assert loaded.store.traffic.written > 0
+    assert len(reads) == 2 and len(set(reads.values())) == 1
+    assert all(a != b for a, b in itertools.combinations(reads, 2))
