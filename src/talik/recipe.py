@@ -15,6 +15,13 @@ from talik.errors import RecipeError
 from talik.files import read_json, write_text
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
+_ADAM = ("adamw", "adamw-8bit", "muon")
+READ_BY = {
+    "beta1": _ADAM,
+    "beta2": _ADAM,
+    "epsilon": _ADAM,
+    "momentum": ("sgd",),
+}  # by these optimizers alone
 
 
 class Recipe(BaseModel):
@@ -60,7 +67,10 @@ class Recipe(BaseModel):
     batch_tokens: int = Field(
         default=4096, ge=1, description="tokens of one step, at most (one example, at least)"
     )
-    optimizer: Literal["adamw"] = Field(default="adamw", description="how weights are updated")
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon", "sgd"] = Field(
+        default="adamw",
+        description="how weights are updated; muon is for the layers' matrices, and AdamW for the rest",
+    )
     learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="how the learning rate falls after the warm-up"
@@ -69,7 +79,12 @@ class Recipe(BaseModel):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW: decay of matrices; vectors have none")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="SGD: decay of the sum of gradients; 0: none"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decay of matrices, times the learning rate; vectors have none"
+    )
     clip: Annotated[float, Field(ge=0)] | Literal["last"] = Field(
         default=1.0,
         description="largest norm of the whole gradient; 0 turns clipping off; last: 1.0, by the norm of the "
@@ -117,6 +132,12 @@ class Recipe(BaseModel):
             wrong.append("eval_every needs something to evaluate on: name eval_data or held_out")
         if not self.top_layers and not self.also:
             wrong.append("top_layers is 0 and also is empty: nothing would be trained")
+        for field, readers in READ_BY.items():
+            changed = getattr(self, field) != Recipe.model_fields[field].default
+            if changed and self.optimizer not in readers:
+                wrong.append(
+                    f"{field} is read by {', '.join(readers)} alone, not by {self.optimizer}: leave it out"
+                )
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from talik.plan.fake_log import fake_world
-from talik.train.optim import round_stochastically_
+from talik.recipe import Recipe
+from talik.train.optim import OPTIMIZERS, round_stochastically_
+from talik.train.scratch import MemoryScratch
+from talik.train.update import prepare, update
 
 COUNT = 50_000
 
@@ -27,6 +30,24 @@ def multiplies_unlike_dtypes() -> Tensor:
 
 def rounds_at_random() -> None:
     round_stochastically_(torch.zeros(COUNT, dtype=torch.bfloat16), torch.ones(COUNT))
+
+
+def updates_by(optimizer: str) -> Callable[[], None]:
+    """The second update of one matrix, as of a run in bf16-sr."""
+
+    def work() -> None:
+        name, shape = "layers.0.weight", torch.Size([200, 256])
+        recipe = Recipe.model_validate(
+            {"model": "-", "data": "-", "optimizer": optimizer, "precision": "bf16-sr"}
+        )
+        scratch = MemoryScratch(torch.device("cpu"))
+        weight = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+        prepare([(name, weight)], recipe, scratch)
+        scratch[f"gradient/{name}"] = torch.ones(shape)
+        update(name, weight, scratch, recipe, None, 2, 0.01)
+
+    work.__name__ = optimizer
+    return work
 
 
 def simulated(work: Callable[[], object], device: str) -> int:
@@ -45,7 +66,14 @@ def allocated(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize(
-    "work", [accumulates_unlike_dtypes, multiplies_unlike_dtypes, rounds_at_random], ids=lambda f: f.__name__
+    "work",
+    [
+        accumulates_unlike_dtypes,
+        multiplies_unlike_dtypes,
+        rounds_at_random,
+        *(updates_by(optimizer) for optimizer in OPTIMIZERS),
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_the_peak_is_the_allocators(work: Callable[[], object]) -> None:
     torch.manual_seed(0)

@@ -40,9 +40,13 @@ def examples(*lengths: int) -> list[Example]:
     return made
 
 
-def problem(folder: Path, precision: str, **changes: Any) -> tuple[Subject, Plan, Work]:
+def problem(
+    folder: Path, precision: str, optimizer: str = "adamw", **changes: Any
+) -> tuple[Subject, Plan, Work]:
     """A folder's model with two layers trained, a plan, and two steps."""
-    recipe = Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, "precision": precision})
+    recipe = Recipe.model_validate(
+        {"model": "-", "data": "-", "top_layers": 2, "precision": precision, "optimizer": optimizer}
+    )
     subject = subject_of(recipe, folder)
     fields: dict[str, Any] = {
         "device": "cpu",
@@ -68,10 +72,26 @@ def test_every_peak_is_that_of_the_run_on_real_tensors(
     build_model: Callable[..., Any], tmp_path: Path, kind: str, changes: dict[str, Any], way: dict[str, Any]
 ) -> None:
     build_model(kind, **{**SMALL, **changes}).save_pretrained(tmp_path)
-    subject, plan, work = problem(tmp_path, "fp32", **way)
+    assert_same_peaks(tmp_path, *problem(tmp_path, "fp32", **way))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("adamw-8bit", "bf16"), ("adafactor", "fp32"), ("muon", "bf16-sr"), ("sgd", "fp32")],
+)
+def test_every_optimizers_peak_is_that_of_the_run(
+    build_model: Callable[..., Any], tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    """Of experts, too, which Muon takes one by one."""
+    changes = {"num_hidden_layers": 2, "num_local_experts": 4}
+    build_model("mixtral", **SMALL, **changes, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert_same_peaks(tmp_path, *problem(tmp_path, precision, optimizer))
+
+
+def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) -> None:
     simulated = {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
     with StorageLog() as log:
-        weights = Weights(subject.chain.model, tmp_path)
+        weights = Weights(subject.chain.model, folder)
         rehearse(subject, weights, plan, work, log, layers=plan.cut)
     real = {peak.phase: peak.bytes for peak in account(log).phases}
     assert simulated.keys() == real.keys() >= {"load", "trunk", "forward", "loss", "backward", "update"}

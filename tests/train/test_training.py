@@ -28,7 +28,7 @@ from talik.run import Result
 from talik.train import loading, trunk
 from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
-from talik.train.resume import checkpoints, latest_checkpoint
+from talik.train.resume import checkpoint_bytes, checkpoints, latest_checkpoint
 from talik.train.run_folder import load_tokenizer
 from talik.train.top import Top, make_top
 
@@ -141,12 +141,23 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
     assert len(load_file(newest / "optimizer.safetensors")) == 2 * len(trained)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-sr"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [
+        *((precision, "adamw") for precision in ("fp32", "bf16", "bf16-sr")),
+        ("bf16", "adamw-8bit"),
+        ("fp32", "adafactor"),
+        ("bf16-sr", "muon"),
+        ("bf16", "sgd"),
+    ],
+)
 def test_stopped_and_resumed_is_the_same_bit_for_bit(
-    model_folder: Path, rows: Path, tmp_path: Path, precision: str
+    model_folder: Path, rows: Path, tmp_path: Path, precision: str, optimizer: str
 ) -> None:
     """Ctrl-C in the middle of the second epoch, twice, and dropout's randomness in between."""
-    recipe = recipe_for(model_folder, rows, precision=precision, epochs=3, held_out=0.2)
+    also = ["head"] if optimizer == "adamw-8bit" else []  # the one matrix that is large enough for 8 bits
+    changes = {"precision": precision, "optimizer": optimizer, "also": also}
+    recipe = recipe_for(model_folder, rows, epochs=3, held_out=0.2, **changes)
     train(recipe, tmp_path / "whole")
 
     def press(event: Any) -> None:
@@ -161,6 +172,20 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
     result = talik.resume(tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert result.steps == len(metrics(tmp_path / "parts"))
+    losses = [record["loss"] for record in metrics(tmp_path / "whole")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert_what_checkpoints_take(recipe, tmp_path / "whole")
+
+
+def assert_what_checkpoints_take(recipe: Recipe, run: Path) -> None:
+    """One checkpoint's tensors take what was foreseen for those to keep and two more."""
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    trained, state = (load_file(newest / f"{kind}.safetensors") for kind in ("weights", "optimizer"))
+    size = sum(tensor.nbytes for tensor in (*trained.values(), *state.values()))
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in trained.items()}
+    assert checkpoint_bytes(parameters, recipe) == size * (recipe.keep + 2)
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (recipe.optimizer == "adamw-8bit")
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -29,7 +29,7 @@ def smallest_changes(
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     notify: Notify = silent,
 ) -> tuple[Change, ...]:
-    """What would make a refused run fit: more memory, fewer layers, less precision, shorter examples.
+    """What would make a refused run fit: more memory, fewer layers, less precision, smaller state, and so on.
 
     Each alone, with everything else as it was, and simulated the way that takes least.
     """
@@ -50,16 +50,21 @@ def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
     """Bytes that a changed recipe takes at least, by what stays of the refused one."""
     causes = planned.peak.causes
     fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
-    if changed.also != recipe.also or recipe.precision == "fp32" != changed.precision:
+    if (changed.also, changed.optimizer) != (recipe.also, recipe.optimizer):
+        return 0
+    if recipe.precision == "fp32" != changed.precision:
         return 0
     without_masters = changed.precision == "bf16-sr" != recipe.precision
-    return fixed - (causes.get("optimizer state", 0) // 3 if without_masters else 0)
+    masters = min(causes.get("optimizer state", 0), 2 * causes.get("weights trained", 0))  # 4 bytes for 2
+    return fixed - (masters if without_masters else 0)
 
 
 def _candidates(recipe: Recipe, examples: Sequence[Example] | None) -> Iterator[tuple[str, Recipe, str]]:
     """Changed recipes: the options, the recipe, and what it means for the data."""
     if lighter := LIGHTER.get(recipe.precision):
         yield f"--precision {lighter}", _with(recipe, precision=lighter), ""
+    if recipe.optimizer == "adamw":
+        yield "--optimizer adamw-8bit", _with(recipe, optimizer="adamw-8bit"), ""
     if recipe.also:
         yield "without --also head", _with(recipe, also=[]), ""
     longest = recipe.max_length if examples is None else max(example.length for example in examples)
@@ -152,6 +157,6 @@ def most_layers(
 
 def _in_words(recipe: Recipe) -> str:
     return (
-        f"top {recipe.top_layers} layers in {recipe.precision}, examples of up to {recipe.max_length:,} "
-        "tokens, the way that takes least"
+        f"top {recipe.top_layers} layers in {recipe.precision} by {recipe.optimizer}, "
+        f"examples of up to {recipe.max_length:,} tokens, the way that takes least"
     )

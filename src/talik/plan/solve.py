@@ -20,7 +20,6 @@ from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.target import Target, target_of
 from talik.plan.work import assumed_examples, work_of
 from talik.recipe import Plan, Recipe
-from talik.train.loading import working_dtype
 from talik.train.resume import checkpoint_bytes
 
 STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
@@ -177,11 +176,11 @@ def _disk(
 ) -> dict[str, int]:
     """What the trunk's cache and the checkpoints take at most, in bytes."""
     tokens = sum(example.length for example in (*examples, *evaluated))
-    recipe, parameters = subject.recipe, subject.chain.model.parameters()
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    parameters = subject.chain.model.named_parameters()
+    trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
     return {
         "cache": tokens * token_bytes(subject, plan),
-        "checkpoints": checkpoint_bytes(trained, working_dtype(recipe), recipe),
+        "checkpoints": checkpoint_bytes(trained, subject.recipe),
     }
 
 

@@ -106,8 +106,7 @@ class Updates:
 
     def _by_last_norm(self) -> Float[Tensor, ""]:
         """The scale by the step before; the first step has none, and its rate is low."""
-        norm = self._world.scratch.zeros("norm", torch.Size(()), torch.float32)
-        return _scale(self._recipe.max_norm, norm)
+        return _scale(self._recipe.max_norm, self._world.scratch["norm"])
 
 
 def _scale(most: float, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from talik.errors import RunError
 from talik.files import finished_folder, need_room, read_json, write_json
 from talik.model.checkpoint import tensor_bytes, write_tensors
 from talik.recipe import Recipe
-from talik.train.optim import OPTIMIZERS
 from talik.train.scratch import Scratch
 from talik.train.store import Store
 from talik.train.top import Top
+from talik.train.update import kept
 
 
 @dataclass(slots=True)
@@ -58,17 +58,14 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
     last = ["norm"] if recipe.clip == "last" else []
-    return [*last, *(f"{kind}/{name}" for name, _ in top.parameters() for kind in _kinds(recipe))]
+    return [*last, *(key for name, own in top.parameters() for key in kept(name, own, recipe))]
 
 
-def _kinds(recipe: Recipe) -> list[str]:
-    """The fp32 tensors that a run keeps for each trained one."""
-    return [*(["master"] if recipe.precision == "bf16" else []), *OPTIMIZERS[recipe.optimizer].state]
-
-
-def checkpoint_bytes(trained: int, dtype: torch.dtype, recipe: Recipe) -> int:
+def checkpoint_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
     """What the checkpoints of a run take at most: those to keep, the best one, and one being written."""
-    return trained * (dtype.itemsize + 4 * len(_kinds(recipe))) * (recipe.keep + 2)
+    forms = (form for item in trained.items() for form in kept(*item, recipe).values())
+    state = sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
+    return (sum(parameter.nbytes for parameter in trained.values()) + state) * (recipe.keep + 2)
 
 
 def save_checkpoint(
@@ -122,12 +119,12 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
         load_weights(path, dict(top.parameters()))
     with safe_open(path / "optimizer.safetensors", "pt", device=str(top.chain.device)) as file:
         for name in file.keys():  # noqa: SIM118 - it is no dictionary
-            scratch[name] = file.get_tensor(name).clone()  # it maps the file, which is deleted later
+            scratch[name].copy_(file.get_tensor(name))
     return State(**read_json(path / "state.json"))
 
 
 @torch.no_grad()
-def load_weights(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
     """Copies a checkpoint's trained weights into the parameters of the same names."""
     weights = load_file(path / "weights.safetensors")
     if weights.keys() != parameters.keys():

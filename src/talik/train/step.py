@@ -53,6 +53,8 @@ def train_step(
 
 def prepare_top(top: Top, recipe: Recipe, store: Store, scratch: Scratch) -> None:
     """Makes what lives as long as the run, block by block: masters and the optimizer's state."""
+    if recipe.clip == "last":
+        scratch.zeros("norm", torch.Size(()), torch.float32)
     for block in top.blocks:
         store.get(block)
         prepare(top.of(block), recipe, scratch)

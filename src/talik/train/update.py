@@ -5,24 +5,33 @@ Like the step that calls it, nothing in here reads a tensor's value or branches 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from talik.recipe import Recipe
-from talik.train.optim import OPTIMIZERS, SLICE, round_stochastically_
+from talik.train.optim import SLICE, Form, Now, optimizer_of, round_stochastically_
 from talik.train.scratch import Scratch
+
+
+def kept(name: str, parameter: nn.Parameter, recipe: Recipe) -> dict[str, Form]:
+    """The tensors that a run keeps for a trained one: fp32 master (precision bf16), optimizer's state."""
+    state = optimizer_of(name, parameter.shape, recipe).state
+    if recipe.precision == "bf16":
+        state = {"master": (parameter.shape, torch.float32), **state}
+    return {f"{kind}/{name}": form for kind, form in state.items()}
 
 
 def prepare(parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, scratch: Scratch) -> None:
     """Makes what lives as long as the run: fp32 masters (precision bf16) and the optimizer's state."""
     for name, parameter in parameters:
-        if recipe.precision == "bf16":
-            scratch[f"master/{name}"] = parameter.detach().float()
-        for state in OPTIMIZERS[recipe.optimizer].state:
-            scratch.zeros(f"{state}/{name}", parameter.shape, torch.float32)
+        for key, (shape, dtype) in kept(name, parameter, recipe).items():
+            if key == f"master/{name}":
+                scratch[key] = parameter.detach().float()
+            else:
+                scratch.zeros(key, shape, dtype)
 
 
 @torch.no_grad()
@@ -35,40 +44,34 @@ def update(
     step: int,
     learning_rate: float,
 ) -> None:
-    """One parameter's update, slice by slice; its gradient is used up.
+    """One parameter's update, slice by slice; its gradient is used up. Matrices decay, vectors do not.
 
     bf16: the fp32 master is updated and the parameter rounded from it. bf16-sr: the parameter is updated in
     fp32 and rounded at random. fp32: in place.
     """
-    optimizer = OPTIMIZERS[recipe.optimizer]
+    optimizer, now = optimizer_of(name, parameter.shape, recipe), Now(step, learning_rate, recipe)
+    gradient = scratch[f"gradient/{name}"]
+    state = [scratch[f"{kind}/{name}"] for kind in optimizer.state]
+    if scale is not None:
+        gradient.mul_(scale)
+    if optimizer.direction is not None:
+        optimizer.direction(gradient, *state, now)
+        state = []  # which has its part in the direction
     master = scratch[f"master/{name}"] if recipe.precision == "bf16" else parameter
-    working, exact, gradient, *state = (
-        tensor.detach().view(-1)
-        for tensor in (
-            parameter,
-            master,
-            scratch[f"gradient/{name}"],
-            *(scratch[f"{state}/{name}"] for state in optimizer.state),
-        )
-    )
     decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-    for slice_, weights, grads, *states in zip(
-        *(tensor.split(SLICE) for tensor in (working, exact, gradient, *state)), strict=True
-    ):
-        if scale is not None:
-            grads.mul_(scale)
-        weight = weights.float()  # a copy only for bf16-sr
-        optimizer.update(
-            weight,
-            grads,
-            *states,
-            step=step,
-            learning_rate=learning_rate,
-            weight_decay=decay,
-            recipe=recipe,
-        )
+    for working, exact, *sliced in _slices(parameter, master, gradient, *state):
+        weight = exact.float()  # a copy only for bf16-sr
+        weight.mul_(1 - learning_rate * decay)
+        optimizer.descend(weight, *sliced, now)
         if recipe.precision == "bf16":
-            slice_.copy_(weight)
+            working.copy_(weight)
         elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
-            round_stochastically_(slice_, weight)
+            round_stochastically_(working, weight)
     scratch.drop(f"gradient/{name}")
+
+
+def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of at most SLICE elements of the first, and of the others what belongs to them."""
+    whole = tensors[0].numel()
+    flat = (tensor.detach().view(-1) for tensor in tensors)
+    yield from zip(*(tensor.split(SLICE * tensor.numel() // whole) for tensor in flat), strict=True)
