@@ -5,10 +5,13 @@ Block-wise dynamic quantisation of Dettmers et al. 2021, arXiv 2110.02861 (secti
 
 from __future__ import annotations
 
+import itertools
+import math
+import struct
+from bisect import bisect_left
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -30,25 +33,44 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
     return (*negative, 0.0, *positive, 1.0)
 
 
+@cache
+def _middles(signed: bool) -> tuple[float, ...]:
+    """Above which of them a number is nearer to the map's next: one for each code."""
+    numbers = dynamic_map(signed)
+    return (*((low + high) / 2 for low, high in itertools.pairwise(numbers)), math.inf)
+
+
+@cache
+def _first_codes(signed: bool) -> bytearray:
+    """For the upper half of a float's bits: the code of the lowest number that begins so."""
+    lowest = (upper << 16 | (0xFFFF if upper >> 15 else 0) for upper in range(1 << 16))
+    numbers = struct.unpack(f"{1 << 16}f", struct.pack(f"{1 << 16}I", *lowest))
+    return bytearray(bisect_left(_middles(signed), number) for number in numbers)
+
+
 def quantize_(
     codes: UInt8[Tensor, " n"], absmax: Float[Tensor, " blocks"], exact: Float[Tensor, " n"], *, signed: bool
 ) -> None:
-    """Writes fp32 `exact` as the nearest codes and the blocks' magnitudes; `exact` is used up."""
+    """Writes fp32 `exact` as the nearest codes and the blocks' magnitudes; `exact` is used up.
+
+    Numbers whose upper bits are the same have one middle among them at most, so the code is looked up, and is
+    the next for those above that middle: on a CPU many times as fast as a search (torch.bucketize).
+    """
     blocks = exact.view(-1, BLOCK)
     absmax.copy_(torch.maximum(blocks.amax(1), -blocks.amin(1)))
     blocks.div_(absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
-    numbers = _numbers(signed, exact.device)
-    codes.copy_(torch.bucketize(exact, (numbers[1:] + numbers[:-1]) / 2, out_int32=True))
+    upper = exact.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    first = torch.frombuffer(_first_codes(signed), dtype=torch.uint8).to(exact.device)
+    codes.copy_(first.index_select(0, upper))
+    del upper
+    middles = torch.tensor(_middles(signed), device=exact.device)
+    codes.add_(exact > middles.index_select(0, codes.int()))
 
 
 def dequantized(
     codes: UInt8[Tensor, " n"], absmax: Float[Tensor, " blocks"], *, signed: bool
 ) -> Float[Tensor, " n"]:
     """The fp32 numbers that codes and magnitudes stand for."""
-    exact = F.embedding(codes.int(), _numbers(signed, codes.device)[:, None])
+    numbers = torch.tensor(dynamic_map(signed), device=codes.device)
+    exact = numbers.index_select(0, codes.int())
     return exact.view(-1, BLOCK).mul_(absmax[:, None]).view(-1)
-
-
-def _numbers(signed: bool, device: torch.device) -> Float[Tensor, " 256"]:
-    """Made anew each time: a tensor that was kept from a simulated run would be fake."""
-    return torch.tensor(dynamic_map(signed), device=device)
