@@ -8,11 +8,14 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from talik.plan.fake_log import fake_world
 from talik.recipe import Recipe
-from talik.train.optim import OPTIMIZERS, round_stochastically_
+from talik.train import optim as optim_module
+from talik.train import update as update_module
+from talik.train.optim import OPTIMIZERS, optimizer_of, round_stochastically_
 from talik.train.scratch import MemoryScratch
 from talik.train.update import prepare, update
 
@@ -32,11 +35,11 @@ def rounds_at_random() -> None:
     round_stochastically_(torch.zeros(COUNT, dtype=torch.bfloat16), torch.ones(COUNT))
 
 
-def updates_by(optimizer: str) -> Callable[[], None]:
+def updates_by(optimizer: str, rows: int = 200) -> Callable[[], None]:
     """The second update of one matrix, as of a run in bf16-sr."""
 
     def work() -> None:
-        name, shape = "layers.0.weight", torch.Size([200, 256])
+        name, shape = "layers.0.weight", torch.Size([rows, 256])
         recipe = Recipe.model_validate(
             {"model": "-", "data": "-", "optimizer": optimizer, "precision": "bf16-sr"}
         )
@@ -85,3 +88,23 @@ def test_a_cuda_device_converts_nothing_beforehand() -> None:
         simulated(accumulates_unlike_dtypes, "cpu") - simulated(accumulates_unlike_dtypes, "cuda")
         == 4 * COUNT
     )
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "muon"])
+def test_temporaries_of_an_update_are_as_large_as_slices(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """But for Muon's, which takes a matrix as a whole."""
+    for module in (optim_module, update_module):
+        monkeypatch.setattr(module, "SLICE", 10 * 256)
+    few, many = (simulated(updates_by(optimizer, rows), "cpu") for rows in (1000, 2000))
+    recipe = Recipe.model_validate({"model": "-", "data": "-", "optimizer": optimizer})
+    forms = optimizer_of("layers.0.weight", torch.Size([1000, 256]), recipe).state.values()
+    state = sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
+    assert many - few == pytest.approx(1000 * 256 * (2 + 4) + state, abs=4096)
+
+
+def test_bytes_and_what_is_computed_from_them_are_fake() -> None:
+    with fake_world(nn.Module()):
+        codes = torch.zeros(COUNT, dtype=torch.uint8)
+        assert isinstance(codes.int().add_(1), FakeTensor) and not isinstance(torch.arange(9), FakeTensor)
