@@ -131,7 +131,7 @@ def examine(name: str) -> Row:
         chain = Chain(model)
         wanted = max(len(chain.layers) - 2, 1)
         cut, why = chain.lowest_cut(wanted)
-        trained = list(freeze(model, len(chain.layers) - cut))
+        trained = list(freeze(model, f"top.{len(chain.layers) - cut},norm"))
         forward = max(verify_chain(model, *batch(padding)) for padding in ("right", "left"))
         ours, theirs = errors(model, trained)
         weights = reading(model)

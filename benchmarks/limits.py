@@ -64,15 +64,16 @@ def prepare(folder: Path, draw: random.Random) -> tuple[Recipe, str]:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     fields = {
-        "top_layers": draw.randint(1, 4),
+        "thaw": f"top.{draw.randint(1, 4)},norm",  # and the head in one run of three, below
         "precision": draw.choice(("fp32", "fp32", "bf16-sr")),
         "batch_tokens": draw.choice((1024, 2048, 4096)),
-        "also": draw.choice(([], [], ["head"])),
+        "head": draw.choice(("", "", ",head")),
         "held_out": draw.choice((0.0, 0.2)),
         "steps": 2,
         "max_length": 2048,
         "cache": str(folder / "cache"),
     }
+    fields["thaw"] += fields.pop("head")
     recipe = Recipe.model_validate({"model": str(folder), "data": str(folder / "rows.jsonl"), **fields})
     return recipe, f"{family} {hidden} x {sizes['vocab_size']}, {fields}"
 

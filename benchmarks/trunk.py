@@ -113,8 +113,7 @@ def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
     torch.manual_seed(0)
     model = model_of(Path(folder), int(layers))
     recipe = Recipe.model_validate(
-        {"model": "-", "data": "-", "precision": dtype, "top_layers": 0, "also": ["head"]}
-        | {"trunk": "streamed"}
+        {"model": "-", "data": "-", "precision": dtype, "thaw": "norm,head", "trunk": "streamed"}
     )
     plan = choose(recipe, model)
     loaded = load(recipe, plan, model)

@@ -208,7 +208,12 @@ def test_every_wrong_field_at_once(model_folder: Path, rows: Path, refused: Refu
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--top-layers", "0"], ["top_layers is 0 and also is empty"]),
+        (["--top-layers", "0"], ["top_layers: 0:", "greater than or equal to 1"]),
+        (["--top-layers", "2", "--thaw", "norm"], ["top_layers and thaw are two ways"]),
+        (["--thaw", "top.2,hed"], ["'hed' is not one of all, layers.20-27, layers.3, top.5, norm, head or"]),
+        (["--thaw", "layers.3-1"], ["'layers.3-1' is not one of"]),
+        (["--thaw", "layers.2-4"], ["layers.2-4 needs 5 layers", "4 layers", "0 to 3"]),
+        (["--thaw", "top.2,embeddings"], ["embeddings cannot be trained yet"]),
         (["--early-stop", "2", "--eval-every", "3"], ["early_stop needs", "eval_every needs"]),
         (["--held-out", "0.1", "--eval-data", "x"], ["eval_data and held_out are two ways"]),
     ],

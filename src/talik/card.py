@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from talik.files import read_json
+from talik.thaw import PARTS, layers_in_words, thawed
 from talik.train.run_folder import Run
 
 
@@ -42,7 +43,9 @@ def model_card(run: Run, checkpoint: Path) -> str:
 
 def _trained(run: Run) -> str:
     """The parts that were trained, in words."""
-    count = run.plan.layers - run.plan.cut
-    layers = [f"the last {count} of {run.plan.layers} layers"] if count else []
-    head = ["the head (with weights of its own)"] if run.recipe.also else []
-    return ", ".join([*layers, "the final norm", *head])
+    wanted = thawed(run.recipe.trained, run.plan.layers)
+    layers = layers_in_words(wanted.layers)
+    of = [f"{', '.join(layers)} of {wanted.count}"] if layers else []
+    own = {"head": "the head (with weights of its own)" if wanted.unties else "the head"}
+    own |= {"norm": "the final norm", "embeddings": "the embeddings"}
+    return ", ".join([*of, *(own[part] for part in PARTS if part in wanted.parts)])

@@ -54,7 +54,7 @@ def train_command(argv: list[str]) -> None:
         parsed.pop(name) for name in ("run", "json", "plan", "memory", "enforce")
     )
     del parsed["config"]
-    defaults = {name: field.default for name, field in Recipe.model_fields.items()} | {"also": []} | shown
+    defaults = {name: field.default for name, field in Recipe.model_fields.items()} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
     recipe = check({**written, **given}, config)
     if plan and memory:

@@ -40,7 +40,7 @@ def evaluate(
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
         recipe = check({"model": str(target), "data": str(data), "precision": precision, **options})
-        recipe = recipe.model_copy(update={"top_layers": 0})  # the whole model is below the cut and runs once
+        recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut and runs once
         plan = choose(recipe, folder, notify)
     found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
     notify(found)

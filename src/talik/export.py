@@ -33,6 +33,7 @@ from talik.model.checkpoint import (
     write_tensors,
 )
 from talik.model.conversion import checkpoint_names
+from talik.thaw import thawed
 from talik.train.loading import load_whole, working_dtype
 from talik.train.resume import load_weights
 from talik.train.run_folder import Run, load_tokenizer, open_run, result_checkpoint
@@ -64,7 +65,7 @@ def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Expo
     recipe, source = opened.recipe, opened.source.folder
     check_destination(source, out)
     checkpoint = result_checkpoint(opened.folder)
-    dtype, untied = working_dtype(recipe), "head" in recipe.also
+    dtype, untied = working_dtype(recipe), thawed(recipe.trained, opened.plan.layers).unties
     exported = export_folder(
         source,
         checkpoint / "weights.safetensors",

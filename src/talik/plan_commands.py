@@ -11,7 +11,7 @@ from talik.options import arg, options, parse, positional, recipe_fields
 
 PLANNED = (
     *("input_field", "output_field", "train_on", "max_length", "too_long", "eval_data", "held_out"),
-    *("top_layers", "also", "precision", "epochs", "steps", "batch_tokens", "seed", "trunk", "device"),
+    *("top_layers", "thaw", "precision", "epochs", "steps", "batch_tokens", "seed", "trunk", "device"),
 )
 
 
@@ -61,7 +61,7 @@ def plan_command(argv: list[str]) -> None:
     )
     parsed = vars(parse("plan", wanted, argv, "What a run will take, before a weight is loaded."))
     from talik import show
-    from talik.errors import DoesNotFitError
+    from talik.errors import DoesNotFitError, UsageError
     from talik.plan.picture import write_picture
     from talik.plan.report import plan_text
     from talik.recipe import check
@@ -69,6 +69,8 @@ def plan_command(argv: list[str]) -> None:
 
     settle_allocators()
     sizes = _sizes(parsed)
+    if parsed["thaw"] and parsed["top_layers"] == "auto":
+        raise UsageError("--thaw and --top-layers auto are two ways to say what is trained: name one")
     fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
     recipe = check({"model": parsed["model"], "data": parsed["data"] or "-", **fields})
     with show.Watch() as watch:

@@ -5,14 +5,16 @@ The command line, recipe.yaml and the table in docs/recipe.md derive from these 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talik.errors import RecipeError
+from talik.errors import RecipeError, UsageError
 from talik.files import read_json, write_text
+from talik.thaw import check_thaw
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
 _ADAM = ("adamw", "adamw-8bit", "muon")
@@ -51,9 +53,11 @@ class Recipe(BaseModel):
         default=0.0, ge=0, lt=1, description="share of the questions in DATA held out for evaluation"
     )
 
-    top_layers: int = Field(default=5, ge=0, description="train the last N layers and the final norm")
-    also: list[Literal["head"]] = Field(
-        default=[], description="train these parts too; a tied head is untied"
+    top_layers: int = Field(default=5, ge=1, description="train the last N layers and the final norm")
+    thaw: str | None = Field(
+        default=None,
+        description="train these in place of the last N layers: all, layers.20-27, layers.3, top.5, norm, "
+        "head or embeddings, several with commas between; a tied head without the embeddings is untied",
     )
     precision: Literal["bf16", "bf16-sr", "fp32"] = Field(
         default="bf16",
@@ -130,17 +134,30 @@ class Recipe(BaseModel):
             wrong.append("early_stop needs something to evaluate on: name eval_data or held_out")
         if self.eval_every and not (self.eval_data or self.held_out):
             wrong.append("eval_every needs something to evaluate on: name eval_data or held_out")
-        if not self.top_layers and not self.also:
-            wrong.append("top_layers is 0 and also is empty: nothing would be trained")
         for field, readers in READ_BY.items():
             changed = getattr(self, field) != Recipe.model_fields[field].default
             if changed and self.optimizer not in readers:
                 wrong.append(
                     f"{field} is read by {', '.join(readers)} alone, not by {self.optimizer}: leave it out"
                 )
+        if self.thaw is not None:
+            wrong += self._wrong_thaw(self.thaw)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _wrong_thaw(self, line: str) -> Iterator[str]:
+        if self.top_layers != Recipe.model_fields["top_layers"].default:
+            yield "top_layers and thaw are two ways to say what is trained: name one"
+        try:
+            check_thaw(line)
+        except UsageError as error:
+            yield error.problem
+
+    @property
+    def trained(self) -> str:
+        """What is trained, as `talik.thaw` reads it."""
+        return self.thaw or f"top.{self.top_layers},norm"
 
 
 class Plan(BaseModel):

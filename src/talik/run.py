@@ -31,6 +31,7 @@ from talik.plan.target import slack_of, target_of
 from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits, settle_allocators
+from talik.thaw import layers_in_words
 from talik.train.evaluation import Evaluation, evaluate_top
 from talik.train.loading import Loaded, load
 from talik.train.loop import Job, train_loop
@@ -257,14 +258,15 @@ def _what_is_trained(loaded: Loaded) -> str:
     named = loaded.chain.model.named_parameters()
     sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
     parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
-    layers = sorted(int(part.split()[1]) for part in parts if part.startswith("layer "))
-    shown = [f"layers {layers[0]} to {layers[-1]}"] if layers else []
+    layers = {layer: f"layer {layer}" in parts for layer in range(loaded.plan.layers)}
+    shown = layers_in_words(layer for layer, trained in layers.items() if trained)
     shown += [part for part in parts if not part.startswith("layer ")]
     trained, total = sum(sizes.values()), loaded.weights.parameters
     share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
-    first = layers[0] if layers else loaded.plan.layers
-    frozen = f"layers 0 to {first - 1} and the embeddings are" if first else "the embeddings are"
-    return f"{', '.join(shown)}: {share}; {frozen} frozen"
+    frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)
+    frozen += [] if "embeddings" in parts else ["the embeddings"]
+    rest = f"{' and '.join(frozen)} are" if frozen else "nothing is"
+    return f"{', '.join(shown)}: {share}; {rest} frozen"
 
 
 def _result(folder: Path, state: State, seconds: float, promise: Promise) -> Result:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from talik.errors import ChainError, UsageError
+from talik.model.anatomy import parts_of
 from talik.model.chain import Chain, run_layers, verify_chain
 from talik.model.freeze import freeze
 
@@ -56,7 +57,7 @@ def batch(padded: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chain_equals_the_models_own_forward(build_model: Callable[..., Any], family: str) -> None:
     model = build_model(family, **EXTRA.get(family, {}))
-    freeze(model, 2)
+    freeze(model, "top.2,norm")
     for padded in ("none", "right", "left"):
         assert verify_chain(model, *batch(padded)) == 0.0, padded
 
@@ -123,7 +124,7 @@ def test_frozen_is_out_of_the_graph(build_model: Callable[..., Any], family: str
     """Only what was asked for has a gradient, and nothing below the cut saves anything for backward."""
     model = build_model(family, **EXTRA.get(family, {}))
     model.activation_checkpointing_enable()  # its hook puts the frozen trunk into the graph
-    trained = freeze(model, 2)
+    trained = freeze(model, "top.2,norm")
     chain = Chain(model)
     assert {chain.parts.part(name) for name in trained} == {"layer 2", "layer 3", "norm"}
     skeleton = chain.skeleton(*batch("none"))
@@ -133,10 +134,10 @@ def test_frozen_is_out_of_the_graph(build_model: Callable[..., Any], family: str
     assert with_gradient == trained.keys()
 
 
-def test_also_head_unties(build_model: Callable[..., Any]) -> None:
+def test_a_head_that_is_trained_is_untied(build_model: Callable[..., Any]) -> None:
     model = build_model("qwen2", tie_word_embeddings=True)
     expected = model(input_ids=batch("none")[0]).logits
-    trained = freeze(model, 1, ("head",))
+    trained = freeze(model, "top.1,norm,head")
     assert "lm_head.weight" in trained and not model.config.tie_word_embeddings
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert not model.model.embed_tokens.weight.requires_grad
@@ -144,8 +145,25 @@ def test_also_head_unties(build_model: Callable[..., Any]) -> None:
 
 
 def test_more_layers_than_there_are(build_model: Callable[..., Any]) -> None:
-    with pytest.raises(UsageError, match="top_layers is 5, and the model has 4 layers"):
-        freeze(build_model("qwen2"), 5)
+    with pytest.raises(UsageError, match=r"top\.5 needs 5 layers, and the model has 4 layers(.|\n)*0 to 3"):
+        freeze(build_model("qwen2"), "top.5")
+
+
+@pytest.mark.parametrize(
+    ("thaw", "parts"),
+    [
+        ("all", {"embeddings", "layer 0", "layer 1", "layer 2", "layer 3", "norm"}),
+        ("layers.0-1, layers.3", {"layer 0", "layer 1", "layer 3"}),
+        ("embeddings,head", {"embeddings"}),
+        ("norm,top.1", {"layer 3", "norm"}),
+    ],
+)
+def test_what_is_thawed(build_model: Callable[..., Any], thaw: str, parts: set[str]) -> None:
+    """With the embeddings, the matrix that a head shares with them is trained in both roles."""
+    model = build_model("qwen2", tie_word_embeddings=True)
+    trained = freeze(model, thaw)
+    assert {parts_of(model).part(name) for name in trained} == parts
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_layers_called_twice_are_refused(

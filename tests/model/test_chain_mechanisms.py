@@ -11,6 +11,8 @@ from tiny_models import tiny_model
 from talik.errors import ChainError, UsageError
 from talik.model.chain import Chain, run_layers, verify_chain
 from talik.model.freeze import freeze
+from talik.plan.ways import wanted_cut
+from talik.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Transformers' own, while it builds models
 
@@ -43,7 +45,7 @@ def test_a_mechanism_is_exact(name: str) -> None:
     model = tiny_model(name, **MECHANISMS[name])
     chain = Chain(model)
     cut, _ = chain.lowest_cut(len(chain.layers) - 1)
-    freeze(model, len(chain.layers) - cut)
+    freeze(model, f"top.{len(chain.layers) - cut},norm")
     for padding in ("right", "left"):
         assert verify_chain(model, *batch(padding)) == 0.0
 
@@ -90,7 +92,7 @@ def test_a_second_tensor_per_token_is_handed_on() -> None:
 def test_gradients_flow_through_shared_keys() -> None:
     """The keys of the layer that gives them are trained by the layers that take them."""
     model, (ids, mask) = tiny_model("gemma3n_text"), batch("right")
-    freeze(model, 4)
+    freeze(model, "top.4,norm")
     weights = [p for p in model.parameters() if p.requires_grad]
     counted = mask.bool()
     plain = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[counted].square().mean()
@@ -139,3 +141,11 @@ def test_the_models_own_weights_show_that_it_is_not_causal(monkeypatch: pytest.M
 def test_router_logits_are_refused() -> None:
     with pytest.raises(UsageError, match="Set output_router_logits to false"):
         Chain(tiny_model("mixtral", output_router_logits=True))
+
+
+def test_embeddings_that_calls_are_made_of_cannot_be_thawed() -> None:
+    recipe = Recipe(model="-", data="-", thaw="all")
+    with pytest.raises(
+        UsageError, match="Gemma3nForCausalLM: what its layers are called with is made of emb"
+    ):
+        wanted_cut(recipe, Chain(tiny_model("gemma3n_text")))

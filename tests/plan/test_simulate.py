@@ -122,10 +122,8 @@ def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any]
     build_model("qwen2", **SMALL, tie_word_embeddings=True).save_pretrained(tmp_path)
     size = SMALL["vocab_size"] * SMALL["hidden_size"] * 4
     trained = []
-    for also in ([], ["head"]):
-        recipe = Recipe.model_validate(
-            {"model": "-", "data": "-", "top_layers": 2, "precision": "fp32", "also": also}
-        )
+    for thaw in ("top.2,norm", "top.2,norm,head"):
+        recipe = Recipe.model_validate({"model": "-", "data": "-", "thaw": thaw, "precision": "fp32"})
         _, plan, work = problem(tmp_path, "fp32")
         peaks = simulate(subject_of(recipe, tmp_path), plan, work).phases
         trained.append(next(peak.causes["weights trained"] for peak in peaks if peak.phase == "forward"))

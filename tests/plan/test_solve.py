@@ -25,6 +25,7 @@ from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.solve import Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
 from talik.recipe import Plan, Recipe
+from talik.thaw import thawed
 
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512, "head_dim": 64}
 WIDE |= {"max_position_embeddings": 512}
@@ -51,7 +52,7 @@ def once() -> Iterator[None]:
     known: dict[tuple[str, ...], Simulation] = {}
 
     def remembered(subject: Subject, plan: Plan, work: Work, routing: Routing) -> Simulation:
-        recipe = subject.recipe.model_dump_json(include={"top_layers", "also", "precision", "model"})
+        recipe = subject.recipe.model_dump_json(include={"top_layers", "thaw", "precision", "model"})
         key = (recipe, plan.model_dump_json(), repr((work.steps, work.evaluated)), routing)
         if key not in known:
             known[key] = simulate(subject, plan, work, routing)
@@ -132,7 +133,7 @@ def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
     for layers, peak in enumerate(peaks, start=1):
         known = Thrift(folder, sets, target(peak + LEAST_SLACK))
         known._peaks = thrift._peaks  # nothing is simulated again
-        assert known.most_layers(recipe, 4) == layers
+        assert known.most_layers(recipe, thawed("top.4", 4)) == layers
     with pytest.raises(DoesNotFitError, match="not even one layer"):
         most_layers(recipe, folder, sets, target(peaks[0] // 4 + LEAST_SLACK))
 
@@ -155,7 +156,7 @@ def test_experts_have_a_range(build_model: Callable[..., Any], tmp_path: Path) -
 
 
 def test_the_trunk_is_streamed_where_it_does_not_fit(recipe: Recipe, folder: Path) -> None:
-    one = recipe.model_copy(update={"top_layers": 0, "also": ["head"]})
+    one = recipe.model_copy(update={"thaw": "norm,head"})
     search = Search(subject_of(one, folder), examples(64, 64), [], target(64 << 30))
     tried = search.try_plan(search.first())
     trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
@@ -183,3 +184,15 @@ def test_the_command_plans_for_what_is_free_and_for_all_layers(
     assert main(["plan", str(folder), "--top-layers", "auto", "--max-length", "256"]) == 0
     out, _ = capsys.readouterr()
     assert out.startswith("fits: ") and "program" in out and HERE not in out
+
+
+def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path) -> None:
+    """Fewer of the layers that were named, or no head: each as the option that says so."""
+    sets = examples(64, 64), []
+    named = Recipe(model=str(folder), data="-", thaw="layers.0-1,layers.3,head", precision="fp32")
+    needed = Thrift(folder, sets, target(64 << 30)).peak(named)
+    tight = target(int(needed * 0.98) + LEAST_SLACK)
+    refused = plan_run(named, folder, *sets, target=tight)
+    assert not refused.fits and refused.plan.cut == 0
+    options = {change.options for change in smallest_changes(refused, named, folder, sets)}
+    assert options >= {"--thaw layers.1,layers.3,head", "--thaw layers.0-1,layers.3"}

@@ -21,7 +21,7 @@ LENGTHS = (30, 31, 31, 32, 60, 61, 62, 64, 100)  # the largest micro-batch is ne
 def subject(build_model: Callable[..., Any], tmp_path: Path) -> Subject:
     build_model("qwen2", **SMALL).save_pretrained(tmp_path)
     recipe = Recipe.model_validate(
-        {"model": "-", "data": "-", "top_layers": 2, "precision": "fp32", "also": ["head"]}
+        {"model": "-", "data": "-", "thaw": "top.2,norm,head", "precision": "fp32"}
     )
     return subject_of(recipe, tmp_path)
 

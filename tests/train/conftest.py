@@ -17,6 +17,7 @@ from talik.data.rows import Place
 from talik.model.chain import Chain
 from talik.model.freeze import freeze
 from talik.recipe import Plan, Recipe
+from talik.thaw import thawed
 from talik.train.loading import Loaded, load
 from talik.train.loss import trained_rows
 from talik.train.top import MicroBatch, Top, make_top
@@ -53,18 +54,16 @@ def make_plan(of: Top, /, **changes: Any) -> Plan:
 
 
 def make_recipe(**changes: Any) -> Recipe:
-    return Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, **changes})
+    return Recipe.model_validate({"model": "-", "data": "-", "thaw": "top.2,norm", **changes})
 
 
-def load_from(
-    model: Any, folder: Path, *, layers: int = 2, also: tuple[str, ...] = (), **changes: Any
-) -> Loaded:
-    """The model in files, as a run loads it: the last `layers` trained, the trunk streamed."""
+def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: Any) -> Loaded:
+    """The model in files, as a run loads it: what `thaw` names is trained, the trunk streamed."""
     model.save_pretrained(folder)
     precision = "fp32" if model.dtype == torch.float32 else "bf16"
-    recipe = make_recipe(precision=precision, top_layers=layers, also=also)
+    recipe = make_recipe(precision=precision, thaw=thaw)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    plan = make_plan(top_at(Chain(model), count - layers), **{"trunk": "streamed", **changes})
+    plan = make_plan(top_at(Chain(model), thawed(thaw, count).cut), **{"trunk": "streamed", **changes})
     return load(recipe, plan, folder)
 
 
@@ -73,8 +72,8 @@ def top_at(chain: Chain, cut: int) -> Top:
     return Top(chain, cut, {})
 
 
-def freeze_top(model: Any, layers: int = 2, also: tuple[str, ...] = ()) -> Top:
-    trained = freeze(model, layers, also)
+def freeze_top(model: Any, thaw: str = "top.2,norm") -> Top:
+    trained = freeze(model, thaw)
     return make_top(Chain(model), trained)
 
 

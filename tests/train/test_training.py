@@ -90,11 +90,23 @@ def test_twenty_steps_equal_a_plain_loop(model_folder: Path, rows: Path, tmp_pat
     assert losses == pytest.approx(plain_losses(recipe, 20), abs=1e-5)
 
 
+def test_layers_between_frozen_ones(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A frozen layer above a trained one hands the gradient on; the checkpoint holds what was named."""
+    recipe = recipe_for(model_folder, rows, steps=2, top_layers=5, thaw="layers.1,layers.3")
+    train(recipe, tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    names = load_file(checkpoint / "weights.safetensors").keys()
+    assert {name.split(".")[2] for name in names} == {"1", "3"}
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "layer 1, layer 3: " in log and "layer 0 and layer 2 and the embeddings are frozen" in log
+
+
 def test_golden_losses(
     model_folder: Path, rows: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A refactoring gives the same losses; other kernels may differ in the last digits."""
-    train(recipe_for(model_folder, rows, steps=10, also=["head"]), tmp_path / "run")
+    train(recipe_for(model_folder, rows, steps=10, top_layers=5, thaw="top.2,norm,head"), tmp_path / "run")
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text("".join(f"{loss!r}\n" for loss in losses), encoding="utf-8")

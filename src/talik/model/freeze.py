@@ -1,33 +1,31 @@
-"""What is trained: the top layers and the final norm; everything else is frozen and out of the graph."""
+"""What is trained and what is frozen: everything frozen is out of the graph."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from talik.errors import UsageError
 from talik.model.anatomy import Parts, parts_of
+from talik.thaw import thawed
 
 
-def freeze(model: PreTrainedModel, top_layers: int, also: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
-    """Freezes everything but the last `top_layers` layers, the final norm and what `also` names.
+def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
+    """Freezes everything but what `thaw` names: "top.5,norm", "layers.20-27,head", "all" (talik.thaw).
 
-    `also=("head",)` trains the head too; a head that shares its weights with the embeddings gets a copy of
-    its own first. The embeddings are always frozen, and the hook with which gradient checkpointing puts a
-    frozen trunk back into the graph is taken off. Returns the trained parameters by their full names.
-    Raises UsageError if the model has fewer layers.
+    A head that shares the embeddings' matrix gets a copy of its own where it is trained without them; with
+    them the one matrix is trained in both roles. The hook with which gradient checkpointing puts a frozen
+    trunk back into the graph is taken off. Returns the trained parameters by their full names. Raises
+    UsageError for a part that is not written so, and for layers that the model does not have.
     """
     parts = parts_of(model)
-    if top_layers > parts.count:
-        raise UsageError(f"top_layers is {top_layers}, and the model has {parts.count} layers")
-    if "head" in also:
+    wanted = thawed(thaw, parts.count)
+    if wanted.unties:
         untie(model, parts)
     model.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
     model.requires_grad_(False)
-    wanted = {f"layer {i}" for i in range(parts.count - top_layers, parts.count)}
-    wanted |= {"norm", *also}
+    names = {f"layer {index}" for index in wanted.layers} | wanted.parts
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = parts.part(name) in wanted
+        parameter.requires_grad = parts.part(name) in names
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -17,6 +18,7 @@ from talik.plan.target import Target
 from talik.plan.ways import ways_of
 from talik.plan.work import assumed_examples
 from talik.recipe import Recipe
+from talik.thaw import Thawed, thawed
 
 LIGHTER = {"fp32": "bf16", "bf16": "bf16-sr"}
 SHORTEST = 64  # tokens of an example, below which no change is looked for
@@ -36,9 +38,11 @@ def smallest_changes(
     target, peak = planned.target, planned.peak.bytes
     changes = [Change(f"--memory {in_mebibytes(target.needed(peak))}", peak)]
     thrift = Thrift(folder, sets, target, notify)
-    if recipe.top_layers > 1 and (layers := thrift.most_layers(recipe, recipe.top_layers - 1)):
-        changes.append(Change(f"--top-layers {layers}", thrift.peak(_with(recipe, top_layers=layers))))
-    for options, changed, note in _candidates(recipe, sets[0]):
+    wanted = thawed(recipe.trained, planned.plan.layers)
+    if layers := thrift.most_layers(recipe, replace(wanted, layers=wanted.layers[1:])):
+        fewer = with_layers(recipe, wanted, layers)
+        changes.append(Change(_option(fewer), thrift.peak(fewer)))
+    for options, changed, note in _candidates(recipe, wanted, sets[0]):
         if _least(planned, recipe, changed) > target.most:
             continue
         if (peak := thrift.peak(changed)) <= target.most:
@@ -50,7 +54,7 @@ def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
     """Bytes that a changed recipe takes at least, by what stays of the refused one."""
     causes = planned.peak.causes
     fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
-    if (changed.also, changed.optimizer) != (recipe.also, recipe.optimizer):
+    if (changed.thaw, changed.optimizer) != (recipe.thaw, recipe.optimizer):
         return 0
     if recipe.precision == "fp32" != changed.precision:
         return 0
@@ -59,14 +63,17 @@ def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
     return fixed - (masters if without_masters else 0)
 
 
-def _candidates(recipe: Recipe, examples: Sequence[Example] | None) -> Iterator[tuple[str, Recipe, str]]:
+def _candidates(
+    recipe: Recipe, wanted: Thawed, examples: Sequence[Example] | None
+) -> Iterator[tuple[str, Recipe, str]]:
     """Changed recipes: the options, the recipe, and what it means for the data."""
     if lighter := LIGHTER.get(recipe.precision):
         yield f"--precision {lighter}", _with(recipe, precision=lighter), ""
     if recipe.optimizer == "adamw":
         yield "--optimizer adamw-8bit", _with(recipe, optimizer="adamw-8bit"), ""
-    if recipe.also:
-        yield "without --also head", _with(recipe, also=[]), ""
+    if "head" in wanted.parts and (wanted.layers or len(wanted.parts) > 1):
+        without = _with(recipe, thaw=str(replace(wanted, parts=wanted.parts - {"head"})))
+        yield _option(without), without, "without the head"
     longest = recipe.max_length if examples is None else max(example.length for example in examples)
     shorter = 1 << (longest - 1).bit_length() - 1  # the next power of two below
     if shorter >= SHORTEST:
@@ -81,6 +88,18 @@ def _candidates(recipe: Recipe, examples: Sequence[Example] | None) -> Iterator[
 
 def _with(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update=changes)
+
+
+def with_layers(recipe: Recipe, wanted: Thawed, layers: int) -> Recipe:
+    """The recipe with only the highest `layers` of the layers that it trains, and the same parts beside."""
+    if recipe.thaw is None:
+        return _with(recipe, top_layers=layers)
+    return _with(recipe, thaw=str(replace(wanted, layers=wanted.layers[-layers:])))
+
+
+def _option(recipe: Recipe) -> str:
+    """The option that says what a recipe trains."""
+    return f"--top-layers {recipe.top_layers}" if recipe.thaw is None else f"--thaw {recipe.thaw}"
 
 
 class Thrift:
@@ -116,20 +135,24 @@ class Thrift:
         train, held_out = ([e for e in of if e.length <= recipe.max_length] for of in (examples, evaluated))
         return train, held_out
 
-    def most_layers(self, recipe: Recipe, most: int) -> int:
-        """The most top layers, up to `most`, that fit; 0 if not even one does.
+    def most_layers(self, recipe: Recipe, wanted: Thawed) -> int:
+        """How many of the layers of `wanted`, the highest of them, fit at most; 0 if not even one does.
 
         From the step between one layer and two the number is guessed, then looked for from there.
         """
 
-        def fits(layers: int) -> bool:
-            return self.peak(_with(recipe, top_layers=layers)) <= self._target.most
+        def peak(layers: int) -> int:
+            return self.peak(with_layers(recipe, wanted, layers))
 
+        def fits(layers: int) -> bool:
+            return peak(layers) <= self._target.most
+
+        most = len(wanted.layers)
         if most < 1 or not fits(1):
             return 0
         if most == 1 or not fits(2):
             return 1
-        one, two = (self.peak(_with(recipe, top_layers=layers)) for layers in (1, 2))
+        one, two = peak(1), peak(2)
         step, room = max(1, two - one), self._target.most - one
         guess = min(most, max(2, 1 + room // step))
         while not fits(guess):
@@ -149,7 +172,8 @@ def most_layers(
 ) -> int:
     """The most top layers that fit a target. DoesNotFitError if not even one does."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    found = Thrift(folder, sets, target, notify).most_layers(recipe, config.num_hidden_layers)
+    every = config.num_hidden_layers
+    found = Thrift(folder, sets, target, notify).most_layers(recipe, thawed(f"top.{every}", every))
     if not found:
         raise DoesNotFitError("not even one layer fits", remedy="Give it more memory (--memory).")
     return found
@@ -157,6 +181,6 @@ def most_layers(
 
 def _in_words(recipe: Recipe) -> str:
     return (
-        f"top {recipe.top_layers} layers in {recipe.precision} by {recipe.optimizer}, "
-        f"examples of up to {recipe.max_length:,} tokens, the way that takes least"
+        f"{recipe.trained} in {recipe.precision} by {recipe.optimizer}, examples of up to "
+        f"{recipe.max_length:,} tokens, the way that takes least"
     )

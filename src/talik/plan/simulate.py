@@ -81,7 +81,7 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     there = all(file.is_file() for file in weight_files(folder))
     tables = read_tables(folder) if there else assumed_table(model, folder)
     FakeWeights(model, folder, tables)
-    freeze(model, recipe.top_layers, tuple(recipe.also))
+    freeze(model, recipe.trained)
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 

@@ -16,6 +16,7 @@ from talik.model.chain import Chain
 from talik.model.hollow import hollow_model
 from talik.recipe import Plan, Recipe
 from talik.system import free_memory
+from talik.thaw import thawed
 from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
@@ -40,33 +41,47 @@ def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
 
 
 def check_layers(recipe: Recipe, layers: int) -> None:
-    """UsageError if the recipe trains more layers than a model has."""
-    if recipe.top_layers > layers:
+    """UsageError if the recipe trains layers that a model does not have."""
+    if recipe.thaw is None and recipe.top_layers > layers:
         raise UsageError(
             f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
             remedy=f"Choose --top-layers between 1 and {layers}.",
         )
+    thawed(recipe.trained, layers)
+
+
+def wanted_cut(recipe: Recipe, chain: Chain) -> int:
+    """The first layer that a gradient reaches. UsageError for embeddings that cannot be trained."""
+    wanted = thawed(recipe.trained, len(chain.layers))
+    if "embeddings" in wanted.parts:
+        if chain.calls_need_embeddings:
+            problem = f"{type(chain.model).__name__}: what its layers are called with is made of embeddings"
+            raise UsageError(f"{problem}, which cannot be trained", remedy="Leave them out of --thaw.")
+        # Until the step trains them: this is the one place that says no.
+        raise UsageError("embeddings cannot be trained yet", remedy="Leave them out of --thaw.")
+    return wanted.cut
 
 
 def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
     """UsageError if a plan is not one for this recipe, model and machine."""
     choose_device(plan.device)
     chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
-    cut, _ = chain.lowest_cut(len(chain.layers) - recipe.top_layers)
+    cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
     if (plan.layers, plan.cut) != (len(chain.layers), cut):
         raise UsageError(
             f"the plan is for {plan.layers} layers cut at {plan.cut}, and this run has {len(chain.layers)} "
             f"layers cut at {cut}",
-            remedy="Leave --plan out, or name the plan.json of a run with this model and --top-layers.",
+            remedy="Leave --plan out, or name the plan.json of a run with this model that trains the same.",
         )
 
 
 def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: Notify = silent) -> Plan:
     """The fastest way, whatever the top takes; `memory` in bytes decides what the trunk may hold at once."""
     text, layers = chain.model.config.get_text_config(decoder=True), len(chain.layers)
-    cut, reason = chain.lowest_cut(layers - recipe.top_layers)
+    wanted = wanted_cut(recipe, chain)
+    cut, reason = chain.lowest_cut(wanted)
     if reason:
-        notify(Said("cut", f"moved from layer {layers - recipe.top_layers} to {cut}: {reason}"))
+        notify(Said("cut", f"moved from layer {wanted} to {cut}: {reason}"))
     trunk = recipe.trunk
     if trunk == "auto":  # in memory where the model leaves room: every group would wait for nothing less
         size = anatomy_of(chain.model).parameters * working_dtype(recipe).itemsize

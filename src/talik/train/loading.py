@@ -140,7 +140,7 @@ def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
     model = hollow_model(folder, working_dtype(recipe), plan.device)
     weights = Weights(model, folder)
-    freeze(model, recipe.top_layers, tuple(recipe.also))
+    freeze(model, recipe.trained)
     weights.look_again()
     every = [name for name, _ in model.named_parameters()]
     weights.forget = weights.bytes_in_files(every) > psutil.virtual_memory().available // 2
@@ -164,5 +164,5 @@ def begin(chain: Chain, weights: Weights, plan: Plan, reader: Executor | None = 
 def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
     """The whole model of a folder in memory, everything frozen but what the recipe trains."""
     model = load_model(folder, working_dtype(recipe), plan.device)
-    trained = freeze(model, recipe.top_layers, tuple(recipe.also))
+    trained = freeze(model, recipe.trained)
     return model, make_top(Chain(model), trained, plan.cut)
