@@ -73,7 +73,7 @@ def main(precision: str = "fp32") -> None:
         config.save_pretrained(folder)
         plan = choose(recipe, Path(folder))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    trained = freeze(model, recipe.trained)
+    trained = freeze(model, "top.5,norm")
     top = make_top(Chain(model), trained)
     examples = made_examples(1024)
     lengths = [e.length for e in examples]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import talik
 from talik.chat import answer, load_for_chat
+from talik.errors import UsageError
 from talik.events import Said
 from talik.files import read_json
 from talik.plan.ways import choose
@@ -113,3 +115,53 @@ def test_weights_that_lack_a_tensor_are_refused(model_folder: Path, rows: Path, 
     save_file(weights, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"lack 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         trained(tmp_path / "source", rows, tmp_path / "run")
+
+
+ADAPTED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("qwen2", {"tie_word_embeddings": True}, "rank=4", "fp32"),
+    ("gpt2", {}, "rank=4,dora", "fp32"),
+    ("mixtral", {"num_local_experts": 4}, "rank=4", "fp32"),
+    ("llama", {}, "rank=4,targets=q_proj+v_proj,dora", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "lora", "precision"), ADAPTED)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+def test_adapters_merged_and_by_themselves(
+    build_model: Callable[..., Any],
+    tokenizer: Any,
+    rows: Path,
+    tmp_path: Path,
+    family: str,
+    changes: dict[str, Any],
+    lora: str,
+    precision: str,
+) -> None:
+    """The folder of PEFT has the tuned model's logits; the merged one those of PEFT's merge_and_unload."""
+    model = build_model(family, eos_token_id=2, **changes)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    tokenizer.save_pretrained(tmp_path / "source")
+    run = trained(
+        tmp_path / "source", rows, tmp_path / "run", precision=precision, lora=lora, learning_rate=1e-2
+    )
+    assert "logits equal to the tuned model's with its adapters merged" in exported(run, tmp_path / "out")[0]
+    said: list[Any] = []
+    talik.export(run, tmp_path / "adapter", adapter=True, notify=said.append)
+    assert "loaded by PEFT" in said[-1].text and "logits equal to the tuned model's" in said[-1].text
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
+    ids = torch.arange(3, 30)[None]
+    plain = base(input_ids=ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
+    apart = theirs(input_ids=ids).logits
+    whole = load_for_chat(run)[0]
+    assert torch.equal(whole(input_ids=ids).logits, apart) and not torch.equal(apart, plain)
+    merged = theirs.merge_and_unload()(input_ids=ids).logits
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(ours(input_ids=ids).logits, merged)
+    assert ours.config.tie_word_embeddings == model.config.tie_word_embeddings
+
+
+def test_a_run_without_adapters_has_none_to_export(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained no adapters"):
+        talik.export(run_folder, tmp_path / "out", adapter=True)

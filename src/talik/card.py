@@ -7,11 +7,27 @@ from pathlib import Path
 import yaml
 
 from talik.files import read_json
-from talik.thaw import PARTS, layers_in_words, thawed
+from talik.thaw import PARTS, layers_in_words
 from talik.train.run_folder import Run
 
+USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+ADAPTER_USE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(base)
+model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)  # in the dtype of the training
+"""
 
-def model_card(run: Run, checkpoint: Path) -> str:
+
+def base_name(run: Run) -> str:
+    """What the model is called that a run began with: a hub's name, or that of a folder without its place."""
+    local = run.source.kind in ("folder", "gguf")
+    return Path(run.source.origin).name if local else run.source.origin
+
+
+def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
     """README.md of the exported folder, without paths of the machine that it was made on."""
     state = read_json(checkpoint / "state.json")
     marks = state["evaluations"]
@@ -25,17 +41,13 @@ def model_card(run: Run, checkpoint: Path) -> str:
         measured += f"\nOn {mark['trained_tokens']:,} trained tokens of the evaluation set.\n"
     # Paths of somebody's machine do not belong into a card.
     names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
-    recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": run.source.origin}
+    recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": base_name(run)}
     recipe |= {key: name for key, name in names.items() if recipe[key] is not None}
-    if run.source.kind in ("folder", "gguf"):
-        recipe["model"] = Path(run.source.origin).name
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\npipeline_tag: text-generation\n---\n\n"
         f"# {recipe['model']}, fine-tuned\n\n"
         f"Trained with Talik, {checkpoint.name}: {_trained(run)}. Everything else is as it was.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n\n"
+        f"```python\n{ADAPTER_USE if adapter else USE}```\n\n"
         f"## Measured\n\n{measured}\n## Recipe\n\n```yaml\n"
         f"{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
     )
@@ -43,9 +55,11 @@ def model_card(run: Run, checkpoint: Path) -> str:
 
 def _trained(run: Run) -> str:
     """The parts that were trained, in words."""
-    wanted = thawed(run.recipe.trained, run.plan.layers)
+    wanted = run.recipe.thawed(run.plan.layers)
     layers = layers_in_words(wanted.layers)
     of = [f"{', '.join(layers)} of {wanted.count}"] if layers else []
+    if run.recipe.lora is not None:
+        return f"adapters ({run.recipe.lora}) on {', '.join(of)}"
     own = {"head": "the head (with weights of its own)" if wanted.unties else "the head"}
     own |= {"norm": "the final norm", "embeddings": "the embeddings"}
     return ", ".join([*of, *(own[part] for part in PARTS if part in wanted.parts)])

@@ -176,6 +176,7 @@ def export_command(argv: list[str]) -> None:
         "Export",
         ("run", positional(str, "folder of the run", "RUN")),
         ("out", positional(str, "a new folder", "OUT")),
+        ("adapter", arg(bool, "adapters by themselves, as a folder of PEFT, in place of merged"), False),
     )
     parsed = parse("export", wanted, argv, "Writes the result of a run as a plain Transformers folder.")
     from talik import show
@@ -183,8 +184,9 @@ def export_command(argv: list[str]) -> None:
 
     _quiet()
     with show.Watch() as watch:
-        exported = export(parsed.run, parsed.out, notify=watch)
-    show.result(f"{exported.folder}: {show.in_words(exported.size)}, a plain Transformers folder")
+        exported = export(parsed.run, parsed.out, adapter=parsed.adapter, notify=watch)
+    what = "a folder of PEFT" if parsed.adapter else "a plain Transformers folder"
+    show.result(f"{exported.folder}: {show.in_words(exported.size)}, {what}")
 
 
 def inspect_command(argv: list[str]) -> None:

@@ -52,7 +52,7 @@ def evaluate(
         report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
         if checkpoint is None:
             return {**report, "model": first.measures()}
-        if plan.top == "streamed":
+        if top.hollow:
             loaded.weights.changed = Saved(checkpoint / "weights.safetensors")
         else:
             load_weights(checkpoint, dict(top.parameters()))

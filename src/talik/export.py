@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,9 +20,10 @@ from talik.card import model_card
 from talik.data.template import ends_of_turn, plain_template
 from talik.errors import TalikError, UsageError
 from talik.events import Notify, Said, silent
-from talik.files import finished_folder, in_words, need_room, read_json, write_json, write_text
+from talik.export_adapters import Merged, Named, export_adapter
+from talik.export_check import verify_logits
+from talik.files import finished_folder, need_room, read_json, write_json, write_text
 from talik.model.anatomy import parts_of
-from talik.model.chain import load_model
 from talik.model.checkpoint import (
     Entry,
     copy_bytes,
@@ -33,9 +34,7 @@ from talik.model.checkpoint import (
     write_tensors,
 )
 from talik.model.conversion import checkpoint_names
-from talik.thaw import thawed
-from talik.train.loading import load_whole, working_dtype
-from talik.train.resume import load_weights
+from talik.train.loading import working_dtype
 from talik.train.run_folder import Run, load_tokenizer, open_run, result_checkpoint
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model")
@@ -54,8 +53,10 @@ class Exported:
     size: int
 
 
-def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Exported:
+def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: Notify = silent) -> Exported:
     """Writes a run's result as a plain Transformers folder; the base model stays as it is.
+
+    Adapters are merged into the weights, or, with `adapter`, written by themselves as a folder of PEFT.
 
     Verified by names, shapes and bytes, and by logits against the tuned model where there is memory for it.
     Raises UsageError for a folder that is taken, RunError for a run without a checkpoint, NoRoomError, and
@@ -64,16 +65,35 @@ def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Expo
     opened, out = open_run(run, notify), Path(out)
     recipe, source = opened.recipe, opened.source.folder
     check_destination(source, out)
+    if adapter and recipe.lora is None:
+        raise UsageError("--adapter: this run trained no adapters", where=opened.folder)
     checkpoint = result_checkpoint(opened.folder)
-    dtype, untied = working_dtype(recipe), thawed(recipe.trained, opened.plan.layers).unties
-    exported = export_folder(
-        source,
-        checkpoint / "weights.safetensors",
-        out,
-        dtype,
-        untied=untied,
-        card=model_card(opened, checkpoint),
-    )
+    if adapter:
+        card = model_card(opened, checkpoint, adapter=True)
+        exported = Exported(out, 0, 0, 0, 0, export_adapter(opened, checkpoint, out, card))
+        whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
+    else:
+        exported = _export_whole(opened, checkpoint, out, notify)
+        whole = exported.size
+    try:
+        notify(Said("export", verify_logits(opened, checkpoint, out, whole, adapter=adapter)))
+    except TalikError:
+        shutil.rmtree(out)
+        raise
+    return exported
+
+
+def _export_whole(run: Run, checkpoint: Path, out: Path, notify: Notify) -> Exported:
+    """The source model with what was trained in it; says how many tensors that concerned."""
+    dtype, untied = working_dtype(run.recipe), run.recipe.thawed(run.plan.layers).unties
+
+    def trained(named: Named) -> Mapping[str, Tensor]:
+        if run.recipe.lora is not None:
+            return Merged(run, checkpoint, named)
+        return named(load_file(checkpoint / "weights.safetensors"))
+
+    card = model_card(run, checkpoint)
+    exported = export_folder(run.source.folder, trained, out, dtype, untied=untied, card=card)
     notify(
         Said(
             "export",
@@ -83,32 +103,7 @@ def export(run: str | Path, out: str | Path, *, notify: Notify = silent) -> Expo
     )
     if untied and exported.added:
         notify(Said("export", "the head was tied to the embeddings and has weights of its own now"))
-    try:
-        notify(Said("export", _verify_logits(opened, checkpoint, out, exported.size)))
-    except TalikError:
-        shutil.rmtree(out)
-        raise
     return exported
-
-
-def _verify_logits(run: Run, checkpoint: Path, out: Path, size: int) -> str:
-    """Compares the folder, as plain Transformers loads it, with the base model and the trained weights."""
-    free = psutil.virtual_memory().available
-    if size * 1.5 > free:
-        return f"logits not compared: loading it takes {in_words(size * 1.5)} and {in_words(free)} are free"
-    ids = load_tokenizer(out)(
-        "The exported folder has the tuned model's logits.", return_tensors="pt"
-    ).input_ids
-    model, top = load_whole(run.recipe, run.plan, run.source.folder)
-    load_weights(checkpoint, dict(top.parameters()))
-    with torch.no_grad():
-        expected = model(input_ids=ids.to(model.device)).logits
-        del model, top
-        found = load_model(out, working_dtype(run.recipe), run.plan.device)(input_ids=ids.to(expected.device))
-    difference = (found.logits - expected).abs().max().item()
-    if difference:
-        raise TalikError(f"its logits differ from the tuned model's by {difference:.3g}", where=out)
-    return f"loaded by plain Transformers, {ids.numel()} tokens: logits equal to the tuned model's"
 
 
 def check_destination(source: Path, out: Path) -> None:
@@ -121,13 +116,20 @@ def check_destination(source: Path, out: Path) -> None:
 
 
 def export_folder(
-    source: Path, weights: Path, out: Path, dtype: torch.dtype, *, untied: bool, card: str
+    source: Path,
+    trained: Callable[[Named], Mapping[str, Tensor]],
+    out: Path,
+    dtype: torch.dtype,
+    *,
+    untied: bool,
+    card: str,
 ) -> Exported:
-    """Writes the source model with the trained `weights` (safetensors, the model's own names) in it.
+    """Writes the source model with the trained tensors in it.
 
-    Every floating tensor gets the run's `dtype`. `untied`: the head has weights of its own now. Raises
-    UsageError for a destination that is taken, NoRoomError, and TalikError if what was written is not what
-    should have been.
+    `trained` gives them by their names in the checkpoint, and is given what turns the model's names and
+    shapes into those. Every floating tensor gets the run's `dtype`. `untied`: the head has weights of its own
+    now. Raises UsageError for a destination that is taken, NoRoomError, and TalikError if what was written is
+    not what should have been.
     """
     check_destination(source, out)
     config = AutoConfig.from_pretrained(source, local_files_only=True)
@@ -139,7 +141,7 @@ def export_folder(
     known = {name for table in tables.values() for name in table}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    delta = _delta(model, load_file(weights), known)
+    delta = trained(lambda tensors: _delta(model, tensors, known))
     head = parts_of(model).head
     added = {name: delta[name] for name in delta.keys() - known}
     if strange := sorted(added.keys() - ({f"{head}.weight"} if untied else set())):
@@ -191,7 +193,7 @@ def _size(name: str, entry: Entry, dtypes: Dtypes) -> int:
 def _write_file(
     path: Path,
     table: dict[str, Entry],
-    delta: dict[str, Tensor],
+    delta: Mapping[str, Tensor],
     added: dict[str, Tensor],
     dtypes: Dtypes,
 ) -> None:
@@ -251,7 +253,7 @@ def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str)
 def _verify(
     folder: Path,
     tables: dict[Path, dict[str, Entry]],
-    delta: dict[str, Tensor],
+    delta: Mapping[str, Tensor],
     dtypes: Dtypes,
     out: Path,
 ) -> Exported:

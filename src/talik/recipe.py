@@ -6,6 +6,7 @@ The command line, recipe.yaml and the table in docs/recipe.md derive from these 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from talik.errors import RecipeError, UsageError
 from talik.files import read_json, write_text
-from talik.thaw import check_thaw
+from talik.lora import read_lora
+from talik.thaw import PARTS, Thawed, check_thaw, thawed
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
 _ADAM = ("adamw", "adamw-8bit", "muon")
@@ -58,6 +60,12 @@ class Recipe(BaseModel):
         default=None,
         description="train these in place of the last N layers: all, layers.20-27, layers.3, top.5, norm, "
         "head or embeddings, several with commas between; a tied head without the embeddings is untied",
+    )
+    lora: str | None = Field(
+        default=None,
+        description="train adapters on these layers in place of their weights: rank=16, and with commas "
+        "between alpha=32 (default: twice the rank), targets=all or q_proj+v_proj, dropout=0.05, dora; "
+        "everything else stays frozen",
     )
     precision: Literal["bf16", "bf16-sr", "fp32"] = Field(
         default="bf16",
@@ -103,7 +111,9 @@ class Recipe(BaseModel):
     early_stop: int = Field(
         default=0, ge=0, description="stop after N evaluations without a better loss; 0: never"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="decides order, dropout and stochastic rounding")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="decides order, dropout, stochastic rounding and new adapters"
+    )
     trunk: Literal["auto", "resident", "streamed"] = Field(
         default="auto",
         description="where the frozen weights are while they run once: in memory, or one layer at a time "
@@ -142,6 +152,8 @@ class Recipe(BaseModel):
                 )
         if self.thaw is not None:
             wrong += self._wrong_thaw(self.thaw)
+        if self.lora is not None:
+            wrong += self._wrong_lora(self.lora)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -154,10 +166,22 @@ class Recipe(BaseModel):
         except UsageError as error:
             yield error.problem
 
-    @property
-    def trained(self) -> str:
-        """What is trained, as `talik.thaw` reads it."""
-        return self.thaw or f"top.{self.top_layers},norm"
+    def _wrong_lora(self, line: str) -> Iterator[str]:
+        named = [part.strip() for part in (self.thaw or "").split(",")]
+        if parts := [part for part in named if part in PARTS]:
+            yield f"lora puts adapters on layers, and thaw names {', '.join(parts)} beside: not supported"
+        try:
+            read_lora(line)
+        except UsageError as error:
+            yield error.problem
+
+    def thawed(self, layers: int) -> Thawed:
+        """What is trained of a model with so many layers; with adapters, the layers that have some.
+
+        UsageError for layers beyond them.
+        """
+        wanted = thawed(self.thaw or f"top.{self.top_layers},norm", layers)
+        return wanted if self.lora is None else replace(wanted, parts=frozenset())
 
 
 class Plan(BaseModel):

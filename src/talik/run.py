@@ -20,6 +20,7 @@ from talik.errors import DoesNotFitError, NoRoomError, UsageError
 from talik.events import Notify, Progress, Said, silent
 from talik.files import in_words, need_room, read_json, write_json
 from talik.machine import Machine, hard_limit, this_machine
+from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
 from talik.model.source import Source, find_model
 from talik.plan.explain_run import BROKEN
@@ -205,7 +206,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     clear_unfinished(run.folder)
     torch.set_num_threads(run.plan.threads)
     loaded = load(run.recipe, run.plan, run.source.folder)
-    notify(Said("trained", _what_is_trained(loaded)))
+    notify(Said("trained", _what_is_trained(loaded, run.recipe)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
     with contextlib.ExitStack() as stack:
         promise.phase("trunk")
@@ -254,7 +255,7 @@ def _logged(folder: Path, notify: Notify) -> Notify:
     return both
 
 
-def _what_is_trained(loaded: Loaded) -> str:
+def _what_is_trained(loaded: Loaded, recipe: Recipe) -> str:
     named = loaded.chain.model.named_parameters()
     sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
     parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
@@ -262,6 +263,9 @@ def _what_is_trained(loaded: Loaded) -> str:
     shown = layers_in_words(layer for layer, trained in layers.items() if trained)
     shown += [part for part in parts if not part.startswith("layer ")]
     trained, total = sum(sizes.values()), loaded.weights.parameters
+    if recipe.lora is not None:
+        share = f"{trained:,} parameters beside {total:,} ({100 * trained / total:.1f} %), all of them frozen"
+        return f"{', '.join(shown)}: {recipe.lora}, {adapters_in_words(loaded.chain.model)}; {share}"
     share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
     frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)
     frozen += [] if "embeddings" in parts else ["the embeddings"]

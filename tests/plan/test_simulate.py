@@ -28,6 +28,9 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mixtral", {"num_local_experts": 4}, {}),
     ("mixtral", {"num_local_experts": 4}, AGAIN),
     ("mamba2", MAMBA, AGAIN),
+    ("qwen2", {}, {"lora": "rank=4"}),
+    ("mixtral", {"num_local_experts": 4}, {"lora": "rank=4,dora", **AGAIN}),
+    ("gpt2", {}, {"lora": "rank=16,dora,dropout=0.1"}),
 ]
 
 
@@ -41,12 +44,11 @@ def examples(*lengths: int) -> list[Example]:
 
 
 def problem(
-    folder: Path, precision: str, optimizer: str = "adamw", **changes: Any
+    folder: Path, precision: str, optimizer: str = "adamw", lora: str | None = None, **changes: Any
 ) -> tuple[Subject, Plan, Work]:
     """A folder's model with two layers trained, a plan, and two steps."""
-    recipe = Recipe.model_validate(
-        {"model": "-", "data": "-", "top_layers": 2, "precision": precision, "optimizer": optimizer}
-    )
+    of = {"model": "-", "data": "-", "top_layers": 2, "precision": precision}
+    recipe = Recipe.model_validate({**of, "optimizer": optimizer, "lora": lora})
     subject = subject_of(recipe, folder)
     fields: dict[str, Any] = {
         "device": "cpu",
@@ -116,6 +118,19 @@ def test_causes_are_what_the_bytes_are_for(build_model: Callable[..., Any], tmp_
     kept = peaks["loss"].causes["saved activations"]
     again = simulate(subject, plan.model_copy(update={"recompute": True}), work)
     assert {p.phase: p for p in again.phases}["loss"].causes["saved activations"] < kept / 2
+
+
+def test_adapters_take_little_beside_frozen_weights(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    build_model("qwen2", **SMALL).save_pretrained(tmp_path)
+    subject, plan, work = problem(tmp_path, "bf16", lora="rank=4")
+    adapters = [p for p in subject.chain.model.parameters() if p.requires_grad]
+    trained = sum(parameter.numel() for parameter in adapters)
+    for _ in range(2):  # and afterwards they are hollow again
+        assert all(parameter.is_meta for parameter in adapters)
+        causes = {peak.phase: peak for peak in simulate(subject, plan, work).phases}["backward"].causes
+        assert causes["weights trained"] == 2 * trained
+        assert causes["optimizer state"] == 12 * trained
+        adapters = [p for p in subject.chain.model.parameters() if p.requires_grad]
 
 
 def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any], tmp_path: Path) -> None:

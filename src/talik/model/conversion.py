@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from talik.errors import SourceError
+from talik.model.adapters import base_tensors
 from talik.model.checkpoint import Entry
 
 
@@ -61,7 +62,7 @@ def pieces_of(model: PreTrainedModel, table: Mapping[str, Entry]) -> list[Piece]
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    wanted = model.state_dict()
+    wanted = base_tensors(model)
     found: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(table, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)

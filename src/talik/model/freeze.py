@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from talik.lora import read_lora
+from talik.model.adapters import add_adapters
 from talik.model.anatomy import Parts, parts_of
-from talik.thaw import thawed
+from talik.recipe import Recipe
+from talik.thaw import Thawed, thawed
 
 
 def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
@@ -17,8 +22,21 @@ def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
     trunk back into the graph is taken off. Returns the trained parameters by their full names. Raises
     UsageError for a part that is not written so, and for layers that the model does not have.
     """
+    return _freeze(model, thawed(thaw, parts_of(model).count))
+
+
+def thaw(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """Freezes everything but what a recipe trains: parts of the model, or adapters, without storage yet."""
+    wanted = recipe.thawed(parts_of(model).count)
+    if recipe.lora is None:
+        return _freeze(model, wanted)
+    _freeze(model, replace(wanted, layers=()))
+    add_adapters(model, read_lora(recipe.lora), wanted.layers)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _freeze(model: PreTrainedModel, wanted: Thawed) -> dict[str, nn.Parameter]:
     parts = parts_of(model)
-    wanted = thawed(thaw, parts.count)
     if wanted.unties:
         untie(model, parts)
     model.disable_input_require_grads()  # pyright: ignore[reportCallIssue]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from talik.errors import SourceError
 from talik.files import fingerprint
+from talik.model.adapters import base_tensors
 from talik.model.anatomy import parts_of
 from talik.model.checkpoint import Entry, read_tables, tensor_bytes, weight_files
 from talik.model.conversion import Piece, pieces_of
@@ -55,8 +56,8 @@ class Weights:
         self._staging: Tensor | None = None
 
     def look_again(self) -> None:
-        """To be called where parameters of the hollow model were untied since, before a block is read."""
-        self._hollow: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
+        """To be called where the hollow model was untied or got adapters since, before a block is read."""
+        self._hollow: dict[str, Tensor] = base_tensors(self.model)
         self._first = {id(tensor): name for name, tensor in reversed(self._hollow.items())}
 
     def names(self, block: str) -> list[str]:
@@ -67,6 +68,11 @@ class Weights:
         """The tensors that what goes into layer `cut` may depend on."""
         above = {"norm", "head", *(f"layer {i}" for i in range(cut, self._parts.count))}
         return [name for name in self._hollow if self._parts.part(name) not in above]
+
+    def made_with(self, names: Iterable[str]) -> list[str]:
+        """These tensors, and those that are made of the same ones of the checkpoint."""
+        pieces = {id(self._made_of[name]) for name in names}
+        return [name for name, piece in self._made_of.items() if id(piece) in pieces]
 
     @property
     def parameters(self) -> int:
@@ -216,8 +222,9 @@ class Weights:
         return part if part.startswith("layer ") else "tail" if part in ("norm", "head") else "rest"
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
-        module, _, own = name.rpartition(".")
-        return self.model.get_submodule(module), own
+        path, _, own = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        return getattr(module, "base_layer", module), own  # an adapted one keeps the model's own there
 
     def _tied(self, made: dict[str, Piece]) -> dict[str, Piece]:
         """For each tensor that is in the checkpoint under a tied name only: the piece that makes that one.

@@ -38,7 +38,7 @@ def smallest_changes(
     target, peak = planned.target, planned.peak.bytes
     changes = [Change(f"--memory {in_mebibytes(target.needed(peak))}", peak)]
     thrift = Thrift(folder, sets, target, notify)
-    wanted = thawed(recipe.trained, planned.plan.layers)
+    wanted = recipe.thawed(planned.plan.layers)
     if layers := thrift.most_layers(recipe, replace(wanted, layers=wanted.layers[1:])):
         fewer = with_layers(recipe, wanted, layers)
         changes.append(Change(_option(fewer), thrift.peak(fewer)))
@@ -180,7 +180,8 @@ def most_layers(
 
 
 def _in_words(recipe: Recipe) -> str:
+    what = recipe.thaw or f"top.{recipe.top_layers}"
     return (
-        f"{recipe.trained} in {recipe.precision} by {recipe.optimizer}, examples of up to "
-        f"{recipe.max_length:,} tokens, the way that takes least"
+        f"{what} in {recipe.precision} by {recipe.optimizer}, examples of up to {recipe.max_length:,} tokens, "
+        "the way that takes least"
     )

@@ -17,10 +17,11 @@ import torch
 
 from talik.data.labels import Example
 from talik.events import silent
+from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.anatomy import parts_of
 from talik.model.chain import Chain
 from talik.model.checkpoint import Entry, read_tables, weight_files
-from talik.model.freeze import freeze
+from talik.model.freeze import thaw
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.plan.account import Simulation, account
@@ -81,7 +82,7 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     there = all(file.is_file() for file in weight_files(folder))
     tables = read_tables(folder) if there else assumed_table(model, folder)
     FakeWeights(model, folder, tables)
-    freeze(model, recipe.trained)
+    thaw(model, recipe)
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 
@@ -97,6 +98,7 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
         finally:
             for block in ("rest", "embeddings", "tail", *(f"layer {i}" for i in range(plan.layers))):
                 weights.remove(block)
+            empty_adapters(chain.model)
     return account(log, routed=log.routed)
 
 
@@ -107,7 +109,8 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
-    loaded = begin(chain, weights, plan, AtOnce())
+    loaded = begin(chain, weights, plan, recipe.seed, AtOnce())
+    log.mark(adapter_weights(chain.model), "weights trained")
     log.phase("trunk")
     with loaded.trunk() as store:
         _load_each(loaded, store, layers)

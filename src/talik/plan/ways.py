@@ -11,12 +11,12 @@ from transformers import AutoConfig
 from talik.errors import UsageError
 from talik.events import Notify, Said, silent
 from talik.machine import choose_device
-from talik.model.anatomy import anatomy_of
+from talik.model.anatomy import anatomy_of, parts_of
 from talik.model.chain import Chain
+from talik.model.freeze import thaw
 from talik.model.hollow import hollow_model
 from talik.recipe import Plan, Recipe
 from talik.system import free_memory
-from talik.thaw import thawed
 from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
@@ -47,12 +47,12 @@ def check_layers(recipe: Recipe, layers: int) -> None:
             f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
             remedy=f"Choose --top-layers between 1 and {layers}.",
         )
-    thawed(recipe.trained, layers)
+    recipe.thawed(layers)
 
 
 def wanted_cut(recipe: Recipe, chain: Chain) -> int:
     """The first layer that a gradient reaches. UsageError for embeddings that cannot be trained."""
-    wanted = thawed(recipe.trained, len(chain.layers))
+    wanted = recipe.thawed(len(chain.layers))
     if "embeddings" in wanted.parts:
         if chain.calls_need_embeddings:
             problem = f"{type(chain.model).__name__}: what its layers are called with is made of embeddings"
@@ -65,7 +65,10 @@ def wanted_cut(recipe: Recipe, chain: Chain) -> int:
 def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
     """UsageError if a plan is not one for this recipe, model and machine."""
     choose_device(plan.device)
-    chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
+    model = hollow_model(folder, working_dtype(recipe))
+    check_layers(recipe, parts_of(model).count)
+    thaw(model, recipe)  # says what cannot be trained
+    chain = Chain(model, "cpu")
     cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
     if (plan.layers, plan.cut) != (len(chain.layers), cut):
         raise UsageError(

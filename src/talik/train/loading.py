@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from talik.data.labels import Example
 from talik.errors import ChainError
+from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
 from talik.model.chain import Chain, load_model, verify_layers
-from talik.model.freeze import freeze
+from talik.model.freeze import thaw
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.model.working_copy import Saved, WorkingCopy
@@ -65,6 +66,11 @@ class Loaded:
         if self.plan.top == "resident":
             for block in dict.fromkeys([*top.blocks, "tail"]):
                 self.store.stay(block)
+        for index in range(self.plan.cut, self.plan.layers):
+            if has_lengths(self.chain.layers[index]):
+                self.store.get(f"layer {index}")
+                measure_lengths(self.chain.layers[index])
+                self.store.release(f"layer {index}")
         self.weights.drop_staging()
         return top
 
@@ -77,7 +83,7 @@ class Loaded:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         scratch = FileScratch(self.chain.device, folder, self.plan.on_disk)
         if self.plan.top == "streamed":
-            sizes = {name: parameter.nbytes for name, parameter in top.parameters()}
+            sizes = {name: parameter.nbytes for name, parameter in top.parameters() if parameter.is_meta}
             saved = Saved(checkpoint / "weights.safetensors") if checkpoint else None
             self.weights.changed = WorkingCopy(folder / "weights", sizes, saved, forget=self.weights.forget)
         try:
@@ -140,15 +146,15 @@ def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
     model = hollow_model(folder, working_dtype(recipe), plan.device)
     weights = Weights(model, folder)
-    freeze(model, recipe.trained)
+    thaw(model, recipe)
     weights.look_again()
-    every = [name for name, _ in model.named_parameters()]
-    weights.forget = weights.bytes_in_files(every) > psutil.virtual_memory().available // 2
-    return begin(Chain(model, plan.device), weights, plan)
+    weights.forget = weights.bytes_in_files(base_tensors(model)) > psutil.virtual_memory().available // 2
+    return begin(Chain(model, plan.device), weights, plan, recipe.seed)
 
 
-def begin(chain: Chain, weights: Weights, plan: Plan, reader: Executor | None = None) -> Loaded:
-    """Makes the store of a plan, and loads the blocks that stay for the whole run."""
+def begin(chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None) -> Loaded:
+    """Makes the store of a plan, and what stays for the whole run: adapters by a seed, a few blocks."""
+    fill_adapters(chain.model, seed, torch.device(plan.device))
     first = 0 if plan.trunk == "streamed" else plan.cut
     end = plan.layers if "streamed" in (plan.trunk, plan.top) else plan.cut
     streamed = [f"layer {i}" for i in range(first, end)]
@@ -164,5 +170,8 @@ def begin(chain: Chain, weights: Weights, plan: Plan, reader: Executor | None = 
 def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
     """The whole model of a folder in memory, everything frozen but what the recipe trains."""
     model = load_model(folder, working_dtype(recipe), plan.device)
-    trained = freeze(model, recipe.trained)
+    thaw(model, recipe)
+    fill_adapters(model, recipe.seed, model.device)
+    measure_lengths(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return model, make_top(Chain(model), trained, plan.cut)

@@ -115,7 +115,7 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
 
     Weights that are streamed are read from it when they are wanted (`Loaded.working`).
     """
-    if not any(parameter.is_meta for _, parameter in top.parameters()):
+    if not top.hollow:
         load_weights(path, dict(top.parameters()))
     with safe_open(path / "optimizer.safetensors", "pt", device=str(top.chain.device)) as file:
         for name in file.keys():  # noqa: SIM118 - it is no dictionary

@@ -1,0 +1,81 @@
+"""Adapters as they leave a run: merged into the weights a layer at a time, or as a folder of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from talik.card import base_name
+from talik.files import finished_folder, need_room, write_text
+from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
+from talik.model.freeze import thaw
+from talik.model.hollow import hollow_model
+from talik.train.loading import load, working_dtype
+from talik.train.resume import load_weights
+from talik.train.run_folder import Run
+
+Named = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Merged(Mapping[str, Tensor]):
+    """The tensors of the checkpoint that adapters change, merged: computed when they are asked for.
+
+    `named` gives tensors of the model the names and shapes that they have in the checkpoint. One layer is
+    loaded at a time, on the device of the run, and stays until another's tensor is asked for.
+    """
+
+    def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
+        plan = run.plan.model_copy(update={"trunk": "resident"})
+        self._loaded, self._named = load(run.recipe, plan, run.source.folder), named
+        parameters = self._loaded.chain.model.named_parameters()
+        load_weights(checkpoint, {name: p for name, p in parameters if p.requires_grad})
+        self._layer_of = {
+            name: layer
+            for layer in range(plan.cut, plan.layers)
+            for name in named({name: self._loaded.weights.hollow(name) for name in self._changed(layer)})
+        }
+        self._now: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layer_of[name]
+        if self._now[0] != layer:
+            self._now = (layer, self._named(self._merged(layer)))
+        return self._now[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer_of)
+
+    def __len__(self) -> int:
+        return len(self._layer_of)
+
+    def _changed(self, layer: int) -> list[str]:
+        """The weights with adapters, and what is made of the same tensors of the checkpoint."""
+        prefix = f"{self._loaded.chain.parts.layers}.{layer}."
+        with_adapters = [f"{prefix}{name}.weight" for name in adapted(self._loaded.chain.layers[layer])]
+        return self._loaded.weights.made_with(with_adapters)
+
+    def _merged(self, layer: int) -> dict[str, Tensor]:
+        block, own = self._loaded.chain.layers[layer], f"{self._loaded.chain.parts.layers}.{layer}."
+        self._loaded.store.get(f"layer {layer}")
+        merge_adapters(block)
+        held = base_tensors(block)
+        found = {n: held[n.removeprefix(own)].detach().cpu() for n in self._changed(layer)}
+        unmerged(block)
+        self._loaded.store.release(f"layer {layer}")
+        return found
+
+
+def export_adapter(run: Run, checkpoint: Path, out: Path, card: str) -> int:
+    """Writes what was trained as a folder of PEFT; returns its bytes."""
+    weights = checkpoint / "weights.safetensors"
+    need_room(out, weights.stat().st_size, "export")
+    model = hollow_model(run.source.folder, working_dtype(run.recipe))
+    thaw(model, run.recipe)
+    if out.exists():
+        out.rmdir()  # empty, checked before
+    with finished_folder(out) as folder:
+        write_adapter_folder(model, weights, folder, base_name(run))
+        write_text(folder / "README.md", card)
+    return sum(file.stat().st_size for file in out.iterdir())

@@ -1,0 +1,239 @@
+"""Adapters of PEFT on the layers of a model: hollow like the model at first, real before anything runs.
+
+An adapted linear layer is one of PEFT's, which keeps the model's own as `base_layer`. Everything else goes on
+to know the model's tensors by the names that they have without adapters (`base_tensors`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from talik.errors import UsageError
+from talik.lora import Lora
+from talik.model.anatomy import parts_of
+
+NAME = "default"  # PEFT's for the only adapter of a model
+
+
+def add_adapters(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> None:
+    """Puts adapters without storage on linear layers of these layers; they alone are trained.
+
+    Raises UsageError without PEFT, for targets that are not there, and for what PEFT cannot adapt.
+    """
+    peft = _peft()
+    config = adapter_config(model, lora, layers)
+    try:
+        peft.inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise UsageError(f"lora: {error}", remedy="Name others with targets=.") from error
+    model.eval()  # what PEFT makes is in training mode
+    for module in adapted(model).values():
+        for owner, name, weight in _weights(module):
+            hollow = torch.empty_like(weight, dtype=module.base_layer.weight.dtype, device="meta")
+            owner._parameters[name] = nn.Parameter(hollow)
+
+
+def fill_adapters(model: nn.Module, seed: int, device: torch.device) -> None:
+    """Gives adapters their storage: PEFT's beginning (A at random by the seed, B zero), drawn in fp32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in adapted(model).values():
+            dtypes = [weight.dtype for _, _, weight in _weights(module)]
+            for owner, name, weight in _weights(module):  # lengths stay one until `measure_lengths`
+                owner._parameters[name] = nn.Parameter(torch.ones(weight.shape, device="cpu"))
+            module.reset_lora_parameters(NAME, True)
+            for (owner, name, weight), dtype in zip(_weights(module), dtypes, strict=True):
+                owner._parameters[name] = nn.Parameter(weight.detach().to(device, dtype))
+
+
+def empty_adapters(model: nn.Module) -> None:
+    """Makes adapters hollow again."""
+    for module in adapted(model).values():
+        for owner, name, weight in _weights(module):
+            owner._parameters[name] = nn.Parameter(torch.empty_like(weight, device="meta"))
+
+
+def has_lengths(layer: nn.Module) -> bool:
+    """Whether adapters of this layer are DoRA's, whose lengths are measured."""
+    return any(NAME in module.lora_magnitude_vector for module in adapted(layer).values())
+
+
+def measure_lengths(layer: nn.Module) -> None:
+    """DoRA: the trained lengths begin as those of the rows of the loaded weights, as PEFT computes them."""
+    for module in adapted(layer).values():
+        if NAME in module.lora_magnitude_vector:
+            module.lora_magnitude_vector[NAME].update_layer(
+                base_layer=module.base_layer,
+                lora_A=module.lora_A[NAME].weight,
+                lora_B=module.lora_B[NAME].weight,
+                scaling=module.scaling[NAME],
+            )
+
+
+@torch.no_grad()
+def merge_adapters(layer: nn.Module) -> None:
+    """Adds adapters to the loaded weights, in place and as PEFT does."""
+    for module in adapted(layer).values():
+        module.merge()
+
+
+def unmerged(layer: nn.Module) -> None:
+    """Says that weights with merged adapters are gone: those that are loaded next are the model's own."""
+    for module in adapted(layer).values():
+        module.merged_adapters.clear()
+
+
+def write_adapter_folder(model: PreTrainedModel, weights: Path, folder: Path, base: str) -> None:
+    """adapter_config.json and adapter_model.safetensors of a model with adapters, as PEFT reads them.
+
+    `weights`: a safetensors file of the adapters' parameters by the model's names. `base` names the model.
+    """
+    config: Any = model.peft_config[NAME]  # pyright: ignore[reportIndexIssue]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    named = _peft().get_peft_model_state_dict(
+        model, state_dict=load_file(weights), adapter_name=NAME, save_embedding_layers=False
+    )
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def load_adapter_folder(model: PreTrainedModel, folder: Path) -> Any:
+    """The model with the adapters of a folder, as PEFT loads it, in the dtype that they were trained in."""
+    with warnings.catch_warnings():  # PEFT asks Transformers by a name that it is about to drop
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+
+
+def adapted(module: nn.Module) -> dict[str, Any]:
+    """The linear layers that have adapters, by the names that they have without."""
+    return {
+        name: found
+        for name, found in module.named_modules()
+        if hasattr(found, "base_layer") and isinstance(getattr(found, "lora_A", None), nn.ModuleDict)
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters and persistent buffers, under the names that they have without adapters."""
+    with_adapters, found = adapted(model), {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, base, own = name.partition(".base_layer.")
+        if base and owner in with_adapters:
+            found[f"{owner}.{own}"] = tensor
+        elif name.rsplit(".", 3)[0] not in with_adapters:  # else: q_proj.lora_A.default.weight
+            found[name] = tensor
+    return found
+
+
+def adapter_weights(model: nn.Module) -> list[Tensor]:
+    """The parameters of all adapters."""
+    return [weight for module in adapted(model).values() for _, _, weight in _weights(module)]
+
+
+def in_words(model: PreTrainedModel) -> str:
+    """Which linear layers have adapters, and which matrices of the same layers stay frozen."""
+    parts, of_layer = parts_of(model), adapted(model)
+    layers = {parts.part(f"{name}.weight") for name in of_layer}
+    with_adapters = {f"{name}.weight" for name in of_layer}
+    rest = [
+        name
+        for name, tensor in base_tensors(model).items()
+        if parts.part(name) in layers and tensor.dim() > 1 and name not in with_adapters
+    ]
+    own = re.compile(rf"{re.escape(parts.layers)}\.\d+\.")
+    shown, left = (dict.fromkeys(own.sub("", name) for name in names) for names in (of_layer, rest))
+    frozen = f"; {', '.join(left)} there have none" if left else ""
+    return f"adapters on {', '.join(shown)}{frozen}"
+
+
+def adapter_config(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> Any:
+    """The LoraConfig of PEFT that names exactly these linear layers, as short as it can."""
+    names = _targets(model, lora, layers)
+    pattern = parts_of(model).layers.rpartition(".")[2]
+    config = _peft().LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        target_modules=names,
+        fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+        task_type="CAUSAL_LM",
+    )
+    names = _that_peft_leaves(config, model, names, every=not lora.targets)
+    short = sorted({name.rpartition(".")[2] for name in names})
+    place = re.compile(rf"(?:.*?\.)?{pattern}\.(\d+)\..*?({'|'.join(map(re.escape, short))})")
+    meant = [
+        name for name, _ in model.named_modules() if (m := place.fullmatch(name)) and int(m[1]) in layers
+    ]
+    whole = {"layers_to_transform": None, "layers_pattern": None, "target_modules": set(names)}
+    brief = {"layers_to_transform": sorted(layers), "layers_pattern": [pattern], "target_modules": set(short)}
+    for name, value in (brief if set(meant) == set(names) else whole).items():
+        setattr(config, name, value)
+    return config
+
+
+def _targets(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> list[str]:
+    """The linear layers that are wanted, by their full names."""
+    prefix = parts_of(model).layers
+    linear = [
+        f"{prefix}.{layer}.{name}"
+        for layer in sorted(layers)
+        for name, module in model.get_submodule(f"{prefix}.{layer}").named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    for target in lora.targets or ("",):
+        if not any(name.endswith(f".{target}" if target else "") for name in linear):
+            problem = f"lora: no linear layer {target} in the layers that are trained".replace("  ", " ")
+            raise UsageError(problem, remedy=f"There are {there or 'none'}.")
+    return [
+        name for name in linear if not lora.targets or name.endswith(tuple(f".{t}" for t in lora.targets))
+    ]
+
+
+def _that_peft_leaves(config: Any, model: PreTrainedModel, names: list[str], *, every: bool) -> list[str]:
+    """Those of the names that PEFT does not take for a mixture's experts, which it stacks in Transformers 5.
+
+    UsageError for one that was asked for by its name.
+    """
+    conversion = _peft("peft.utils.transformers_weight_conversion")
+    tried = copy.deepcopy(config)
+    conversion.convert_peft_config_for_transformers(tried, model, None)
+    left = [name for name in names if name in tried.target_modules]
+    if not left or (len(left) < len(names) and not every):
+        taken = ", ".join(sorted({n.rpartition(".")[2] for n in names if n not in left}))
+        raise UsageError(f"lora: PEFT takes {taken} of {type(model).__name__} for its experts")
+    return left
+
+
+def _weights(module: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The parameters of one adapter, each with its module and its name there."""
+    for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        held = getattr(module, kind)
+        if NAME in held:
+            for name, weight in list(held[NAME]._parameters.items()):
+                if weight is not None:
+                    yield held[NAME], name, weight
+
+
+def _peft(module: str = "peft") -> ModuleType:
+    """PEFT, or a module of it: imported where adapters are asked for, and not before."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        remedy = 'Install it: pip install "talik[peft]"'
+        raise UsageError(f"adapters need PEFT: {error}", remedy=remedy) from error
