@@ -249,3 +249,30 @@ def test_resume_of_a_finished_run_changes_nothing(run_folder: Path, talik: Talik
     measured = [value.pop("memory") for value in (again, result)]
     assert measured[0].keys() == measured[1].keys() and measured[0]["loss"] == measured[1]["loss"]
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+# Adapters
+
+
+def test_adapters_from_the_plan_to_the_export(
+    model_folder: Path, rows: Path, tmp_path: Path, talik: Talik
+) -> None:
+    lora = ["--thaw", "all", "--lora", "rank=8", "--precision", "fp32"]
+    planned = talik("plan", model_folder, rows, *lora, "--json")
+    assert planned.code == 0 and planned.value["chosen"]["cut"] == 0
+    run = tmp_path / "run"
+    options = ["--steps", "8", "--batch-tokens", "300", "--learning-rate", "0.02", "--held-out", "0.2"]
+    done = talik("train", model_folder, rows, "-o", run, *lora, *options)
+    assert done.code == 0 and "layers 0 to 3: rank=8, adapters on self_attn.q_proj," in done.err
+    report = talik("eval", run, rows, "--json").value
+    assert report["tuned"]["loss"] < report["base"]["loss"]
+    asked = ["--prompt", QUESTION, "--max-tokens", 8]
+    assert talik("chat", run, *asked).out != talik("chat", run, *asked, "--base").out
+    assert talik("export", run, tmp_path / "merged").code == 0
+    assert evaluate(tmp_path / "merged", rows)["model"]["loss"] == pytest.approx(
+        report["tuned"]["loss"], abs=1e-5
+    )
+    done = talik("export", run, tmp_path / "adapter", "--adapter")
+    assert done.code == 0 and "a folder of PEFT" in done.out
+    written = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md"}

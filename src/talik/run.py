@@ -20,6 +20,7 @@ from talik.errors import DoesNotFitError, NoRoomError, UsageError
 from talik.events import Notify, Progress, Said, silent
 from talik.files import in_words, need_room, read_json, write_json
 from talik.machine import Machine, hard_limit, this_machine
+from talik.model.adapters import idle_adapters
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
 from talik.model.source import Source, find_model
@@ -35,7 +36,7 @@ from talik.system import ctrl_c_waits, settle_allocators
 from talik.thaw import layers_in_words
 from talik.train.evaluation import Evaluation, evaluate_top
 from talik.train.loading import Loaded, load
-from talik.train.loop import Job, train_loop
+from talik.train.loop import Job, StepDone, train_loop
 from talik.train.resume import (
     State,
     clear_unfinished,
@@ -233,13 +234,24 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
             run.folder,
             evaluate,
             promise,
-            notify,
+            _noting_idle_adapters(loaded, notify),
             interrupted,
         )
         state = train_loop(job, state)
     promise.phase("end")
     notify(Said("memory", promise.in_words()))
     return _result(run.folder, state, time.perf_counter() - started, promise)
+
+
+def _noting_idle_adapters(loaded: Loaded, notify: Notify) -> Notify:
+    """`notify`, with a note after the first step where the model does not train through some adapters."""
+
+    def both(event: Any) -> None:
+        notify(event)
+        if isinstance(event, StepDone) and event.step == 1 and (idle := idle_adapters(loaded.chain.model)):
+            notify(Said("note", f"no gradient reached the adapters on {', '.join(idle)} in the first step"))
+
+    return both
 
 
 def _logged(folder: Path, notify: Notify) -> Notify:

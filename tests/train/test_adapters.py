@@ -12,9 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_gradients import gradients, plain_gradients
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import talik
 from conftest import plain_loss
@@ -23,7 +25,7 @@ from talik.data.dataset import read_sets
 from talik.data.labels import Example
 from talik.errors import RecipeError, UsageError
 from talik.lora import Lora, read_lora
-from talik.model.adapters import adapted, fill_adapters, in_words, measure_lengths
+from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths
 from talik.model.chain import Chain
 from talik.model.freeze import thaw
 from talik.plan.ways import choose
@@ -264,6 +266,26 @@ def test_what_cannot_have_adapters_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         thaw(build_model(family, **changes), Recipe(model="-", data="-", top_layers=2, lora=lora))
+
+
+def test_adapters_that_no_gradient_reaches_are_named(
+    build_model: Callable[..., Any], model_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    top = adapted_top(build_model("qwen2"), "rank=4")
+    assert idle_adapters(top.chain.model) == []
+    for layer in top.chain.layers[2:]:
+        torch.nn.init.zeros_(layer.get_submodule("mlp.up_proj.lora_B.default").weight)  # pyright: ignore
+    assert idle_adapters(top.chain.model) == ["mlp.up_proj"]
+    said: list[Any] = []
+    train(recipe_for(model_folder, rows, steps=1), tmp_path / "run", notify=said.append)
+    assert not [event for event in said if "no gradient" in str(event)]
+    with pytest.MonkeyPatch.context() as patch:  # a layer whose weight is used without calling it
+        patch.setattr(
+            Qwen2MLP, "forward", lambda self, x: F.linear(F.silu(self.gate_proj(x)), self.down_proj.weight)
+        )
+        train(recipe_for(model_folder, rows, steps=1), tmp_path / "other", notify=said.append)
+    notes = [event.text for event in said if "no gradient" in str(event)]
+    assert notes == ["no gradient reached the adapters on mlp.up_proj, mlp.down_proj in the first step"]
 
 
 def test_experts_without_adapters_are_named(build_model: Callable[..., Any]) -> None:

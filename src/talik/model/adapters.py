@@ -34,8 +34,8 @@ def add_adapters(model: PreTrainedModel, lora: Lora, layers: Collection[int]) ->
     Raises UsageError without PEFT, for targets that are not there, and for what PEFT cannot adapt.
     """
     peft = _peft()
-    config = adapter_config(model, lora, layers)
     try:
+        config = adapter_config(model, lora, layers)
         peft.inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"lora: {error}", remedy="Name others with targets=.") from error
@@ -144,6 +144,12 @@ def adapter_weights(model: nn.Module) -> list[Tensor]:
     return [weight for module in adapted(model).values() for _, _, weight in _weights(module)]
 
 
+def idle_adapters(model: nn.Module) -> list[str]:
+    """The kinds of linear layers whose adapters are as they began: B is zero until a gradient reaches it."""
+    idle = [name for name, module in adapted(model).items() if not module.lora_B[NAME].weight.any()]
+    return list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in idle))
+
+
 def in_words(model: PreTrainedModel) -> str:
     """Which linear layers have adapters, and which matrices of the same layers stay frozen."""
     parts, of_layer = parts_of(model), adapted(model)
@@ -166,7 +172,7 @@ def adapter_config(model: PreTrainedModel, lora: Lora, layers: Collection[int]) 
     pattern = parts_of(model).layers.rpartition(".")[2]
     config = _peft().LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # others read an integer
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         target_modules=names,
@@ -175,7 +181,7 @@ def adapter_config(model: PreTrainedModel, lora: Lora, layers: Collection[int]) 
     )
     names = _that_peft_leaves(config, model, names, every=not lora.targets)
     short = sorted({name.rpartition(".")[2] for name in names})
-    place = re.compile(rf"(?:.*?\.)?{pattern}\.(\d+)\..*?({'|'.join(map(re.escape, short))})")
+    place = re.compile(rf"(?:.*?\.)?{pattern}\.(\d+)\.(?:.*\.)?({'|'.join(map(re.escape, short))})")
     meant = [
         name for name, _ in model.named_modules() if (m := place.fullmatch(name)) and int(m[1]) in layers
     ]
@@ -195,14 +201,15 @@ def _targets(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> lis
         for name, module in model.get_submodule(f"{prefix}.{layer}").named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-    for target in lora.targets or ("",):
-        if not any(name.endswith(f".{target}" if target else "") for name in linear):
-            problem = f"lora: no linear layer {target} in the layers that are trained".replace("  ", " ")
-            raise UsageError(problem, remedy=f"There are {there or 'none'}.")
-    return [
-        name for name in linear if not lora.targets or name.endswith(tuple(f".{t}" for t in lora.targets))
-    ]
+    there = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
+    absent = [t for t in lora.targets if not any(name.endswith(f".{t}") for name in linear)]
+    if absent or not linear:
+        wanted = " or ".join(absent) or "at all"
+        problem = f"lora: no linear layer {wanted} in the layers that are trained"
+        raise UsageError(problem, remedy=f"There are {there}.")
+    if not lora.targets:
+        return linear
+    return [name for name in linear if name.endswith(tuple(f".{target}" for target in lora.targets))]
 
 
 def _that_peft_leaves(config: Any, model: PreTrainedModel, names: list[str], *, every: bool) -> list[str]:
