@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from talik.recipe import Recipe as Recipe
     from talik.run import resume as resume
     from talik.run import train as train
+    from talik.train.drop_in import drop_in as drop_in
     from talik.train.loss import chunked_loss as chunked_loss
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "Recipe": "recipe",
     "chunked_loss": "train.loss",
     "collate": "data.batches",
+    "drop_in": "train.drop_in",
     "evaluate": "evaluate",
     "explain": "plan.explain",
     "export": "export",

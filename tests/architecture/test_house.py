@@ -21,6 +21,7 @@ def test_the_public_names() -> None:
         "Recipe",
         "chunked_loss",
         "collate",
+        "drop_in",
         "evaluate",
         "explain",
         "export",
