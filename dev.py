@@ -103,6 +103,8 @@ def main() -> int:
     if command == "format":
         return run(BIN / "ruff", "format", ".") or run(BIN / "ruff", "check", "--fix", ".")
     if command == "bench":
+        if arguments[:1] == ["versus"]:
+            install(*NEEDS["demo"])  # its model and its data are the demo's
         return run(PYTHON, ROOT / "benchmarks" / f"{arguments[0]}.py", *arguments[1:]) if arguments else 2
     return test(arguments)
 

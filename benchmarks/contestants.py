@@ -3,9 +3,10 @@
     python contestants.py NAME JOB.json
 
 For `bench versus`, which writes the job and reads what the contestant leaves in its file `result`. Everything
-below the top is frozen, embeddings too. Trainer and SFTTrainer get the tokens and labels that Talik makes of the
-rows, so that all of them train the same tokens; they hold fp32 weights and compute in bf16 by autocast, as people
-run them. TRL is in an environment of its own, where of Talik only `machine` is used, which measures memory.
+below the top is frozen, embeddings too. Trainer and SFTTrainer get the tokens and labels that Talik makes of
+the rows, so that all of them train the same tokens; they hold fp32 weights and compute in bf16 by autocast,
+as people run them. TRL is in an environment of its own, where of Talik only `machine` is used, which measures
+memory.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def trainer(job: dict[str, Any], phase: Callable[[str], None]) -> dict[str, Any]
 
 
 def trl(job: dict[str, Any], phase: Callable[[str], None]) -> dict[str, Any]:
-    """TRL's SFTTrainer with the loss in chunks that is its default, without the checkpointing that is its default.
+    """TRL's SFTTrainer with its own loss in chunks, and without the checkpointing that is on by default.
 
     That would compute every layer twice, and put the frozen ones back into the graph.
     """
@@ -110,7 +111,7 @@ def sft(job: dict[str, Any], phase: Callable[[str], None], **options: Any) -> di
 
 
 def arguments(job: dict[str, Any]) -> dict[str, Any]:
-    """Talik's defaults as TrainingArguments, AdamW's and the schedule's among them; nothing is saved on the way."""
+    """Talik's defaults as TrainingArguments; nothing is saved on the way."""
     return {
         "output_dir": str(Path(job["folder"]) / "trainer"),
         "num_train_epochs": job["epochs"],
@@ -133,7 +134,7 @@ def examples(job: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def frozen_model(job: dict[str, Any]) -> Any:
-    """The model in fp32, of which the last layers and the final norm require a gradient and nothing else does."""
+    """The model in fp32; nothing but its last layers and the final norm requires a gradient."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)

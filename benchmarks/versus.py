@@ -1,10 +1,10 @@
-"""python3 dev.py bench versus [OPTIONS]: Talik, Transformers' Trainer and TRL's SFTTrainer, the same fine-tuning.
+"""python3 dev.py bench versus [OPTIONS]: the same fine-tuning by Talik, Transformers' Trainer and TRL.
 
 SmolLM2-135M-Instruct, the top 5 of 30 layers and the final norm, on conversations of the English part of
-chatterbot-corpus: questions and answers of one topic joined, so that lengths vary as those of instructions do.
-Each run is a process of its own with Talik's caches empty; contestants take turns (contestants.py). The held-out
-loss of what each saved is computed by one function. TRL gets an environment of its own in Talik's home, made once
-(it needs a package index), and is left out where that fails. Nothing else may run.
+chatterbot-corpus: questions and answers of one topic joined, so that lengths vary as instructions' do. Each
+run is a process of its own with Talik's caches empty; contestants take turns (contestants.py). The held-out
+loss of what each saved is computed by one function, in fp32. TRL gets an environment of its own in Talik's
+home, made once (it needs a package index), and is left out where that fails. Nothing else may run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def conversations(
         left, messages = dice.randint(LEAST, MOST) - 30, []  # about 30 are the system message's
         for talk in dice.sample(talks, len(talks)):
             size = sum(len(tokenizer(turn).input_ids) + 5 for turn in talk)
-            if size <= left or not messages and size < MOST:
+            if size <= left or (not messages and size < MOST):
                 messages += [
                     {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(talk)
                 ]
@@ -209,7 +209,7 @@ def main(options: argparse.Namespace) -> None:
             "rows": str(folder / "rows.jsonl"),
             "examples": str(folder / "examples.jsonl"),
             "precision": options.precision,
-            # A step is filled until the next example does not fit: half a one more, so that BATCH fit on average.
+            # A step ends where the next example does not fit: with half a one more, BATCH fit on average.
             "batch_tokens": round((BATCH + 0.5) * tokens),
         }
         for turn in range(options.repeats):
