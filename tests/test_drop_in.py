@@ -90,8 +90,8 @@ def padded_batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
 def test_loss_and_gradients_equal_the_plain_models(build_model: Callable[..., Any], family: str) -> None:
     plain, ours = build_model(family), build_model(family)
-    freeze(plain, 2)
-    trained = freeze(ours, 2)
+    freeze(plain, "top.2,norm")
+    trained = freeze(ours, "top.2,norm")
     talik.drop_in(ours, CHUNK)
     expected, found = plain(**padded_batch()).loss, ours(**padded_batch()).loss
     (expected * 2).backward()
@@ -104,7 +104,7 @@ def test_loss_and_gradients_equal_the_plain_models(build_model: Callable[..., An
 def test_no_graph_below_the_cut_and_never_all_logits(build_model: Callable[..., Any]) -> None:
     """Also where gradient checkpointing has put the embeddings into the graph."""
     model = build_model("qwen2")
-    freeze(model, 2)
+    freeze(model, "top.2,norm")
     model.enable_input_require_grads()
     talik.drop_in(model, CHUNK)
     modes, rows = [], []
@@ -130,7 +130,7 @@ def test_without_labels_the_model_is_itself_and_a_copy_has_its_own_weights(
     build_model: Callable[..., Any],
 ) -> None:
     model, plain = build_model("qwen2"), build_model("qwen2")
-    freeze(model, 2)
+    freeze(model, "top.2,norm")
     talik.drop_in(model)
     batch = padded_batch()
     labels = batch.pop("labels")
@@ -151,7 +151,7 @@ def test_what_is_refused(build_model: Callable[..., Any]) -> None:
     batch = padded_batch()
     with pytest.raises(UsageError, match="embeddings require a gradient"):
         model(**batch)
-    freeze(model, 2)
+    freeze(model, "top.2,norm")
     with pytest.raises(UsageError, match="inputs_embeds"):
         model(inputs_embeds=torch.zeros(3, 14, 32), labels=batch["labels"])
     with pytest.raises(UsageError, match="position_ids"):

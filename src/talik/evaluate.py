@@ -52,9 +52,7 @@ def evaluate(
         report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
         if checkpoint is None:
             return {**report, "model": first.measures()}
-        if top.hollow:
-            loaded.weights.changed = Saved(checkpoint / "weights.safetensors")
-        else:
-            load_weights(checkpoint, dict(top.parameters()))
+        loaded.weights.changed = Saved(checkpoint / "weights.safetensors")  # what is loaded from here on
+        load_weights(checkpoint, dict(top.parameters()))
         tuned = evaluate_top(top, found.examples, states, plan, loaded.store)
     return {**report, "base": first.measures(), "tuned": tuned.measures()}

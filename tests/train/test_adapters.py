@@ -35,7 +35,7 @@ from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
 from talik.train.resume import latest_checkpoint
 from talik.train.run_folder import load_tokenizer
-from talik.train.step import Top, make_top
+from talik.train.top import Top, make_top
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
 MOE = {"num_local_experts": 4}
@@ -166,7 +166,7 @@ def peft_loop(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, torch.
             batch = [examples[i] for i in indices]
             loss = plain_loss(model, batch, sum(e.trained_tokens for e in batch))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.clip)
+            torch.nn.utils.clip_grad_norm_(list(trained.values()), recipe.max_norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(recipe, len(losses) + 1, steps)
             optimizer.step()

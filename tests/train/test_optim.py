@@ -98,7 +98,7 @@ def test_muon_leaves_the_rest_to_adamw(name: str, shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mixtral", "opt"])
 def test_muon_knows_a_layers_matrices_by_name(build_model: Callable[..., Any], kind: str) -> None:
     recipe = make_recipe(optimizer="muon")
-    top = freeze_top(build_model(kind), also=("head",))
+    top = freeze_top(build_model(kind), "top.2,norm,head")
     for name, parameter in top.parameters():
         layer = top.chain.parts.part(name).startswith("layer")
         state = optimizer_of(name, parameter.shape, recipe).state
@@ -149,16 +149,16 @@ def test_state_stays_where_it_is(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_without_masters_the_way_is_right_on_average(optimizer: str) -> None:
     """Steps below most weights' next bf16 number go as far together as they do in fp32."""
-    gradient, ways = noise(64, 256), []
+    gradient, ways = noise(128, 512), []
     for precision in ("fp32", "bf16-sr"):
-        start = weights(64, 256).detach().bfloat16()
+        start = weights(128, 512).detach().bfloat16()
         weight = nn.Parameter(start.clone() if precision == "bf16-sr" else start.float())
         recipe = make_recipe(optimizer=optimizer, precision=precision, weight_decay=0.0)
         scratch = prepared(MATRIX, weight, recipe)
         assert f"master/{MATRIX}" not in scratch
         for step in range(1, 11):
             scratch[f"gradient/{MATRIX}"] = gradient(0).abs().add_(0.1)
-            update(MATRIX, weight, scratch, recipe, None, step, 1e-4)
+            update(MATRIX, weight, scratch, recipe, None, step, 1e-3)
         ways.append((weight.detach().float() - start.float()).flatten().double())
     exact, rounded = ways
     assert torch.dot(rounded, exact) / exact.square().sum() == pytest.approx(1, abs=0.05)

@@ -103,7 +103,7 @@ def _option(recipe: Recipe) -> str:
 
 
 class Thrift:
-    """What recipes take in the way that takes least, by simulation."""
+    """What recipes take in the way that takes least, by simulation; `streamed` ways among them or not."""
 
     def __init__(
         self,
@@ -111,8 +111,11 @@ class Thrift:
         sets: tuple[Sequence[Example] | None, Sequence[Example]],
         target: Target,
         notify: Notify = silent,
+        *,
+        streamed: bool = True,
     ) -> None:
         self._folder, self._sets, self._target, self._notify = folder, sets, target, notify
+        self._streamed = streamed
         self._peaks: dict[str, int] = {}
 
     def peak(self, recipe: Recipe) -> int:
@@ -123,7 +126,8 @@ class Thrift:
             examples, evaluated = self._examples(recipe)
             search = Search(subject_of(recipe, self._folder), examples, evaluated, self._target)
             first = search.first()
-            tried = search.try_plan(first.model_copy(update=ways_of(first, search.longest)[-1]))
+            way = ways_of(first, search.longest, streamed=self._streamed)[-1]
+            tried = search.try_plan(first.model_copy(update=way))
             self._peaks[key] = tried.peak.bytes
         return self._peaks[key]
 
@@ -170,11 +174,17 @@ def most_layers(
     target: Target,
     notify: Notify = silent,
 ) -> int:
-    """The most top layers that fit a target. DoesNotFitError if not even one does."""
+    """The most top layers that fit a target in memory; streamed if not even one does, which takes longer.
+
+    DoesNotFitError if that does not fit either.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
     every = config.num_hidden_layers
-    found = Thrift(folder, sets, target, notify).most_layers(recipe, thawed(f"top.{every}", every))
-    if not found:
+    for streamed in (False, True):
+        thrift = Thrift(folder, sets, target, notify, streamed=streamed)
+        if found := thrift.most_layers(recipe, thawed(f"top.{every}", every)):
+            break
+    else:
         raise DoesNotFitError("not even one layer fits", remedy="Give it more memory (--memory).")
     return found
 
@@ -182,6 +192,6 @@ def most_layers(
 def _in_words(recipe: Recipe) -> str:
     what = recipe.thaw or f"top.{recipe.top_layers}"
     return (
-        f"{what} in {recipe.precision} by {recipe.optimizer}, examples of up to {recipe.max_length:,} tokens, "
-        "the way that takes least"
+        f"{what} in {recipe.precision} by {recipe.optimizer}, examples of up to "
+        f"{recipe.max_length:,} tokens, the way that takes least"
     )

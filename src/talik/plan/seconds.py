@@ -11,6 +11,7 @@ from talik.machine import Rates
 from talik.plan.account import Simulation
 from talik.plan.simulate import Subject, Work, enough_layers
 from talik.recipe import Plan
+from talik.train.resume import state_bytes
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 
@@ -56,11 +57,28 @@ def seconds_of(
     steps = len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, 0))
     epoch = sum(map(of_phase, ("forward", "loss", "backward"))) * tokens / in_steps
     epoch += of_phase("update") * steps / len(work.steps)
+    if plan.top == "streamed":
+        epoch = max(epoch, steps * _moving(subject, plan, rates))
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
     epochs = recipe.epochs if recipe.steps is None else recipe.steps / steps
     return Seconds(trunk, epoch + evaluation, trunk + epochs * (epoch + evaluation) + evaluation)
+
+
+def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
+    """Seconds in which one step of a streamed top reads its weights and writes what changed."""
+    recipe, model = subject.recipe, subject.chain.model
+    passes = 2 if recipe.clip in (0, "last") else 3  # the last is the update by the norm of all
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    whole = sum(weight.nbytes for weight in model.parameters())
+    read = passes * (whole - _file_bytes(subject, plan.cut))
+    written = sum(weight.nbytes for weight in trained.values())
+    if plan.state == "disk":
+        kept = 4 * sum(weight.numel() for weight in trained.values()) if passes > 2 else 0
+        state = state_bytes(trained, recipe) + kept
+        read, written = read + state, written + state
+    return read / rates.disk_read + written / rates.disk_write
 
 
 def token_bytes(subject: Subject, plan: Plan) -> int:

@@ -20,7 +20,7 @@ from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.target import Target, target_of
 from talik.plan.work import assumed_examples, work_of
 from talik.recipe import Plan, Recipe
-from talik.train.resume import checkpoint_bytes
+from talik.train.resume import checkpoint_bytes, state_bytes
 
 STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
@@ -150,20 +150,28 @@ class Search:
         return broken is None
 
     def _least(self, plan: Plan) -> int:
-        """Bytes that a way takes at least: weights, gradients and optimizer state stay, whatever the way.
+        """Bytes that a way takes at least: what stays in memory, whatever the micro-batches are.
 
         Of what is saved for the backward a smaller micro-batch keeps its share at least.
         """
         least = 0
         for tried in self._tried:
-            causes = tried.peak.causes
-            fixed = sum(causes.get(cause, 0) for cause in STAY)
+            causes, streamed = tried.peak.causes, plan.top == "streamed"
+            fixed = sum(causes.get(cause, 0) for cause in self._stay(plan))
             share = min(1.0, plan.micro_batch_tokens / tried.plan.micro_batch_tokens)
-            saved = (
-                share * causes.get("saved activations", 0) if plan.recompute == tried.plan.recompute else 0
-            )
+            same = not streamed and plan.recompute == tried.plan.recompute
+            saved = share * causes.get("saved activations", 0) if same else 0
             least = max(least, int(fixed + saved))
         return least + (self.target.program if self.target.on_cpu else 0)
+
+    def _stay(self, plan: Plan) -> tuple[str, ...]:
+        """The causes whose bytes stay in memory from step to step, or are all there at a step's end."""
+        if plan.top == "resident":
+            return STAY
+        if plan.state == "disk":
+            return ()
+        kept = self.subject.recipe.clip not in (0, "last")
+        return ("optimizer state", "gradients") if kept else ("optimizer state",)
 
 
 def in_mebibytes(size: int) -> str:
@@ -178,9 +186,16 @@ def _disk(
     tokens = sum(example.length for example in (*examples, *evaluated))
     parameters = subject.chain.model.named_parameters()
     trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+    work = {"working copy": sum(parameter.nbytes for parameter in trained.values())}
+    if plan.state == "disk":
+        work["optimizer state"] = state_bytes(trained, subject.recipe) + 2 * work["working copy"]
+    if plan.inputs == "disk":
+        step = max(subject.recipe.batch_tokens, max(example.length for example in examples))
+        work["inputs"] = step * token_bytes(subject, plan) * (plan.layers - plan.cut)
     return {
-        "cache": tokens * token_bytes(subject, plan),
+        "cache": 0 if plan.cache == "none" else tokens * token_bytes(subject, plan),
         "checkpoints": checkpoint_bytes(trained, subject.recipe),
+        **(work if plan.top == "streamed" else {}),
     }
 
 

@@ -21,10 +21,18 @@ from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
 LEAST_CHUNK = 128  # trained positions
+THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
+STREAMED = {"top": "streamed", "recompute": True}
+ON_DISK = {"state": "disk", "inputs": "disk"}
 # What changes from way to way. None of it changes what is computed, but for the order of sums.
-WAYS: tuple[dict[str, Any], ...] = (
+RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
     *({"recompute": r, "micro_batch_tokens": tokens} for r in (False, True) for tokens in (2048, 1024, 512)),
-    {"recompute": True, "micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20},
+    {"recompute": True, **THRIFTY},
+)
+STREAMED_WAYS: tuple[dict[str, Any], ...] = (
+    *({**STREAMED, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
+    *({**STREAMED, **ON_DISK, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
+    {**STREAMED, **ON_DISK, **THRIFTY},
 )
 
 
@@ -53,12 +61,9 @@ def check_layers(recipe: Recipe, layers: int) -> None:
 def wanted_cut(recipe: Recipe, chain: Chain) -> int:
     """The first layer that a gradient reaches. UsageError for embeddings that cannot be trained."""
     wanted = recipe.thawed(len(chain.layers))
-    if "embeddings" in wanted.parts:
-        if chain.calls_need_embeddings:
-            problem = f"{type(chain.model).__name__}: what its layers are called with is made of embeddings"
-            raise UsageError(f"{problem}, which cannot be trained", remedy="Leave them out of --thaw.")
-        # Until the step trains them: this is the one place that says no.
-        raise UsageError("embeddings cannot be trained yet", remedy="Leave them out of --thaw.")
+    if "embeddings" in wanted.parts and chain.calls_need_embeddings:
+        problem = f"{type(chain.model).__name__}: what its layers are called with is made of embeddings"
+        raise UsageError(f"{problem}, which cannot be trained", remedy="Leave them out of --thaw.")
     return wanted.cut
 
 
@@ -81,7 +86,9 @@ def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
 def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: Notify = silent) -> Plan:
     """The fastest way, whatever the top takes; `memory` in bytes decides what the trunk may hold at once."""
     text, layers = chain.model.config.get_text_config(decoder=True), len(chain.layers)
-    wanted = wanted_cut(recipe, chain)
+    wanted, parts = wanted_cut(recipe, chain), recipe.thawed(layers).parts
+    # Every chunk makes a gradient as large as a trained head; without one small chunks stay in the caches.
+    head = bool(parts & {"head", "embeddings"}) and recipe.lora is None
     cut, reason = chain.lowest_cut(wanted)
     if reason:
         notify(Said("cut", f"moved from layer {wanted} to {cut}: {reason}"))
@@ -96,34 +103,46 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
         layers=layers,
         trunk=trunk,
         top="resident",
-        cache="disk",
+        cache="none" if "embeddings" in parts else "disk",
         trunk_batch_tokens=2048,
         hidden_bytes=max(64 << 20, min(1 << 30, memory // 16)),
         micro_batch_tokens=2048,
         recompute=False,
         loss_chunk=min(
-            max(LEAST_CHUNK, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))),
+            max(LEAST_CHUNK, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))) if head else LEAST_CHUNK,
             getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
         ),
     )
 
 
-def ways_of(first: Plan, longest: int) -> list[dict[str, Any]]:
-    """What each way changes of the first plan, fastest first: what is computed twice costs most.
+def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:
+    """What each way changes of the first plan, fastest first: what is computed twice costs much, files more.
 
-    A loss chunk is never made larger; micro-batches never get smaller than the `longest` example.
+    A loss chunk is never made larger; micro-batches never get smaller than the `longest` example. A top is
+    `streamed` on a CPU alone: elsewhere nobody has measured it.
     """
+    streamed = streamed and first.device == "cpu"
     chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}
-    found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in WAYS]
+    every = RESIDENT_WAYS + (STREAMED_WAYS if streamed else ())
+    found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in every]
     differ = {
-        (w["recompute"], "loss_chunk" in w, max(longest, w["micro_batch_tokens"])): w for w in found[::-1]
+        (w["recompute"], w.get("top"), w.get("state"), "loss_chunk" in w, max(longest, tokens_of(w))): w
+        for w in found[::-1]
     }
     return list(differ.values())[::-1]
+
+
+def tokens_of(way: dict[str, Any]) -> int:
+    """The tokens of a way's micro-batches."""
+    return way["micro_batch_tokens"]
 
 
 def in_words(way: dict[str, Any]) -> str:
     """As in "micro-batches of 512 tokens, layers recomputed in the backward"."""
     recomputed = ", layers recomputed in the backward" if way["recompute"] else ""
+    if way.get("top") == "streamed":
+        beside = ", optimizer state and layers' inputs on disk" if way.get("state") == "disk" else ""
+        recomputed = f", trained layers streamed from a working copy{beside}"
     chunk = f", loss chunks of {way['loss_chunk']}" if "loss_chunk" in way else ""
     return f"micro-batches of {way['micro_batch_tokens']:,} tokens{recomputed}{chunk}"
 

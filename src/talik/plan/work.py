@@ -18,7 +18,9 @@ from talik.train.cache import groups_of
 from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
-BATCHES = 2  # of a step, the largest, are simulated: the others differ by nothing but being smaller
+# Of a step's micro-batches the largest are simulated: the others differ by nothing but being smaller. Of a
+# streamed step more, because all of them are on their way at once.
+BATCHES = {"resident": 2, "streamed": 8}
 
 
 def work_of(
@@ -56,12 +58,13 @@ def _padded(batch: list[int], examples: Sequence[Example]) -> int:
 
 def _of_step(step: list[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> tuple[list[int], int]:
     """What is simulated of a step, and the bytes of the other micro-batches, which wait in memory."""
-    batches = _batches(step, examples, plan, chain)
+    batches, most = _batches(step, examples, plan, chain), BATCHES[plan.top]
     token_bytes = chain.width(plan.cut) * chain.handed_on(plan.cut).itemsize + 2 * torch.long.itemsize
-    positions = sum(_padded(batch, examples) for batch in batches[BATCHES:])
-    trained = sum(examples[i].trained_tokens for batch in batches[BATCHES:] for i in batch)
-    simulated = [i for batch in batches[:BATCHES] for i in batch]
-    return simulated, positions * token_bytes + trained * 2 * torch.long.itemsize
+    positions = sum(_padded(batch, examples) for batch in batches[most:])
+    trained = sum(examples[i].trained_tokens for batch in batches[most:] for i in batch)
+    simulated = [i for batch in batches[:most] for i in batch]
+    inputs = plan.layers - plan.cut if plan.top == "streamed" and plan.inputs == "memory" else 0
+    return simulated, positions * (1 + inputs) * token_bytes + trained * 2 * torch.long.itemsize
 
 
 def _largest_steps(

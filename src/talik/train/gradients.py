@@ -73,6 +73,8 @@ class Updates:
             if self._top.last_block(name) != block:
                 keep(name, scratch)
                 continue
+            if f"kept/{name}" in scratch:
+                bring_back(name, scratch)
             self._norms[name] = torch.linalg.vector_norm(scratch[f"gradient/{name}"])
             if self._waits:
                 keep(name, scratch)

@@ -224,13 +224,15 @@ def optimizer_of(name: str, shape: torch.Size, recipe: Recipe) -> Optimizer:
     return OPTIMIZERS[recipe.optimizer](shape, hidden, recipe)
 
 
-def round_stochastically_(target: Float[Tensor, " n"], exact: Float[Tensor, " n"]) -> None:
+def round_stochastically_(
+    target: Float[Tensor, " n"], exact: Float[Tensor, " n"], generator: torch.Generator | None = None
+) -> None:
     """Writes fp32 `exact` into bf16 `target`, up or down at random, so that the mean is exact.
 
     Random bits are added below bf16's last one and cut off (as in Zamirai et al. 2020, arXiv 2010.06192).
     """
     bits = exact.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = ((bits + noise) & -65536).view(torch.float32)
     target.copy_(rounded)
 

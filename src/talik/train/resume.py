@@ -63,9 +63,14 @@ def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
 
 def checkpoint_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
     """What the checkpoints of a run take at most: those to keep, the best one, and one being written."""
+    weights = sum(parameter.nbytes for parameter in trained.values())
+    return (weights + state_bytes(trained, recipe)) * (recipe.keep + 2)
+
+
+def state_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
+    """What masters and optimizer state of these parameters take."""
     forms = (form for item in trained.items() for form in kept(*item, recipe).values())
-    state = sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
-    return (sum(parameter.nbytes for parameter in trained.values()) + state) * (recipe.keep + 2)
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
 
 
 def save_checkpoint(
@@ -115,8 +120,7 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
 
     Weights that are streamed are read from it when they are wanted (`Loaded.working`).
     """
-    if not top.hollow:
-        load_weights(path, dict(top.parameters()))
+    load_weights(path, dict(top.parameters()))
     with safe_open(path / "optimizer.safetensors", "pt", device=str(top.chain.device)) as file:
         for name in file.keys():  # noqa: SIM118 - it is no dictionary
             scratch[name].copy_(file.get_tensor(name))
@@ -125,12 +129,13 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
 
 @torch.no_grad()
 def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copies a checkpoint's trained weights into the parameters of the same names."""
+    """Copies a checkpoint's trained weights into the parameters of the same names, but for hollow ones."""
     weights = load_file(path / "weights.safetensors")
     if weights.keys() != parameters.keys():
         raise RunError("the checkpoint was made with other trained layers", where=path)
     for name, tensor in weights.items():
-        parameters[name].copy_(tensor)
+        if not parameters[name].is_meta:
+            parameters[name].copy_(tensor)
 
 
 def latest_checkpoint(run: Path) -> Path | None:

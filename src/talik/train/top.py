@@ -79,11 +79,6 @@ class Top:
         """Whether the embeddings are trained, so that nothing lies below the cut."""
         return "embeddings" in self.blocks
 
-    @property
-    def hollow(self) -> bool:
-        """Whether trained weights are elsewhere until their block is loaded."""
-        return any(parameter.is_meta for _, parameter in self.parameters())
-
     def groups(self) -> list[range]:
         """The layers from the cut on, in groups that share what they do not hand on; mostly one each."""
         count = len(self.chain.layers)

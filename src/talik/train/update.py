@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from talik.files import fingerprint
 from talik.recipe import Recipe
 from talik.train.optim import SLICE, Form, Now, optimizer_of, round_stochastically_
 from talik.train.scratch import Scratch
@@ -58,6 +59,9 @@ def update(
         optimizer.direction(gradient, *state, now)
         state = []  # which has its part in the direction
     master = scratch[f"master/{name}"] if recipe.precision == "bf16" else parameter
+    # Its own noise for each parameter, so that it is the same in whatever order parameters are updated.
+    seed = fingerprint(str(torch.initial_seed()), str(step), name)
+    noise = torch.Generator(parameter.device).manual_seed(int(seed[:15], 16))
     decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
     for working, exact, *sliced in _slices(parameter, master, gradient, *state):
         weight = exact.float()  # a copy only for bf16-sr
@@ -66,7 +70,7 @@ def update(
         if recipe.precision == "bf16":
             working.copy_(weight)
         elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
-            round_stochastically_(working, weight)
+            round_stochastically_(working, weight, noise)
     scratch.drop(f"gradient/{name}")
 
 
