@@ -91,6 +91,7 @@ def _show_result(result: Any, as_json: bool) -> None:
     if result.base and result.tuned:
         rows = [("base", result.base.measures()), ("tuned", result.tuned.measures())]
         show.result(show.comparison(rows))
+    show.result(show.memory(result.memory))
     show.result(f"talk to it: talik chat {result.run}\nexport it:  talik export {result.run} FOLDER")
 
 

@@ -73,12 +73,16 @@ def plan_command(argv: list[str]) -> None:
     parsed = vars(parse("plan", wanted, argv, "What a run will take, before a weight is loaded."))
     from talik import show
     from talik.errors import DoesNotFitError, UsageError
-    from talik.plan.picture import write_picture
+    from talik.plan.picture import picture_kind, write_picture
     from talik.plan.report import plan_text
     from talik.recipe import check
     from talik.system import settle_allocators
 
     settle_allocators()
+    if parsed["machine"] and parsed["device"] != "auto":
+        raise UsageError("--machine describes another computer: leave out --device")
+    if parsed["picture"]:
+        picture_kind(Path(parsed["picture"]))
     sizes = _sizes(parsed)
     if parsed["thaw"] and parsed["top_layers"] == "auto":
         raise UsageError("--thaw and --top-layers auto are two ways to say what is trained: name one")
@@ -97,10 +101,8 @@ def plan_command(argv: list[str]) -> None:
     else:
         show.result(plan_text(planned))
     if not planned.fits:
-        raise DoesNotFitError(
-            f"no way to run this fits {show.in_words(planned.target.memory)}",
-            remedy="; ".join(change.options for change in planned.changes),
-        )
+        ways = " | ".join(change.options for change in planned.changes)
+        raise DoesNotFitError(planned.problem, remedy=f"Any of these alone would make it fit: {ways}")
 
 
 def explain_command(argv: list[str]) -> None:
@@ -117,23 +119,30 @@ def explain_command(argv: list[str]) -> None:
     )
     from talik import show
     from talik.errors import UsageError
+    from talik.files import read_json
     from talik.model.source import find_model
     from talik.plan.explain_run import explain_run
     from talik.plan.habits import HABITS, habit
     from talik.train.run_folder import REFUSED, is_run
 
     folder = Path(parsed.target)
+    of_run = (folder / REFUSED).is_file() or is_run(folder)
+    if of_run and (parsed.habit or parsed.memory):
+        raise UsageError(f"{folder} is a run: --habit and --memory are for a model")
     if (folder / REFUSED).is_file():
         _explain_refused(folder / REFUSED, parsed.json)
-    elif is_run(folder):
+    elif of_run:
         found = explain_run(folder)
         if parsed.json:
             show.result_json([finding.as_dict() for finding in found])
+        elif found:
+            show.result("\n\n".join(map(str, found)))
         else:
-            show.result("\n\n".join(map(str, found)) or "the run kept its promise")
+            show.result("the run kept its promise")
+            show.result(show.memory(read_json(folder / "results.json")["memory"]))
     elif parsed.habit is None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
-        raise UsageError(f"name a habit with --habit:\n{shown}")
+        raise UsageError(f"{parsed.target} is no run; of a model, name a habit with --habit:\n{shown}")
     else:
         model = find_model(parsed.target, weights=False).folder
         report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)
@@ -164,12 +173,24 @@ def _sizes(parsed: dict[str, Any]) -> dict[str, int | None]:
 
 def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None], watch: Any) -> Any:
     """The plan, for the most layers that fit where that is asked for; with what would help if none does."""
+    from transformers import AutoConfig
+
+    from talik.data.dataset import check_positions
     from talik.machine import described_machine, this_machine
     from talik.plan.changes import most_layers, smallest_changes
     from talik.plan.solve import plan_run
     from talik.plan.target import target_of
 
-    folder, sets = _model_and_examples(recipe, parsed["data"], watch)
+    folder, read = _model_and_data(recipe, parsed["data"], watch)
+    sets = (read[0].examples if read[0] else None, read[1].examples if read[1] else ())
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if parsed["data"]:
+        check_positions(config, *read)
+    else:
+        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        recipe = recipe.model_copy(
+            update={"max_length": min(recipe.max_length, positions or recipe.max_length)}
+        )
     named = parsed["machine"]
     machine = described_machine(named) if named else this_machine(recipe.device, notify=watch)
     target = target_of(machine, **sizes)
@@ -183,17 +204,17 @@ def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None
     return dataclasses.replace(planned, changes=changes)
 
 
-def _model_and_examples(recipe: Any, data: str | None, notify: Any) -> tuple[Path, Any]:
-    """The model's folder, and the examples to train on (None without data) and to evaluate on."""
+def _model_and_data(recipe: Any, data: str | None, notify: Any) -> tuple[Path, Any]:
+    """The model's folder, and the data to train on and to evaluate on, if there are any."""
     from talik.data.dataset import read_sets
     from talik.model.source import find_model
     from talik.train.run_folder import load_tokenizer
 
     folder = find_model(recipe.model, weights=False).folder
     if data is None:
-        return folder, (None, ())
+        return folder, (None, None)
     sets = read_sets(recipe, load_tokenizer(folder))
     for found in sets:
         if found is not None:
             notify(found)
-    return folder, tuple(found.examples if found else () for found in sets)
+    return folder, sets

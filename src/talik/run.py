@@ -18,14 +18,13 @@ from transformers import AutoConfig
 from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
 from talik.errors import DoesNotFitError, NoRoomError, UsageError
 from talik.events import Notify, Progress, Said, silent
-from talik.files import in_words, need_room, read_json, write_json
+from talik.files import need_room, read_json, write_json
 from talik.machine import Machine, hard_limit, this_machine
 from talik.model.adapters import idle_adapters
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
 from talik.model.source import Source, find_model
 from talik.plan.explain_run import BROKEN
-from talik.plan.planned import Planned
 from talik.plan.promise import Promise, broken_fields
 from talik.plan.report import short_text
 from talik.plan.solve import plan_run
@@ -103,6 +102,7 @@ def train(
         plan = _planned(recipe, source, folder, sets, memory, notify)
     else:
         check_plan(plan, recipe, source.folder)
+    _limit(plan, enforce)  # refused, if it is, before there is a folder
     if not remembered(source.folder):
         notify(Said("model", "its weights are read once, to know them by their content"))
     started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
@@ -137,19 +137,11 @@ def _planned(
     for line in short_text(planned):
         notify(Said("plan", line))
     if planned.breaks:
-        refuse_run(folder, recipe, planned.as_dict())
-        raise _refused(planned, folder)
+        refuse_run(folder, _findable(recipe, source), planned.as_dict())
+        raise DoesNotFitError(planned.problem, remedy=f"See why, and what would fit: talik explain {folder}")
     need_room(folder, planned.disk["checkpoints"], "the run's checkpoints")
     _note_slow_precision(recipe, machine, notify)
     return planned.plan
-
-
-def _refused(planned: Planned, folder: Path) -> DoesNotFitError:
-    short = planned.peak.bytes + slack_of(planned.peak.bytes) - planned.target.memory
-    return DoesNotFitError(
-        f"no way to run this fits {in_words(planned.target.memory)}: {in_words(short)} are missing",
-        remedy=f"See why, and what would fit: talik explain {folder}",
-    )
 
 
 def _findable(recipe: Recipe, source: Source) -> Recipe:
@@ -180,7 +172,8 @@ def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> No
 
 def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:
     """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
-    with only_process(run.folder), _limit(run, enforce), Promise(run.plan) as promise:
+    # The thread that samples starts before the limit is there: it would have no room where that is too low.
+    with only_process(run.folder), Promise(run.plan) as promise, _limit(run.plan, enforce):
         (run.folder / BROKEN).unlink(missing_ok=True)
         try:
             result = _train(run, data, evaluation, promise, _logged(run.folder, notify))
@@ -193,13 +186,13 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, not
     return result
 
 
-def _limit(run: Run, enforce: bool) -> contextlib.AbstractContextManager[None]:
+def _limit(plan: Plan, enforce: bool) -> contextlib.AbstractContextManager[None]:
     """The hard limit that a run has: its promise and the slack, or none."""
     if not enforce:
         return contextlib.nullcontext()
-    if not (most := max(run.plan.promised.values(), default=0)):
-        raise UsageError("--enforce: this run's plan promises nothing", where=run.folder / "plan.json")
-    return hard_limit(torch.device(run.plan.device), most + slack_of(most))
+    if not (most := max(plan.promised.values(), default=0)):
+        raise UsageError("--enforce: the plan promises nothing", remedy="Leave --enforce or --plan out.")
+    return hard_limit(torch.device(plan.device), most + slack_of(most))
 
 
 def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, notify: Notify) -> Result:

@@ -186,6 +186,16 @@ def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
     return table
 
 
+def memory(phases: dict[str, dict[str, int]]) -> Table:
+    """What each phase of a run was promised, and what it took."""
+    table = Table("memory of", "promised", "measured", "", box=None, pad_edge=False)
+    for phase, row in phases.items():
+        promised, measured = row.get("promised", 0), row.get("measured", 0)
+        off = f"{100 * (measured / promised - 1):+.1f} %" if promised else ""
+        table.add_row(phase, in_words(promised) if promised else "-", in_words(measured), off)
+    return table
+
+
 def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
     """The trunk's caches, least recently used first, and what they take together."""
     total = sum(folder.size for folder in folders)

@@ -33,11 +33,16 @@ def smallest_changes(
 ) -> tuple[Change, ...]:
     """What would make a refused run fit: more memory, fewer layers, less precision, smaller state, and so on.
 
-    Each alone, with everything else as it was, and simulated the way that takes least.
+    Each alone, with everything else as it was, and simulated the way that takes least. Where RAM or disk are
+    too small, what they need instead.
     """
-    target, peak = planned.target, planned.peak.bytes
-    changes = [Change(f"--memory {in_mebibytes(target.needed(peak))}", peak)]
+    target, beside = planned.target, _beside(planned)
+    if planned.breaks is None:
+        return (Change(beside, planned.peak.bytes),)
     thrift = Thrift(folder, sets, target, notify)
+    changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), beside)]
+    if beside:  # nothing else alone would be enough
+        return tuple(changes)
     wanted = recipe.thawed(planned.plan.layers)
     if layers := thrift.most_layers(recipe, replace(wanted, layers=wanted.layers[1:])):
         fewer = with_layers(recipe, wanted, layers)
@@ -48,6 +53,20 @@ def smallest_changes(
         if (peak := thrift.peak(changed)) <= target.most:
             changes.append(Change(options, peak, note))
     return tuple(changes)
+
+
+def _beside(planned: Planned) -> str:
+    """Options for RAM and disk, where there is too little of them."""
+    ram = planned.ram_bytes if planned.ram_missing else 0
+    disk = planned.disk_bytes if planned.disk_missing else 0
+    sizes = {"--ram": ram, "--disk": disk}
+    return " ".join(f"{name} {in_mebibytes(size)}" for name, size in sizes.items() if size)
+
+
+def _more_memory(target: Target, peak: int, beside: str) -> Change:
+    needed = target.needed(peak)
+    note = "more than the machine has" if needed > target.machine.memory else ""
+    return Change(f"--memory {in_mebibytes(needed)} {beside}".rstrip(), peak, note)
 
 
 def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:

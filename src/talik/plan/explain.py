@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from talik.errors import UsageError
 from talik.files import in_words, parse_size
 from talik.model.anatomy import parts_of
 from talik.plan.account import Break, Peak
@@ -68,8 +69,13 @@ def explain(
     `model` is a causal LM of Transformers, live, with the hooks and flags it will train with; nothing of it
     changes and none of its memory is taken. `batch` is what goes into `model(**batch)`, labels included.
     With `tokenizer` also prompts that are trained and ends of turns that are not. `budget` in bytes (or
-    "24GiB") is the memory of the device. Raises SourceError for a model without layers.
+    "24GiB") is the memory of the device. Raises SourceError for a model without layers, and UsageError for a
+    batch without tensors.
     """
+    if not any(isinstance(batch.get(key), Tensor) for key in ("input_ids", "inputs_embeds")):
+        remedy = "Pass what goes into model(**batch): tensors of (batch, sequence)."
+        raise UsageError("the batch has no tensor input_ids", remedy=remedy)
+    parts_of(model)
     loop, assumed = _simulated(model, squeezed(batch))
     found = [*batch_findings(model, batch, tokenizer), *offload_findings(model, loop)]
     if loop is None:
@@ -101,18 +107,22 @@ def _why(model: nn.Module, loop: Loop) -> str | None:
 
 def _too_much(broken: Break, loop: Loop, budget: int) -> Finding:
     peak = loop.simulation.peak
+    where = f"{broken.phase} {broken.block}".strip()
     what = (
-        f"{broken.phase} {broken.block}: {broken.operator.removeprefix('aten::')} of "
+        f"{where}: {broken.operator.removeprefix('aten::')} of "
         f"{in_words(broken.bytes)} makes it {in_words(broken.total)}, more than {in_words(budget)}; the peak "
         f"would be {in_words(peak.bytes)} ({peak.phase})."
     )
     line = "talik plan MODEL DATA  # the ways that fit"
-    return Finding("does-not-fit", what, f"{broken.phase} {broken.block}".strip(), peak.bytes, "bytes", line)
+    return Finding("does-not-fit", what, where, peak.bytes, "bytes", line)
 
 
 def _lines(explained: Explanation) -> Iterator[str]:
     count = len(explained.findings)
-    yield "nothing found" if not count else f"{count} finding{'s' if count > 1 else ''}"
+    nothing = (
+        "nothing found" if explained.peak else "nothing found in the batch; memory and graph are not known"
+    )
+    yield f"{count} finding{'s' if count > 1 else ''}" if count else nothing
     for finding in explained.findings:
         yield ""
         yield str(finding)

@@ -92,12 +92,12 @@ def _endless(rows: list[_Row], ends: set[int], tokenizer: Any) -> Finding:
     name = tokenizer.convert_ids_to_tokens(min(ends)) if ends else "an end token"
     written = any(token in ends for row in rows for token in row.ids[_last_trained(row) + 1 :])
     if written:
-        why = f"{name} follows the answers and is masked in all {len(rows):,} rows"
+        why = f"{name} follows the answers and is masked in every row ({len(rows):,})"
         line = f"labels[attention_mask == 0] = {IGNORED}  # by the mask; not labels == tokenizer.pad_token_id"
         if tokenizer.pad_token_id in ends:
             why += ", because it is the pad token as well"
     else:
-        why = f"{name} stands after none of the answers in {len(rows):,} rows"
+        why = f"{name} stands after no answer of any row ({len(rows):,})"
         line = "answer_ids = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids"
     return Finding("masked-end", f"{why}: the model never learns to stop.", "labels", len(rows), "rows", line)
 

@@ -29,7 +29,9 @@ class Finding:
     @property
     def amount(self) -> str:
         """The number for people: '3.4 GiB', '12 tokens'."""
-        return in_words(self.number) if self.unit == "bytes" else f"{self.number:,} {self.unit}"
+        if self.unit == "bytes":
+            return in_words(self.number)
+        return f"{self.number:,} {self.unit.removesuffix('s') if self.number == 1 else self.unit}"
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""

@@ -26,6 +26,7 @@ from talik.plan.storage_log import StorageLog
 from talik.train.loss import chunked_loss
 
 PHASES = ("forward", "loss", "backward", "update")
+BLOCKS = 16  # rows of a table at most: of deeper models every second, third, ... block
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ HABITS = {
     "offloaded-top": Habit(
         "The loss never moves, and there is no error.",
         "The trained layers are the offloaded ones; their gradients go to copies that are thrown away.",
-        'device_map = {..., "model.layers.27": 0}  # the trained layers stay on the device',
+        'device_map = {..., "model.layers.N": 0}  # the trained layers stay on the device',
     ),
     "full-logits": Habit(
         "Gigabytes appear in the loss.",
@@ -145,7 +146,8 @@ def habit(
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
     them trained; only config.json is read. `budget` in bytes (or "24GiB"): where it is full. Labels: it takes
-    the folder's tokenizer. Raises UsageError for an unknown name or a missing tokenizer, and SourceError.
+    the folder's tokenizer. Raises SourceError, and UsageError for an unknown name, a missing tokenizer, or
+    `top_layers` that leave nothing frozen.
     """
     if name not in HABITS:
         raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
@@ -176,7 +178,11 @@ def _side(name: str, done_right: bool, folder: Path, sizes: tuple[int, int, int]
     top_layers, batch_size, sequence = sizes
     model = hollow_model(folder, torch.bfloat16).train()
     chain = Chain(model, "cpu")
-    cut = max(1, len(chain.layers) - top_layers)
+    if not 1 <= top_layers < len(chain.layers):
+        problem = f"of {len(chain.layers)} layers some must be trained and some frozen, and not {top_layers}"
+        remedy = f"Choose --top-layers between 1 and {len(chain.layers) - 1}."
+        raise UsageError(problem, where=folder, remedy=remedy)
+    cut = len(chain.layers) - top_layers
     offloaded = _prepare(name, done_right, chain, cut)
     loss = _ChunkedLoss(chain) if name == "full-logits" and done_right else None
     loop = run_loop(model, _batch(batch_size, sequence), offloaded, loss)
@@ -271,14 +277,16 @@ def _table(wrong: Side, right: Side) -> Iterator[str]:
         return f"{name:<22}{value(wrong):>26}{value(right):>26}"
 
     yield f"{'after the forward of':<22}{'the habit':>26}{'done right':>26}"
-    for block in wrong.levels:
+    blocks = list(wrong.levels)
+    every = -(-len(blocks) // BLOCKS)
+    for block in dict.fromkeys([*blocks[::every], blocks[-1]]):
         yield row(block, lambda side, block=block: in_words(side.levels[block]))
     yield "peak of"
     for phase in wrong.phases:
         yield row(phase, lambda side, phase=phase: in_words(side.phases.get(phase, 0)))
     yield row("logits and loss", lambda side: in_words(side.logits))
-    yield row("backward, TFLOP", lambda side: f"{side.backward_flops / 1e12:,.2f}")
-    yield row("numbers trained", lambda side: f"{side.trained / 1e6:,.1f}M")
-    yield row("of which learning", lambda side: f"{side.learning / 1e6:,.1f}M")
+    yield row("backward, GFLOP", lambda side: f"{side.backward_flops / 1e9:,.1f}")
+    yield row("numbers trained", lambda side: f"{side.trained:,}")
+    yield row("of which learning", lambda side: f"{side.learning:,}")
     if wrong.full_at or right.full_at:
         yield row("budget full at", lambda side: side.full_at or "fits")

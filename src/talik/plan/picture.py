@@ -50,10 +50,7 @@ def write_picture(simulation: Simulation, file: Path, *, budget: int, program: i
     that every peak stays.
     UsageError for another suffix, or where matplotlib is missing.
     """
-    kind = file.suffix.lower()
-    if kind not in KINDS:
-        raise UsageError(f"a picture cannot be a {kind or 'file without suffix'}", where=file,
-                         remedy="Name a file that ends in .svg or .png.")  # fmt: skip
+    kind = picture_kind(file)
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -64,6 +61,15 @@ def write_picture(simulation: Simulation, file: Path, *, budget: int, program: i
         figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
         _draw(figure.add_subplot(), simulation.log, budget, program)
         figure.savefig(out, format=kind[1:], metadata={"Date": None} if kind == ".svg" else None)
+
+
+def picture_kind(file: Path) -> str:
+    """The suffix of a picture, in lower case; UsageError for another."""
+    kind = file.suffix.lower()
+    if kind not in KINDS:
+        problem = f"a picture cannot be a {kind or 'file without suffix'}"
+        raise UsageError(problem, where=file, remedy="Name a file that ends in .svg or .png.")
+    return kind
 
 
 def _draw(axes: Axes, log: StorageLog, budget: int, program: int) -> None:

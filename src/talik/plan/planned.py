@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from talik.files import in_words
 from talik.plan.account import Break, Peak, Simulation
 from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
@@ -80,6 +81,16 @@ class Planned:
     def peak(self) -> Peak:
         """The highest of all phases."""
         return max(self.phases, key=lambda peak: peak.bytes)
+
+    @property
+    def problem(self) -> str:
+        """Why it does not fit, and by how much in the way that takes least of those known."""
+        if self.breaks is not None:
+            peak = self.changes[0].peak_bytes if self.changes else self.peak.bytes
+            short = in_words(self.target.needed(peak) - self.target.memory)
+            return f"no way to run this fits {in_words(self.target.memory)}: {short} are missing"
+        lacking = {"RAM": self.ram_missing, "disk": self.disk_missing}
+        return "; ".join(f"the {name} lacks {in_words(size)}" for name, size in lacking.items() if size)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""

@@ -43,7 +43,7 @@ def _verdict(planned: Planned) -> Iterator[str]:
 
 def _bars(planned: Planned) -> Iterator[str]:
     for phase in planned.phases:
-        filled = min(WIDTH, round(WIDTH * phase.bytes / planned.target.memory))
+        filled = min(WIDTH, round(WIDTH * phase.bytes / max(1, planned.target.memory)))
         block = f"  {phase.block}" if phase.block else ""
         yield f"{phase.phase:<9}{'#' * filled:.<{WIDTH}} {in_words(phase.bytes):>9}{block}"
 
@@ -75,8 +75,9 @@ def _ways(planned: Planned) -> Iterator[str]:
         yield f"refused: {ways.in_words(refusal.way)}: {refusal.reason}{helps}"
     if planned.breaks:
         broken = planned.breaks
+        where = f"{broken.phase}, {broken.block}" if broken.block else broken.phase
         yield (
-            f"breaks in {broken.phase} {broken.block}: {broken.operator} of {in_words(broken.bytes)}, "
+            f"breaks in {where}: {broken.operator.removeprefix('aten::')} of {in_words(broken.bytes)}, "
             f"shape {' x '.join(map(str, broken.shape))}"
         )
     for change in planned.changes:
@@ -85,7 +86,9 @@ def _ways(planned: Planned) -> Iterator[str]:
 
 
 def _time(seconds: float) -> str:
-    """As in "3 h 20 min", "4 min 10 s" or "12 s"."""
+    """As in "3 h 20 min", "4 min 10 s", "12 s" or "0.4 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"

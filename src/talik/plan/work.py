@@ -89,4 +89,5 @@ def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:
         Example(array("i", [3 + number]) * length, spans, Place("assumed", number + 1))
         for number in range(count)
     ]
-    return made, f"every example has {length:,} tokens, half of them trained (name DATA for the true lengths)"
+    each = f"{count} examples of {length:,} tokens" if count > 1 else f"one example of {length:,} tokens"
+    return made, f"an epoch is one step of {each}, half of them trained (name DATA for what is true)"
