@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from talik.cli import main
 from talik.machine import this_machine
+from talik.plan.account import Simulation
+from talik.plan.fake_log import Routing
+from talik.plan.simulate import Subject, Work, simulate
+from talik.recipe import Plan
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -46,13 +50,47 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def measured_in_no_time() -> Iterator[None]:
+    """Rates are taken from two repetitions: no test asks how fast this computer is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("talik.machine_rates.SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def simulated_once() -> Iterator[None]:
+    """Of runs that are planned, those that are the same are simulated once."""
+    known: dict[str, Simulation] = {}
+
+    def remembered(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
+        of_recipe = subject.recipe.model_dump_json(exclude={"model", "data", "eval_data", "cache"})
+        config = {**subject.chain.model.config.to_dict(), "_name_or_path": ""}
+        files = sorted(
+            (name, entry.dtype, entry.shape)
+            for table in subject.tables.values()
+            for name, entry in table.items()
+        )
+        lengths = [(example.length, example.spans) for example in work.examples]
+        rest = (work.groups, work.steps, work.evaluated, work.others, work.beside, routing)
+        key = repr((of_recipe, plan, config, files, lengths, rest))
+        if not plan.device.startswith("cpu"):  # the kernels are those of the machine
+            return simulate(subject, plan, work, routing)
+        if key not in known:
+            known[key] = simulate(subject, plan, work, routing)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("talik.plan.solve.simulate", remembered)
+        yield
+
+
 @pytest.fixture(scope="session")
-def machine_json(tmp_path_factory: pytest.TempPathFactory) -> str:
+def machine_json(tmp_path_factory: pytest.TempPathFactory, measured_in_no_time: None) -> str:
     """A machine.json, so that the machine is measured once and not by every test."""
     home = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TALIK_HOME", str(home))
-        patch.setattr("talik.machine_rates.SECONDS", 0.0)
         this_machine()
     return (home / "machine.json").read_text(encoding="utf-8")
 

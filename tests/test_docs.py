@@ -50,11 +50,14 @@ def test_the_readmes_lines_run_on_a_small_model(
         "eval",
         "chat",
         "export",
+        "plan",
+        "explain",
+        "machine",
     }
     for line in lines:
         words = shlex.split(line)[1:]
         words = [str(model_folder) if "Qwen2.5" in word else word for word in words]
-        if words[0] == "plan":
+        if words[0] == "plan" or "--habit" in words:
             words += ["--top-layers", "2"]
         if words[0] == "train":
             words += ["--precision", "fp32", "--batch-tokens", "300", "--top-layers", "2"]

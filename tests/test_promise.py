@@ -69,18 +69,32 @@ def test_a_plan_of_another_cut_is_refused(recipe: Recipe, tmp_path: Path) -> Non
         talik.train(recipe, tmp_path / "run", plan=plan.model_copy(update={"cut": 3}))
     with pytest.raises(UsageError, match="promises nothing"):
         talik.train(recipe, tmp_path / "run", plan=plan, enforce=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_kept_its_promise_is_shown_by_phase(
+    run: tuple[Result, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", str(run[1])]) == 0
+    out = capsys.readouterr().out
+    assert "kept its promise" in out and "backward" in out and out.count(" %") >= 4
+    assert main(["explain", str(run[1]), "--habit", "offloaded"]) == 2
 
 
 def test_a_refused_run_leaves_its_reason_and_a_free_folder(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
+    monkeypatch.chdir(Path(recipe.data).parent)
+    recipe = recipe.model_copy(update={"data": Path(recipe.data).name})
     with pytest.raises(DoesNotFitError, match=r"fits 200\.0 MiB: .* missing"):
         talik.train(recipe, folder, memory=200 << 20)
     refused = read_json(folder / "refused.json")
     assert not refused["planned"]["fits"] and refused["recipe"]["top_layers"] == 2
+    monkeypatch.chdir(tmp_path)
     assert main(["explain", str(folder)]) == 0
     assert "200.0 MiB" in capsys.readouterr().out
+    monkeypatch.chdir(Path(refused["recipe"]["data"]).parent)
     assert talik.train(recipe, folder, plan=choose(recipe, Path(recipe.model))).steps == 3
     assert not (folder / "refused.json").exists()
 
@@ -112,3 +126,14 @@ def test_a_broken_promise_ends_with_the_diagnosis(
     assert "backward" in capsys.readouterr().out
     assert talik.resume(folder).steps == 3
     assert not (folder / "broken.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a limit to break")
+def test_a_limit_below_what_the_program_takes_ends_with_the_diagnosis(
+    recipe: Recipe, run: tuple[Result, Path], tmp_path: Path
+) -> None:
+    plan = Plan.model_validate(read_json(run[1] / "plan.json"))
+    little = plan.model_copy(update={"promised": {"load": 32 << 20}})
+    with pytest.raises(DoesNotFitError, match="no memory was left in load"):
+        talik.train(recipe, tmp_path / "run", plan=little, enforce=True)
+    assert (tmp_path / "run" / "broken.json").is_file()

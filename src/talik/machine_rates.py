@@ -47,7 +47,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> f
     while True:
         a, b = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
         product = partial(_product, a, b)
-        if rows >= size or _best(product, seconds=0.0) > LONG_ENOUGH:
+        if rows >= size or _best(product, SECONDS / 5) > LONG_ENOUGH:  # again and again: others run, too
             return 2 * rows**3 / _best(product)
         rows = min(2 * rows, size)
 
@@ -94,12 +94,13 @@ def measure_disk(folder: Path) -> dict[str, float]:
     return {"disk_read": PIECE / min(read), "disk_write": PIECE / min(written)}
 
 
-def _best(work: Callable[[], Any], seconds: float = SECONDS) -> float:
+def _best(work: Callable[[], Any], seconds: float | None = None) -> float:
     return min(_times(work, 1000, seconds))
 
 
-def _times(work: Callable[[], Any], most: int, seconds: float = SECONDS) -> list[float]:
+def _times(work: Callable[[], Any], most: int, seconds: float | None = None) -> list[float]:
     """How long `work` takes, in seconds: two times, and more until `seconds` are over or `most` are done."""
+    seconds = SECONDS if seconds is None else seconds
     start, times = time.perf_counter(), []
     while len(times) < most and (len(times) < 2 or time.perf_counter() - start < seconds):
         began = time.perf_counter()

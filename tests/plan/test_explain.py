@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from talik.data.formats import Conversation, Message
 from talik.data.labels import make_examples
 from talik.data.rows import Place
+from talik.errors import SourceError, UsageError
 from talik.plan.explain import Explanation, explain
 from talik.plan.explain_batch import batch_findings
 from talik.plan.explain_loop import unchanged
@@ -310,7 +311,7 @@ def test_answers_without_an_end(build_model: Build, tokenizer: Any) -> None:
     last = int((right["labels"][0] != -100).nonzero().max())
     batch = {key: value[:, :last] for key, value in right.items()}
     (finding,) = batch_findings(build_model("qwen2"), batch, tokenizer)
-    assert finding.habit == "masked-end" and "after none of the answers" in finding.what
+    assert finding.habit == "masked-end" and "after no answer of any row (1)" in finding.what
 
 
 def test_a_conversation_of_several_turns_is_right(build_model: Build, tokenizer: Any) -> None:
@@ -370,3 +371,11 @@ def test_a_module_gets_its_attributes_back() -> None:
         setattr(module, "extra", 1)  # noqa: B010
         raise RuntimeError
     assert module.weight is weight and not hasattr(module, "extra")
+
+
+def test_what_cannot_be_explained_is_refused(build_model: Build, tokenizer: Any) -> None:
+    right = answered(tokenizer, ("What is 1 plus 2?", "1 plus 2 is 3."))
+    with pytest.raises(UsageError, match="no tensor input_ids"):
+        explain(build_model("qwen2"), {key: value.tolist() for key, value in right.items()})
+    with pytest.raises(SourceError):
+        explain(torch.nn.Linear(2, 2), right)

@@ -105,3 +105,17 @@ def test_names_and_folders_that_do_not_exist(folder: Path) -> None:
         habit("unknown", folder)
     with pytest.raises(UsageError, match="no tokenizer"):
         habit("masked-end", folder)
+
+
+def test_more_layers_than_can_be_trained_above_frozen_ones_are_refused(folder: Path) -> None:
+    for top_layers in (0, 4):
+        with pytest.raises(UsageError, match=f"and not {top_layers}\n.*between 1 and 3"):
+            habit("offloaded", folder, top_layers=top_layers)
+
+
+def test_the_table_of_a_deep_model_stays_on_one_screen(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_model("qwen2", num_hidden_layers=20).config.save_pretrained(tmp_path)
+    lines = str(habit("trainable-embeddings", tmp_path, top_layers=1, sequence=16)).splitlines()
+    assert len(lines) < 30 and sum(line.startswith("layer 19 ") for line in lines) == 1

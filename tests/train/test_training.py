@@ -229,10 +229,14 @@ def test_killed_after_a_save_and_resumed(model_folder: Path, rows: Path, tmp_pat
         "def kill(event):\n"
         "    if type(event).__name__ == 'StepDone' and event.step == 6:\n"
         "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-        "talik.train(talik.Recipe.model_validate_json(sys.argv[1]), sys.argv[2], notify=kill)\n"
+        "recipe = talik.Recipe.model_validate_json(sys.argv[1])\n"
+        "plan = talik.Plan.model_validate_json(sys.argv[2])\n"
+        "talik.train(recipe, sys.argv[3], plan=plan, notify=kill)\n"
     )
     killed = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", script, recipe.model_dump_json(), str(killed)], check=False)
+    plan = choose(recipe, model_folder)
+    given = [recipe.model_dump_json(), plan.model_dump_json(), str(killed)]
+    done = subprocess.run([sys.executable, "-c", script, *given], check=False)
     assert done.returncode != 0 and len(metrics(killed)) == 6
     assert [path.name for path in checkpoints(killed)] == ["step-00000004"]
     talik.resume(killed)

@@ -41,7 +41,7 @@ def smallest_changes(
         return (Change(beside, planned.peak.bytes),)
     thrift = Thrift(folder, sets, target, notify)
     changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), beside)]
-    if beside:  # nothing else alone would be enough
+    if beside or (target.on_cpu and target.program > target.most):  # nothing else alone would be enough
         return tuple(changes)
     wanted = recipe.thawed(planned.plan.layers)
     if layers := thrift.most_layers(recipe, replace(wanted, layers=wanted.layers[1:])):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from talik.errors import UsageError
+from talik.errors import SourceError, UsageError
 from talik.files import in_words, parse_size
 from talik.model.anatomy import parts_of
 from talik.plan.account import Break, Peak
@@ -69,12 +69,14 @@ def explain(
     `model` is a causal LM of Transformers, live, with the hooks and flags it will train with; nothing of it
     changes and none of its memory is taken. `batch` is what goes into `model(**batch)`, labels included.
     With `tokenizer` also prompts that are trained and ends of turns that are not. `budget` in bytes (or
-    "24GiB") is the memory of the device. Raises SourceError for a model without layers, and UsageError for a
-    batch without tensors.
+    "24GiB") is the memory of the device. Raises SourceError for what is no model with layers, and UsageError
+    for a batch without tensors.
     """
     if not any(isinstance(batch.get(key), Tensor) for key in ("input_ids", "inputs_embeds")):
         remedy = "Pass what goes into model(**batch): tensors of (batch, sequence)."
         raise UsageError("the batch has no tensor input_ids", remedy=remedy)
+    if not hasattr(model, "config"):
+        raise SourceError(f"{type(model).__name__} is no model of Transformers")
     parts_of(model)
     loop, assumed = _simulated(model, squeezed(batch))
     found = [*batch_findings(model, batch, tokenizer), *offload_findings(model, loop)]

@@ -40,7 +40,7 @@ class FakeLog(StorageLog):
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.prim.device.default:  # half of all calls
+        if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         name = func._schema.name.removeprefix("aten::")
         taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -110,9 +110,9 @@ class Promise:
 
     def broken_by(self, error: BaseException, run: object) -> DoesNotFitError | None:
         """The diagnosis of an error that says that there is no memory; None for any other."""
-        text = str(error)
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in text for o in _OUT)):
+        if (cause := _without_memory(error)) is None:
             return None
+        text = str(cause)
         self._memory.phase(self.now)
         found = _ASKED.search(text)
         asked = f": {in_words(int(found[1])) if found[1] else found[2]} more were asked for" if found else ""
@@ -124,6 +124,15 @@ class Promise:
             f"no memory was left in {where}{asked}; {had}{beside}",
             remedy=f"See what takes it: talik explain {run}",
         )
+
+
+def _without_memory(error: BaseException | None) -> BaseException | None:
+    """The first of an error and its causes that says that there is no memory."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in str(error) for o in _OUT):
+            return error
+        error = error.__cause__
+    return None
 
 
 def broken_fields(error: DoesNotFitError, promise: Promise) -> dict[str, Any]:
