@@ -19,7 +19,7 @@ def test_the_python_page(model_folder: Path, rows: Path, tmp_path: Path) -> None
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"folder": str(model_folder), "rows": str(rows), "runs": tmp_path}
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     assert names["result"].tuned.loss < names["result"].base.loss and names["loss"].item() < 6

@@ -11,18 +11,8 @@ from talik.options import arg, options, parse, positional, recipe_fields
 
 PLANNED = (
     *("input_field", "output_field", "train_on", "max_length", "too_long", "eval_data", "held_out"),
-    *(
-        "top_layers",
-        "thaw",
-        "lora",
-        "precision",
-        "epochs",
-        "steps",
-        "batch_tokens",
-        "seed",
-        "trunk",
-        "device",
-    ),
+    *("top_layers", "thaw", "lora", "precision", "optimizer", "clip", "epochs", "steps", "batch_tokens"),
+    *("seed", "trunk", "device"),
 )
 
 

@@ -20,12 +20,7 @@ from talik.thaw import PARTS, Thawed, check_thaw, thawed
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
 _ADAM = ("adamw", "adamw-8bit", "muon")
-READ_BY = {
-    "beta1": _ADAM,
-    "beta2": _ADAM,
-    "epsilon": _ADAM,
-    "momentum": ("sgd",),
-}  # by these optimizers alone
+READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
 
 
 class Recipe(BaseModel):

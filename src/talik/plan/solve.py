@@ -186,9 +186,12 @@ def _disk(
     tokens = sum(example.length for example in (*examples, *evaluated))
     parameters = subject.chain.model.named_parameters()
     trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-    work = {"working copy": sum(parameter.nbytes for parameter in trained.values())}
+    weights, kept = sum(parameter.nbytes for parameter in trained.values()), 0
+    if subject.recipe.clip not in (0, "last"):
+        kept = 4 * sum(parameter.numel() for parameter in trained.values())
+    work = {} if subject.recipe.lora else {"working copy": weights}  # adapters stay in memory
     if plan.state == "disk":
-        work["optimizer state"] = state_bytes(trained, subject.recipe) + 2 * work["working copy"]
+        work["optimizer state"] = state_bytes(trained, subject.recipe) + kept
     if plan.inputs == "disk":
         step = max(subject.recipe.batch_tokens, max(example.length for example in examples))
         work["inputs"] = step * token_bytes(subject, plan) * (plan.layers - plan.cut)

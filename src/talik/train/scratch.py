@@ -76,7 +76,9 @@ class FileScratch(MemoryScratch):
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if name not in self and self._in_file(name):
-            self._tensors[name] = self._place(name, shape, dtype).zero_()
+            used = name in self._mapped  # a new file has zeros in it, and need not be written
+            place = self._place(name, shape, dtype)
+            self._tensors[name] = place.zero_() if used else place
         return super().zeros(name, shape, dtype)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
