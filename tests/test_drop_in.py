@@ -69,6 +69,7 @@ def test_the_documented_trainer_equals_one_on_the_plain_model(
 def test_the_trainers_ways_to_save_memory(names: dict[str, Any], tmp_path: Path, option: str) -> None:
     code = documented("Trainer(").replace("use_cpu=True", f"use_cpu=True, {option}, max_steps=4")
     ours = run_trainer(code, names, tmp_path / "ours")
+    assert not torch.is_autocast_enabled("cpu")
     plain = run_trainer(code.replace("talik.drop_in(model)\n", ""), names, tmp_path / "plain")
     near = 2e-2 if "bf16" in option else 1e-5
     torch.testing.assert_close(

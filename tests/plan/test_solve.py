@@ -117,11 +117,11 @@ def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
 
 def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
-    thrift = Thrift(folder, sets, target(64 << 30))
+    thrift = Thrift(folder, sets, target(64 << 30), streamed=False)
     peaks = [thrift.peak(recipe.model_copy(update={"top_layers": n})) for n in (1, 2, 3, 4)]
     assert peaks == sorted(peaks)
     for layers, peak in enumerate(peaks, start=1):
-        known = Thrift(folder, sets, target(peak + LEAST_SLACK))
+        known = Thrift(folder, sets, target(peak + LEAST_SLACK), streamed=False)
         known._peaks = thrift._peaks  # nothing is simulated again
         assert known.most_layers(recipe, thawed("top.4", 4)) == layers
     with pytest.raises(DoesNotFitError, match="not even one layer"):
@@ -196,7 +196,7 @@ def test_the_command_plans_for_what_is_free_and_for_all_layers(
 
 
 def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path) -> None:
-    """Fewer of the layers that were named, or no head: each as the option that says so."""
+    """Fewer of the layers that were named, as the option that says so."""
     sets = examples(64, 64), []
     named = Recipe(model=str(folder), data="-", thaw="layers.0-1,layers.3,head", precision="fp32")
     needed = Thrift(folder, sets, target(64 << 30)).peak(named)
@@ -204,4 +204,4 @@ def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path)
     refused = plan_run(named, folder, *sets, target=tight)
     assert not refused.fits and refused.plan.cut == 0
     options = {change.options for change in smallest_changes(refused, named, folder, sets)}
-    assert options >= {"--thaw layers.1,layers.3,head", "--thaw layers.0-1,layers.3"}
+    assert "--thaw top.1,head" in options

@@ -76,6 +76,7 @@ class Chain:
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str | None = None) -> None:
         self.model = model
+        self.forward: Callable[..., Any] = model  # what runs the model; another where its own was replaced
         self.parts = parts_of(model)
         self.layers: list[nn.Module] = list(model.get_submodule(self.parts.layers))  # pyright: ignore[reportArgumentType]
         self.embedding = model.get_submodule(self.parts.embedding)
@@ -176,7 +177,7 @@ class Chain:
             return self._run(ids, None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def _stand_in(self, stack: contextlib.ExitStack, acts: list[Callable[..., Tensor]]) -> None:
         """Replaces the layers' forwards until `stack` is left; each `act` gives the hidden states."""
