@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -88,6 +89,13 @@ def settle_allocators() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 1 << 20)
         mallopt(_TRIM_THRESHOLD, 1 << 20)
+
+
+def give_back_memory() -> None:
+    """Gives back what is free in this process: glibc keeps what lies below something that is still used."""
+    gc.collect()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,28 @@ def test_every_optimizers_peak_is_that_of_the_run(
     assert_same_peaks(tmp_path, *problem(tmp_path, precision, optimizer))
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "plan"),
+    [
+        ("qwen2", {"tie_word_embeddings": False}, {"thaw": "top.3,norm,head"}),
+        ("gemma2", {}, {"thaw": "top.3,norm", "clip": "last", "state": "disk", "inputs": "disk"}),
+        ("mixtral", {"num_local_experts": 4}, {"thaw": "top.3,norm", "clip": "last"}),
+        ("qwen2", {"tie_word_embeddings": True}, {"thaw": "all", "cut": 0, "cache": "none", "state": "disk"}),
+        ("llama", {}, {"lora": "rank=4", "thaw": "all", "cut": 0}),
+    ],
+)
+def test_a_streamed_tops_peak_is_that_of_the_run(
+    build_model: Callable[..., Any], tmp_path: Path, kind: str, fields: dict[str, Any], plan: dict[str, Any]
+) -> None:
+    build_model(kind, **{**SMALL, **fields}).save_pretrained(tmp_path)
+    of = {name: plan.pop(name) for name in ("thaw", "clip", "lora") if name in plan}
+    recipe = Recipe.model_validate({"model": "-", "data": "-", "precision": "bf16", **of})
+    _, planned, work = problem(tmp_path, "bf16")
+    cut = planned.layers - 3
+    ways = {"top": "streamed", "recompute": True, "micro_batch_tokens": 100, "cut": cut, **plan}
+    assert_same_peaks(tmp_path, subject_of(recipe, tmp_path), planned.model_copy(update=ways), work)
+
+
 def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) -> None:
     simulated = {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
     with StorageLog() as log:

@@ -219,25 +219,35 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
-def test_killed_after_a_save_and_resumed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    """SIGKILL between a save and the next: metrics are ahead of the checkpoint, and are taken back."""
-    recipe = recipe_for(model_folder, rows, steps=9, save_every=4)
-    train(recipe, tmp_path / "whole")
+STREAMED = {"top": "streamed", "recompute": True, "state": "disk", "inputs": "disk"}
+
+
+@pytest.mark.parametrize(("way", "clip"), [({}, 1.0), (STREAMED, 1.0), (STREAMED, "last")])
+def test_killed_inside_a_step_and_resumed(
+    model_folder: Path, rows: Path, tmp_path: Path, way: dict[str, Any], clip: Any
+) -> None:
+    """SIGKILL in a step's updates: metrics are ahead of the checkpoint, and are taken back."""
+    recipe = recipe_for(model_folder, rows, steps=9, save_every=4, clip=clip, precision="bf16-sr")
+    plan = choose(recipe, model_folder).model_copy(update=way)
+    talik.train(recipe, tmp_path / "whole", plan=plan)
     script = (
         "import os, signal, sys, torch, talik\n"
+        "from talik.train import gradients\n"
         "torch.set_num_threads(1)\n"
-        "def kill(event):\n"
-        "    if type(event).__name__ == 'StepDone' and event.step == 6:\n"
+        "update = gradients.update\n"
+        "def until(name, *given):\n"
+        "    if given[4] == 6 and 'layers.3.mlp' in name:\n"
         "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+        "    update(name, *given)\n"
+        "gradients.update = until\n"
         "recipe = talik.Recipe.model_validate_json(sys.argv[1])\n"
         "plan = talik.Plan.model_validate_json(sys.argv[2])\n"
-        "talik.train(recipe, sys.argv[3], plan=plan, notify=kill)\n"
+        "talik.train(recipe, sys.argv[3], plan=plan)\n"
     )
     killed = tmp_path / "killed"
-    plan = choose(recipe, model_folder)
     given = [recipe.model_dump_json(), plan.model_dump_json(), str(killed)]
     done = subprocess.run([sys.executable, "-c", script, *given], check=False)
-    assert done.returncode != 0 and len(metrics(killed)) == 6
+    assert done.returncode != 0 and len(metrics(killed)) == 5
     assert [path.name for path in checkpoints(killed)] == ["step-00000004"]
     talik.resume(killed)
     assert_same_run(tmp_path / "whole", killed)

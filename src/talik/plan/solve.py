@@ -47,7 +47,8 @@ def plan_run(
         evaluated = examples if recipe.held_out or recipe.eval_data else ()
     search = Search(subject_of(recipe, folder), examples, evaluated, target, notify)
     done = search.run()
-    plan, result, target = done.plan, done.result, target.now()
+    search.forget()
+    plan, result, target = done.plan, done.result, search.target.now()
     phases, breaks = target.account(result)
     least = search.least(done) if result.routed else None
     promised = {"program": target.program, **{peak.phase: peak.bytes for peak in phases}}
@@ -109,6 +110,10 @@ class Search:
                 return self._tried[-1]
         return min(self._tried, key=lambda tried: tried.peak.bytes)
 
+    def forget(self) -> None:
+        """Drops the simulations: they take memory that a run would have."""
+        self._tried.clear()
+
     def first(self) -> Plan:
         """What all ways have in common."""
         device = self.target.machine.device
@@ -132,6 +137,7 @@ class Search:
     def _simulated(self, plan: Plan, work: Work, routing: Routing) -> Tried:
         with self.target.kernels():
             result = simulate(self.subject, plan, work, routing)
+        self.target = self.target.now()  # planning takes memory, too, that the run will not have
         return Tried(plan, work, result, *self.target.account(result))
 
     def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from talik.errors import UsageError
 from talik.machine import HERE, Machine
 from talik.plan import cuda
 from talik.plan.account import Break, Peak, Simulation
-from talik.system import anonymous_bytes
+from talik.system import anonymous_bytes, give_back_memory
 
 SLACK = 0.03  # of the promise: how far the process may be above it
 LEAST_SLACK = 64 << 20  # bytes
@@ -49,6 +49,8 @@ class Target:
     def now(self) -> Target:
         """With what the program takes after planning, on this machine."""
         here = self.machine.name == HERE
+        if here:
+            give_back_memory()
         return replace(self, program=max(self.program, anonymous_bytes())) if here else self
 
     def kernels(self) -> AbstractContextManager[None]:

@@ -41,7 +41,7 @@ def drop_in(model: PreTrainedModel, chunk: int = 256) -> None:
     own = type(model).forward
     held: Any = model
     held.talik_chain = Chain(model)  # on the model, so that a deep copy has a chain of its own
-    # Not what others wrap around the forward below: autocast that is entered twice is never left (accelerate).
+    # Not what others wrap around the forward below: autocast that is entered twice is never left.
     held.talik_chain.forward = MethodType(own, model)
 
     @wraps(own)  # a Trainer keeps the columns that the signature names
