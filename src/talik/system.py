@@ -78,10 +78,12 @@ def _limits() -> Iterator[tuple[int, int]]:
 def settle_allocators() -> None:
     """Settles how memory is given out, before much is: what is held shall be what is used.
 
-    On Linux CUDA's allocator gets expandable segments, unless the user has chosen, and glibc gives freed
-    blocks of 1 MiB and more back: it would learn from the first that is freed to keep all up to 32 MiB
-    (mallopt(3)).
+    oneDNN, which multiplies bf16 matrices, keeps 64 of the programs that it makes for new shapes, not 1,024
+    (what they share it never gives back). On Linux CUDA's allocator gets expandable segments; and glibc gives
+    freed blocks of 1 MiB and more back: it would learn from the first that is freed to keep all up to 32 MiB
+    (mallopt(3)). What the user has set in the environment stays.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if sys.platform != "linux":
         return
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
