@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talik.recipe import Recipe
+from talik.train.optim import accumulate_
 from talik.train.scratch import Scratch
 from talik.train.top import Top, World
 from talik.train.update import update
@@ -21,7 +22,7 @@ def accumulated(parameters: Iterable[tuple[str, nn.Parameter]], scratch: Scratch
 
     def take(name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        scratch[f"gradient/{name}"].add_(parameter.grad)
+        accumulate_(scratch[f"gradient/{name}"], parameter.grad)
         parameter.grad = None
 
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talik.model.chain import Chain
+from talik.train.optim import accumulate_
 
 
 def trained_rows(
@@ -66,7 +67,7 @@ def _chunk_backward(
         of_part, *of_weights = torch.autograd.grad(loss, (part, *weights))
     of_rows.copy_(of_part)
     for whole, gradient in zip(weights.values(), of_weights, strict=True):
-        whole.add_(gradient)
+        accumulate_(whole, gradient)
     return loss.detach()
 
 
