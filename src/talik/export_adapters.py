@@ -10,6 +10,7 @@ from torch import Tensor
 from talik.card import base_name
 from talik.files import finished_folder, need_room, write_text
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
+from talik.model.freeze import trained_parameters
 from talik.model.freeze import thaw
 from talik.model.hollow import hollow_model
 from talik.train.loading import load, working_dtype
@@ -29,8 +30,7 @@ class Merged(Mapping[str, Tensor]):
     def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
         plan = run.plan.model_copy(update={"trunk": "resident"})
         self._loaded, self._named = load(run.recipe, plan, run.source.folder), named
-        parameters = self._loaded.chain.model.named_parameters()
-        load_weights(checkpoint, {name: p for name, p in parameters if p.requires_grad})
+        load_weights(checkpoint, trained_parameters(self._loaded.chain.model))
         self._layer_of = {
             name: layer
             for layer in range(plan.cut, plan.layers)

@@ -32,6 +32,11 @@ def thaw(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
         return _freeze(model, wanted)
     _freeze(model, replace(wanted, layers=()))
     add_adapters(model, read_lora(recipe.lora), wanted.layers)
+    return trained_parameters(model)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What requires a gradient, by full names; of tied ones the first."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -44,7 +49,7 @@ def _freeze(model: PreTrainedModel, wanted: Thawed) -> dict[str, nn.Parameter]:
     names = {f"layer {index}" for index in wanted.layers} | wanted.parts
     for name, parameter in model.named_parameters():
         parameter.requires_grad = parts.part(name) in names
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained_parameters(model)
 
 
 def untie(model: PreTrainedModel, parts: Parts) -> None:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from talik.errors import RunError
 from talik.files import need_room
-from talik.model.checkpoint import read_header, tensor_bytes
+from talik.model.checkpoint import Entry, read_header, tensor_bytes
 from talik.system import forget_pages, reserve
 
 
@@ -45,10 +45,11 @@ class WorkingCopy:
         self, file: Path, sizes: Mapping[str, int], saved: Saved | None = None, *, forget: bool = False
     ) -> None:
         self._saved = saved
-        self._starts: dict[str, int] = {}
+        self._table: dict[str, Entry] = {}
         end = 0
         for name, size in sizes.items():
-            self._starts[name], end = end, end + size
+            self._table[name] = Entry(file, torch.uint8, (size,), end, size)
+            end += size
         file.parent.mkdir(parents=True, exist_ok=True)
         need_room(file, end, "the working copy of the weights")
         self._path, self._forget = file, forget
@@ -62,31 +63,24 @@ class WorkingCopy:
 
     def covers(self, name: str) -> bool:
         """Whether a tensor may be written here."""
-        return name in self._starts
+        return name in self._table
 
     def read(self, name: str, into: Tensor) -> None:
         """Fills a contiguous tensor on the CPU."""
         if name not in self._written and self._saved is not None:
             self._saved.read(name, into)
             return
-        self._file.seek(self._starts[name])
-        place, done = tensor_bytes(into), 0
-        while done < len(place):
-            if not (more := self._file.readinto(place[done:])):
-                raise RunError(f"{name} cannot be read back: the file is too short", where=self._path)
-            done += more
-        if self._forget:
-            forget_pages(self._file.fileno(), self._starts[name], len(place))
+        self._table[name].read_into(tensor_bytes(into), forget=self._forget)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor in its place."""
-        self._file.seek(self._starts[name])
+        self._file.seek(self._table[name].start)
         place, done = tensor_bytes(tensor), 0
         while done < len(place):
             done += self._file.write(place[done:])
         if self._forget:  # pages that are not on the disk yet cannot be forgotten
             os.fsync(self._file.fileno())
-            forget_pages(self._file.fileno(), self._starts[name], len(place))
+            forget_pages(self._file.fileno(), self._table[name].start, len(place))
         self._written.add(name)
 
     def close(self) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from talik.data.batches import steps_of_epoch
 from talik.data.labels import Example
 from talik.machine import Rates
+from talik.model.freeze import trained_parameters
 from talik.plan.account import Simulation
 from talik.plan.simulate import Subject, Work, enough_layers
 from talik.recipe import Plan
-from talik.train.resume import state_bytes
+from talik.train.resume import scratch_bytes
+from talik.train.update import gradients_wait
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 
@@ -69,14 +71,13 @@ def seconds_of(
 def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
     """Seconds in which one step of a streamed top reads its weights and writes what changed."""
     recipe, model = subject.recipe, subject.chain.model
-    passes = 2 if recipe.clip in (0, "last") else 3  # the last is the update by the norm of all
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    passes = 3 if gradients_wait(recipe) else 2  # the last is the update by the norm of all
+    trained = trained_parameters(model)
     whole = sum(weight.nbytes for weight in model.parameters())
     read = passes * (whole - _file_bytes(subject, plan.cut))
     written = sum(weight.nbytes for weight in trained.values())
     if plan.state == "disk":
-        kept = 4 * sum(weight.numel() for weight in trained.values()) if passes > 2 else 0
-        state = state_bytes(trained, recipe) + kept
+        state = scratch_bytes(trained, recipe)
         read, written = read + state, written + state
     return read / rates.disk_read + written / rates.disk_write
 

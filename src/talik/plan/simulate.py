@@ -140,7 +140,6 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     del waiting
     log.phase("save")
     loaded.store.drop_buffers()
-    weights.changed = None
 
 
 def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> None:

@@ -11,6 +11,7 @@ from talik.data.labels import Example
 from talik.events import Notify, Said, silent
 from talik.files import in_words
 from talik.machine import this_machine
+from talik.model.freeze import trained_parameters
 from talik.plan import ways
 from talik.plan.account import Break, Peak, Simulation
 from talik.plan.fake_log import Routing
@@ -20,7 +21,8 @@ from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.target import Target, target_of
 from talik.plan.work import assumed_examples, work_of
 from talik.recipe import Plan, Recipe
-from talik.train.resume import checkpoint_bytes, state_bytes
+from talik.train.resume import checkpoint_bytes, scratch_bytes
+from talik.train.update import gradients_wait
 
 STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
@@ -176,8 +178,8 @@ class Search:
             return STAY
         if plan.state == "disk":
             return ()
-        kept = self.subject.recipe.clip not in (0, "last")
-        return ("optimizer state", "gradients") if kept else ("optimizer state",)
+        waits = gradients_wait(self.subject.recipe)
+        return ("optimizer state", "gradients") if waits else ("optimizer state",)
 
 
 def in_mebibytes(size: int) -> str:
@@ -190,14 +192,11 @@ def _disk(
 ) -> dict[str, int]:
     """What the trunk's cache and the checkpoints take at most, in bytes."""
     tokens = sum(example.length for example in (*examples, *evaluated))
-    parameters = subject.chain.model.named_parameters()
-    trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-    weights, kept = sum(parameter.nbytes for parameter in trained.values()), 0
-    if subject.recipe.clip not in (0, "last"):
-        kept = 4 * sum(parameter.numel() for parameter in trained.values())
+    trained = trained_parameters(subject.chain.model)
+    weights = sum(parameter.nbytes for parameter in trained.values())
     work = {} if subject.recipe.lora else {"working copy": weights}  # adapters stay in memory
     if plan.state == "disk":
-        work["optimizer state"] = state_bytes(trained, subject.recipe) + kept
+        work["optimizer state"] = scratch_bytes(trained, subject.recipe)
     if plan.inputs == "disk":
         step = max(subject.recipe.batch_tokens, max(example.length for example in examples))
         work["inputs"] = step * token_bytes(subject, plan) * (plan.layers - plan.cut)

@@ -126,15 +126,14 @@ def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[st
     every = RESIDENT_WAYS + (STREAMED_WAYS if streamed else ())
     found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in every]
     differ = {
-        (w["recompute"], w.get("top"), w.get("state"), "loss_chunk" in w, max(longest, tokens_of(w))): w
+        (
+            *(w.get(what) for what in ("recompute", "top", "state")),
+            "loss_chunk" in w,
+            max(longest, w["micro_batch_tokens"]),
+        ): w
         for w in found[::-1]
     }
     return list(differ.values())[::-1]
-
-
-def tokens_of(way: dict[str, Any]) -> int:
-    """The tokens of a way's micro-batches."""
-    return way["micro_batch_tokens"]
 
 
 def in_words(way: dict[str, Any]) -> str:

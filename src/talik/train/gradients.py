@@ -13,7 +13,7 @@ from talik.recipe import Recipe
 from talik.train.optim import accumulate_
 from talik.train.scratch import Scratch
 from talik.train.top import Top, World
-from talik.train.update import update
+from talik.train.update import gradients_wait, update
 
 
 @contextmanager
@@ -57,7 +57,7 @@ class Updates:
 
     Clipped by the norm of the step before, or not at all, a block is updated once its gradient is whole. For
     exact clipping gradients are kept until the norm of all is known, and `finish` goes over the blocks once
-    more. `block` and `finish` expect nothing but the store, and load what they touch.
+    more, which it loads by itself.
     """
 
     def __init__(self, top: Top, world: World, recipe: Recipe, step: int, learning_rate: float) -> None:
@@ -65,7 +65,7 @@ class Updates:
         self._step, self._rate = step, learning_rate
         self._norms: dict[str, Float[Tensor, ""]] = {}
         self._scale = self._by_last_norm() if recipe.clip == "last" else None
-        self._waits = bool(recipe.clip) and recipe.clip != "last"
+        self._waits = gradients_wait(recipe)
 
     def block(self, block: str) -> None:
         """A loaded block's gradients are whole, but for those to which an earlier block will add."""

@@ -18,7 +18,7 @@ from talik.data.labels import Example
 from talik.errors import ChainError
 from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
 from talik.model.chain import Chain, load_model, verify_layers
-from talik.model.freeze import thaw
+from talik.model.freeze import thaw, trained_parameters
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.model.working_copy import Saved, WorkingCopy
@@ -62,7 +62,7 @@ class Loaded:
 
     def top(self) -> Top:
         """What is trained, and what runs beside it: in memory from here on, unless the plan streams it."""
-        top = make_top(self.chain, trained_names(self.chain), self.plan.cut)
+        top = make_top(self.chain, trained_parameters(self.chain.model), self.plan.cut)
         if self.plan.top == "resident":
             for block in dict.fromkeys([*top.blocks, "tail"]):
                 self.store.stay(block)
@@ -137,11 +137,6 @@ class Loaded:
             self.store.get("tail")
 
 
-def trained_names(chain: Chain) -> list[str]:
-    """The parameters that are trained, each by its first name."""
-    return [name for name, parameter in chain.model.named_parameters() if parameter.requires_grad]
-
-
 def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
     model = hollow_model(folder, working_dtype(recipe), plan.device)
@@ -173,5 +168,4 @@ def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedMode
     thaw(model, recipe)
     fill_adapters(model, recipe.seed, model.device)
     measure_lengths(model)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return model, make_top(Chain(model), trained, plan.cut)
+    return model, make_top(Chain(model), trained_parameters(model), plan.cut)

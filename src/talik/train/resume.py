@@ -25,7 +25,7 @@ from talik.recipe import Recipe
 from talik.train.scratch import Scratch
 from talik.train.store import Store
 from talik.train.top import Top
-from talik.train.update import kept
+from talik.train.update import gradients_wait, kept
 
 
 @dataclass(slots=True)
@@ -71,6 +71,12 @@ def state_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
     """What masters and optimizer state of these parameters take."""
     forms = (form for item in trained.items() for form in kept(*item, recipe).values())
     return sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
+
+
+def scratch_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
+    """What masters, optimizer state and gradients that wait for the norm of all take."""
+    waiting = 4 * sum(parameter.numel() for parameter in trained.values()) if gradients_wait(recipe) else 0
+    return state_bytes(trained, recipe) + waiting
 
 
 def save_checkpoint(

@@ -25,6 +25,11 @@ def kept(name: str, parameter: nn.Parameter, recipe: Recipe) -> dict[str, Form]:
     return {f"{kind}/{name}": form for kind, form in state.items()}
 
 
+def gradients_wait(recipe: Recipe) -> bool:
+    """Whether no gradient is used up before the norm of all is known."""
+    return recipe.clip not in (0, "last")
+
+
 def prepare(parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, scratch: Scratch) -> None:
     """Makes what lives as long as the run: fp32 masters (precision bf16) and the optimizer's state."""
     for name, parameter in parameters:
