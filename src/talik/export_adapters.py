@@ -10,8 +10,7 @@ from torch import Tensor
 from talik.card import base_name
 from talik.files import finished_folder, need_room, write_text
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
-from talik.model.freeze import trained_parameters
-from talik.model.freeze import thaw
+from talik.model.freeze import thaw, trained_parameters
 from talik.model.hollow import hollow_model
 from talik.train.loading import load, working_dtype
 from talik.train.resume import load_weights
