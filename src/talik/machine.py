@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,20 +189,20 @@ def machine_text(machine: Machine) -> str:
 
 
 @contextlib.contextmanager
-def hard_limit(device: torch.device, most: int) -> Iterator[None]:
+def hard_limit(device: torch.device, most: int) -> Iterator[Callable[[], None]]:
     """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
 
-    UsageError where a system has no such limit.
+    What it yields is to be called now and then (`limited_memory`). UsageError where a system has no such limit.
     """
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, most / torch.accelerator.get_memory_info(device)[1])
         )
-        yield
+        yield lambda: None
         torch.cuda.set_per_process_memory_fraction(1.0)
     elif device.type == "cpu" and sys.platform == "linux":
-        with limited_memory(most):
-            yield
+        with limited_memory(most) as again:
+            yield again
     else:
         raise UsageError(
             f"--enforce: {sys.platform} sets no limit on {device.type} memory", remedy="Leave it out."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,8 @@ def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> No
 def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:
     """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
     # The thread that samples starts before the limit is there: it would have no room where that is too low.
-    with only_process(run.folder), Promise(run.plan) as promise, _limit(run.plan, enforce):
+    with only_process(run.folder), Promise(run.plan) as promise, _limit(run.plan, enforce) as again:
+        promise.between = again
         (run.folder / BROKEN).unlink(missing_ok=True)
         try:
             result = _train(run, data, evaluation, promise, _logged(run.folder, notify))
@@ -186,10 +188,10 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, not
     return result
 
 
-def _limit(plan: Plan, enforce: bool) -> contextlib.AbstractContextManager[None]:
+def _limit(plan: Plan, enforce: bool) -> contextlib.AbstractContextManager[Callable[[], None]]:
     """The hard limit that a run has: its promise and the slack, or none."""
     if not enforce:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(lambda: None)
     if not (most := max(plan.promised.values(), default=0)):
         raise UsageError("--enforce: the plan promises nothing", remedy="Leave --enforce or --plan out.")
     return hard_limit(torch.device(plan.device), most + slack_of(most))

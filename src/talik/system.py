@@ -78,12 +78,13 @@ def _limits() -> Iterator[tuple[int, int]]:
 def settle_allocators() -> None:
     """Settles how memory is given out, before much is: what is held shall be what is used.
 
-    oneDNN, which multiplies bf16 matrices, keeps 64 of the programs that it makes for new shapes, not 1,024
-    (what they share it never gives back). On Linux CUDA's allocator gets expandable segments; and glibc gives
-    freed blocks of 1 MiB and more back: it would learn from the first that is freed to keep all up to 32 MiB
-    (mallopt(3)). What the user has set in the environment stays.
+    Of the programs that oneDNN makes to multiply bf16 matrices, one of 0.3 MiB for every shape, it and torch
+    keep as many as a layer needs, not 1,024 each. On Linux CUDA's allocator gets expandable segments; and
+    glibc gives freed blocks of 1 MiB and more back: it would learn from the first that is freed to keep all
+    up to 32 MiB (mallopt(3)). What the user has set in the environment stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     if sys.platform != "linux":
         return
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -96,23 +97,33 @@ def settle_allocators() -> None:
 def give_back_memory() -> None:
     """Gives back what is free in this process: glibc keeps what lies below something that is still used."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Gives back whole pages that are free between others in glibc's heap; about a millisecond."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
-def limited_memory(most: int) -> Iterator[None]:
+def limited_memory(most: int) -> Iterator[Callable[[], None]]:
     """Inside, this process gets no more than `most` bytes of anonymous memory. Linux only: RLIMIT_DATA.
 
-    That limit counts what was asked for and never touched, too: what is so now comes on top.
+    That limit counts what was asked for and never touched, or given back within a heap, too: what is so when
+    this begins, and whenever what it yields is called, comes on top.
     """
     import resource
 
-    untouched = psutil.Process().memory_info().data - anonymous_bytes()
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most + max(0, untouched), before[1]))
+
+    def again() -> None:
+        untouched = psutil.Process().memory_info().data - anonymous_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (most + max(0, untouched), before[1]))
+
+    again()
     try:
-        yield
+        yield again
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 

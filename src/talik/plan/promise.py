@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from talik.machine import PeakMemory
 from talik.plan.account import account
 from talik.plan.storage_log import StorageLog
 from talik.recipe import Plan
+from talik.system import trim_heap
 from talik.train.scratch import Scratch
 from talik.train.top import Top
 
@@ -30,10 +31,14 @@ _OUT = (
 
 
 class Promise:
-    """Watches a run: samples its memory all the time, and counts every storage in the first two steps."""
+    """Watches a run: samples its memory all the time, and counts every storage in the first two steps.
+
+    `between` is called between phases.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.now, self.steps = "load", 0
+        self.between: Callable[[], None] = lambda: None
         self._plan, self._device = plan, torch.device(plan.device)
         self._memory, self._log = PeakMemory(self._device), StorageLog()
         self._allocated: dict[str, int] = {}
@@ -47,7 +52,9 @@ class Promise:
         self._memory.__exit__(*stopped)
 
     def phase(self, name: str) -> None:
-        """A phase begins."""
+        """A phase begins, with what the one before left free given back."""
+        trim_heap()
+        self.between()
         self.now = name
         self._memory.phase(name)
         if self._log.marks[-1][1] != name:

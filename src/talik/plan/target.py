@@ -16,6 +16,7 @@ LEAST_SLACK = 64 << 20  # bytes
 # What Python with torch and Transformers takes of the RAM on another computer, in bytes: measured on Linux
 # without CUDA; with CUDA's libraries a guess.
 PROGRAM = {"cpu": 300 << 20, "cuda": 2 << 30}
+LIBRARIES = 20 << 20  # bytes that they take beside that when a run uses them: products' code, threads; measured
 
 
 def slack_of(promise: int) -> int:
@@ -51,7 +52,7 @@ class Target:
         here = self.machine.name == HERE
         if here:
             give_back_memory()
-        return replace(self, program=max(self.program, anonymous_bytes())) if here else self
+        return replace(self, program=max(self.program, anonymous_bytes() + LIBRARIES)) if here else self
 
     def kernels(self) -> AbstractContextManager[None]:
         """Inside, a simulation runs the device's attention kernels."""
@@ -89,8 +90,9 @@ def target_of(
         raise UsageError(
             f"a run on {machine.device!r} cannot be planned yet", remedy="Plan for a CPU or for CUDA."
         )
-    program = anonymous_bytes() if here else PROGRAM[kind]
-    free = machine.ram_free + (program if here else 0)
+    taken = anonymous_bytes() if here else 0
+    program = taken + LIBRARIES if here else PROGRAM[kind]
+    free = machine.ram_free + taken
     on_cpu = [size for size in (memory, ram) if size is not None] if kind == "cpu" else []
     most_ram = min(on_cpu, default=free if ram is None else ram)
     most = most_ram if kind == "cpu" else machine.free if memory is None else memory
