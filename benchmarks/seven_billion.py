@@ -27,12 +27,14 @@ import transformers
 from common import best_seconds, record
 from made import made_examples, qwen_folder
 
+from talik.data.labels import Example
 from talik.events import silent
-from talik.machine import PeakMemory, hard_limit, this_machine
+from talik.machine import hard_limit, this_machine
 from talik.model.checkpoint import weight_files
+from talik.plan.promise import Promise
 from talik.plan.solve import plan_run
 from talik.plan.target import slack_of, target_of
-from talik.recipe import Recipe
+from talik.recipe import Plan, Recipe
 from talik.system import forget_pages, settle_allocators
 from talik.train.feed import run_step
 from talik.train.loading import load
@@ -58,14 +60,15 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 class Clock(ScalarMonitor):
     """Seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, promise: Promise) -> None:
         super().__init__(self._begin)
         self.seconds: Counter[str] = Counter()
-        self._now, self._since = "", 0.0
+        self._promise, self._now, self._since = promise, "", 0.0
 
     def _begin(self, name: str) -> None:
         if self._now:
             self.seconds[self._now] += time.perf_counter() - self._since
+        self._promise.phase(name)  # as a run does
         self._now, self._since = name, time.perf_counter()
 
 
@@ -83,21 +86,24 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     row |= {"promise": planned.peak.bytes, "plan": planned.plan.model_dump(), "fits": planned.fits}
     if planned.fits:
         within = contextlib.nullcontext() if limited else hard_limit(torch.device("cpu"), limit)
-        with PeakMemory(torch.device("cpu")) as memory, within:
-            row |= steps(recipe, planned.plan, folder, examples, place)
-        row["phases"] = dict(memory.phases)
-        row["peak"] = memory.take()
+        with Promise(planned.plan) as promise, within:
+            row |= steps(recipe, planned.plan, folder, examples, place, promise)
+        row["phases"] = promise.table()
+        row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())
         flops = planned.simulation.flops
         row["flops"] = sum(flops[phase] for phase in ("forward", "loss", "backward")) / 2  # two steps
         row["trunk_flops"] = flops.get("trunk", 0)
     return row
 
 
-def steps(recipe: Recipe, plan: Any, folder: Path, examples: Any, place: Path) -> dict[str, Any]:
+def steps(
+    recipe: Recipe, plan: Plan, folder: Path, examples: list[Example], place: Path, promise: Promise
+) -> dict[str, Any]:
     """Loads, runs the trunk and a step; what the step took."""
     loaded = load(recipe, plan, folder)
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
+    promise.phase("trunk")
     with trunk_states(loaded, [examples], recipe, silent) as [states]:
         row["trunk_seconds"] = time.perf_counter() - start
         top = loaded.top()
@@ -105,7 +111,7 @@ def steps(recipe: Recipe, plan: Any, folder: Path, examples: Any, place: Path) -
             prepare_top(top, recipe, loaded.store, scratch)
             for step in range(1, STEPS + 1):
                 before = (traffic.bytes, traffic.waited, traffic.written, traffic.writing)
-                clock = Clock()
+                clock = Clock(promise)
                 world = World(loaded.store, scratch, clock)
                 run_step(top, examples, range(len(examples)), states, world, recipe, plan, step, 1e-5)
                 clock.phase("end")

@@ -73,11 +73,11 @@ class FakeLog(StorageLog):
     def _plausible(self, tensor: Tensor, name: str, args: tuple[Any, ...]) -> Tensor:
         """Integers that were computed from floats: a router's choice is drawn, anything else is zeros.
 
-        The bits of a float, bytes, and what is computed from them, stay fake.
+        The bits of a float, bytes, random bits, and what is computed from them, stay fake.
         """
         if not isinstance(tensor, FakeTensor) or not _is_integer(tensor.dtype):
             return tensor
-        if name == "view" or any(isinstance(t, FakeTensor) and not t.is_floating_point() for t in args):
+        if name in ("view", "randint") or any(isinstance(t, FakeTensor) and not t.is_floating_point() for t in args):
             return tensor
         with unset_fake_temporarily():
             shape = [int(size) for size in tensor.shape]

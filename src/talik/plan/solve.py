@@ -19,10 +19,9 @@ from talik.plan.planned import Planned, Refusal
 from talik.plan.seconds import seconds_of, token_bytes
 from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.target import Target, target_of
-from talik.plan.work import assumed_examples, work_of
+from talik.plan.work import assumed_examples, glimpse_of, work_of
 from talik.recipe import Plan, Recipe
-from talik.train.resume import checkpoint_bytes, scratch_bytes
-from talik.train.update import gradients_wait
+from talik.train.resume import checkpoint_bytes, scratch_bytes, state_bytes
 
 STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
@@ -73,13 +72,14 @@ def plan_run(
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A way that was simulated, and what it takes on the target."""
+    """A way that was simulated, and what it takes on the target; `whole`, or a glimpse of it."""
 
     plan: Plan
     work: Work
     result: Simulation
     phases: tuple[Peak, ...]
     breaks: Break | None
+    whole: bool = True
 
     @property
     def peak(self) -> Peak:
@@ -107,10 +107,15 @@ class Search:
     def run(self) -> Tried:
         """The first way that fits; else the one that takes least."""
         first = self.first()
-        for way in ways.ways_of(first, self.longest):
-            if self._fits(first.model_copy(update=way), way):
+        every = [(first.model_copy(update=way), way) for way in ways.ways_of(first, self.longest)]
+        for plan, way in every:
+            if self._fits(plan, way):
                 return self._tried[-1]
-        return min(self._tried, key=lambda tried: tried.peak.bytes)
+        least = min(self._tried, key=lambda tried: tried.peak.bytes, default=None)
+        thrifty, _ = every[-1]
+        if least is None or not least.whole:
+            least = self.try_plan(thrifty if least is None else least.plan)
+        return least
 
     def forget(self) -> None:
         """Drops the simulations: they take memory that a run would have."""
@@ -122,64 +127,84 @@ class Search:
         memory = self.target.memory
         return ways.first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
 
-    def try_plan(self, plan: Plan) -> Tried:
-        """Simulates a plan; with the trunk streamed where it does not fit resident and may be."""
+    def try_plan(self, plan: Plan, *, whole: bool = True) -> Tried:
+        """Simulates a plan, or only a glimpse of it; with the trunk streamed where it does not fit resident
+        and may be."""
         recipe, chain = self.subject.recipe, self.subject.chain
         work = work_of(self.examples, self.evaluated, plan, recipe, chain)
-        tried = self._simulated(plan, work, "same")
+        if not whole:
+            work = glimpse_of(work, plan, chain)
+        tried = self._simulated(plan, work, "same", whole)
         trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
         if trunk > self.target.most and plan.trunk == "resident" != recipe.trunk:
-            return self._simulated(plan.model_copy(update={"trunk": "streamed"}), work, "same")
+            return self._simulated(plan.model_copy(update={"trunk": "streamed"}), work, "same", whole)
         return tried
 
     def least(self, tried: Tried) -> int:
         """The peak of a way where a router chooses all experts alike."""
         return self._simulated(tried.plan, tried.work, "even").peak.bytes
 
-    def _simulated(self, plan: Plan, work: Work, routing: Routing) -> Tried:
+    def _simulated(self, plan: Plan, work: Work, routing: Routing, whole: bool = True) -> Tried:
         with self.target.kernels():
             result = simulate(self.subject, plan, work, routing)
         self.target = self.target.now()  # planning takes memory, too, that the run will not have
-        return Tried(plan, work, result, *self.target.account(result))
+        return Tried(plan, work, result, *self.target.account(result), whole)
 
     def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:
-        """Whether a way fits, by simulation, unless another's has shown that it cannot; notes why not."""
-        if self._tried and (least := self._least(plan)) > self.target.most:
+        """Whether a way fits, by simulation, unless less has shown that it cannot; notes why not.
+
+        A streamed step has many parts that are alike: a glimpse of it comes first.
+        """
+        if (least := self._least(plan)) > self.target.most:
             reason = f"takes {in_words(least)} at least"
             self.refused.append(Refusal(way, least, reason, None, simulated=False))
             return False
         self.notify(Said("plan", f"simulating {ways.in_words(way)}"))
-        tried = self.try_plan(plan)
-        self._tried.append(tried)
-        if broken := tried.breaks:
-            peak = tried.peak.bytes
-            change = f"--memory {in_mebibytes(self.target.needed(peak))}"
-            self.refused.append(Refusal(way, peak, _why(broken), change, simulated=True))
-        return broken is None
+        for whole in (False, True) if plan.top == "streamed" else (True,):
+            tried = self.try_plan(plan, whole=whole)
+            self._tried.append(tried)
+            if tried.breaks and (whole or _certain(plan, tried.breaks)):
+                self._refuse(way, tried, tried.breaks)
+                return False
+        return True
+
+    def _refuse(self, way: dict[str, Any], tried: Tried, broken: Break) -> None:
+        peak = tried.peak.bytes
+        change = f"--memory {in_mebibytes(self.target.needed(peak))}" if tried.whole else None
+        self.refused.append(Refusal(way, peak, _why(broken), change, simulated=tried.whole))
 
     def _least(self, plan: Plan) -> int:
         """Bytes that a way takes at least: what stays in memory, whatever the micro-batches are.
 
         Of what is saved for the backward a smaller micro-batch keeps its share at least.
         """
-        least = 0
+        least = self._stays(plan)
         for tried in self._tried:
-            causes, streamed = tried.peak.causes, plan.top == "streamed"
-            fixed = sum(causes.get(cause, 0) for cause in self._stay(plan))
             share = min(1.0, plan.micro_batch_tokens / tried.plan.micro_batch_tokens)
-            same = not streamed and plan.recompute == tried.plan.recompute
-            saved = share * causes.get("saved activations", 0) if same else 0
-            least = max(least, int(fixed + saved))
+            if plan.top == "resident" and plan.recompute == tried.plan.recompute:
+                causes = tried.peak.causes
+                fixed = sum(causes.get(cause, 0) for cause in STAY)
+                least = max(least, int(fixed + share * causes.get("saved activations", 0)))
         return least + (self.target.program if self.target.on_cpu else 0)
 
-    def _stay(self, plan: Plan) -> tuple[str, ...]:
-        """The causes whose bytes stay in memory from step to step, or are all there at a step's end."""
-        if plan.top == "resident":
-            return STAY
-        if plan.state == "disk":
-            return ()
-        waits = gradients_wait(self.subject.recipe)
-        return ("optimizer state", "gradients") if waits else ("optimizer state",)
+    def _stays(self, plan: Plan) -> int:
+        """Bytes that are all in memory at the end of a step's backward, by the model's sizes alone."""
+        recipe, chain = self.subject.recipe, self.subject.chain
+        trained = trained_parameters(chain.model)
+        if plan.top == "streamed":
+            return scratch_bytes(trained, recipe) if plan.state == "memory" else 0
+        layers = (weight.nbytes for layer in chain.layers[plan.cut :] for weight in layer.parameters())
+        gradients = 4 * sum(weight.numel() for weight in trained.values())
+        return sum(layers) + gradients + state_bytes(trained, recipe)
+
+
+def _certain(plan: Plan, broken: Break) -> bool:
+    """Whether what breaks a glimpse breaks a run.
+
+    Micro-batches that only wait keep their layers' inputs to the end; in a run the backward uses them up.
+    """
+    used_up = broken.phase in ("backward", "update") and broken.block != f"layer {plan.layers - 1}"
+    return plan.inputs == "disk" or not used_up
 
 
 def in_mebibytes(size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,15 @@ LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
 BATCHES = {"resident": 2, "streamed": 8}
 
 
+def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
+    """Of the work of a plan one step with its largest micro-batch: what it takes up to the backward is about
+    the same."""
+    step, beside = _of_step(work.steps[-1], work.examples, plan, chain, most=1)
+    return replace(work, steps=[step], beside=work.beside + beside)
+
+
+
+
 def work_of(
     examples: Sequence[Example], evaluated: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> Work:
@@ -33,7 +43,8 @@ def work_of(
     held_out = sorted(range(len(examples), len(both)), key=lambda i: -both[i].length)
     if held_out:
         held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
-    steps = [_of_step(step, examples, plan, chain) for step in _largest_steps(examples, plan, recipe, chain)]
+    largest, most = _largest_steps(examples, plan, recipe, chain), BATCHES[plan.top]
+    steps = [_of_step(step, examples, plan, chain, most) for step in largest]
     return Work(
         examples=both,
         groups=chosen,
@@ -44,7 +55,7 @@ def work_of(
     )
 
 
-def _batches(step: list[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> list[list[int]]:
+def _batches(step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> list[list[int]]:
     """A step's micro-batches, the largest first; indices into `examples`."""
     lengths = [examples[i].length for i in step]
     found = micro_batches(range(len(step)), lengths, plan.micro_batch_tokens, chain.rope_group)
@@ -56,9 +67,11 @@ def _padded(batch: list[int], examples: Sequence[Example]) -> int:
     return len(batch) * max(examples[i].length for i in batch)
 
 
-def _of_step(step: list[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> tuple[list[int], int]:
-    """What is simulated of a step, and the bytes of the other micro-batches, which wait in memory."""
-    batches, most = _batches(step, examples, plan, chain), BATCHES[plan.top]
+def _of_step(
+    step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain, most: int
+) -> tuple[list[int], int]:
+    """A step's `most` largest micro-batches, and the bytes of its others, which wait in memory."""
+    batches = _batches(step, examples, plan, chain)
     token_bytes = chain.width(plan.cut) * chain.handed_on(plan.cut).itemsize + 2 * torch.long.itemsize
     positions = sum(_padded(batch, examples) for batch in batches[most:])
     trained = sum(examples[i].trained_tokens for batch in batches[most:] for i in batch)
