@@ -2,8 +2,8 @@
 
 python3 dev.py bench limits [COUNT] [SEED]
 
-Every pair is a process of its own. It plans a random run without a limit, draws a limit near what that takes,
-plans again, and then runs: what is accepted under the hard limit of its promise and the slack (`--enforce`),
+Every pair is a process of its own. It plans a random run without a limit, draws a limit near what that takes or
+near what the thriftiest way takes, plans again, and then runs: what is accepted under the hard limit of its promise and the slack (`--enforce`),
 what is refused by more than the slack under the limit that refused it, by the same means. Between the two nothing is asked for.
 """
 
@@ -30,6 +30,7 @@ from tiny_models import tiny_model
 from talik.data.dataset import read_sets
 from talik.errors import DoesNotFitError
 from talik.machine import this_machine
+from talik.plan.changes import Thrift
 from talik.plan.solve import plan_run
 from talik.plan.target import slack_of, target_of
 from talik.recipe import Recipe
@@ -87,7 +88,10 @@ def pair(seed: int, folder: Path) -> dict[str, Any]:
     examples, evaluated = (data.examples if data else [] for data in sets)
     machine = this_machine("cpu", measure=False)
     free = plan_run(recipe, folder, examples, evaluated, target=target_of(machine))
-    limit = int(draw.uniform(0.6, 1.4) * free.peak.bytes) + slack_of(free.peak.bytes)
+    near = draw.choice(
+        (free.peak.bytes, Thrift(folder, (examples, evaluated), target_of(machine)).peak(recipe))
+    )
+    limit = int(draw.uniform(0.6, 1.4) * near) + slack_of(near)
     planned = plan_run(recipe, folder, examples, evaluated, target=target_of(machine, memory=limit))
     promise = planned.peak.bytes
     row = {"seed": seed, "run": what, "limit": limit, "promise": promise, "accepted": planned.fits}

@@ -108,3 +108,4 @@ def test_bytes_and_what_is_computed_from_them_are_fake() -> None:
     with fake_world(nn.Module()):
         codes = torch.zeros(COUNT, dtype=torch.uint8)
         assert isinstance(codes.int().add_(1), FakeTensor) and not isinstance(torch.arange(9), FakeTensor)
+        assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), "noise is for weights, and as fake"

@@ -20,7 +20,7 @@ from talik.plan.changes import Thrift, most_layers, smallest_changes
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
 from talik.plan.simulate import subject_of
-from talik.plan.solve import Search, plan_run
+from talik.plan.solve import STAY, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
 from talik.recipe import Recipe
 from talik.thaw import thawed
@@ -126,6 +126,37 @@ def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
         assert known.most_layers(recipe, thawed("top.4", 4)) == layers
     with pytest.raises(DoesNotFitError, match="not even one layer"):
         most_layers(recipe, folder, sets, target(peaks[0] // 4 + LEAST_SLACK))
+
+
+def test_sizes_alone_refuse_what_stays_in_memory(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and AdamW's state of two trained layers, without a simulation."""
+    search = Search(subject_of(recipe, folder), examples(LONG), [], target(64 << 30))
+    tried = search.try_plan(search.first())
+    (backward,) = (peak for peak in tried.phases if peak.phase == "backward")
+    stays = sum(backward.causes.get(cause, 0) for cause in STAY)
+    assert 0.9 * stays < search._stays(search.first()) <= stays
+    tight = Search(subject_of(recipe, folder), examples(LONG), [], target(stays // 2 + LEAST_SLACK))
+    monkeypatch.setattr(Search, "_simulated", None)
+    assert not tight._fits(tight.first(), {}) and not tight.refused[0].simulated
+
+
+@pytest.mark.parametrize("inputs", ["memory", "disk"])
+def test_a_glimpse_of_a_streamed_step_takes_what_the_step_takes(
+    recipe: Recipe, folder: Path, inputs: str
+) -> None:
+    """It stands for the whole; what waits does so until the update, which is too long."""
+    search = Search(subject_of(recipe, folder), examples(*[250] * 9), [], target(64 << 30))
+    way = {"top": "streamed", "recompute": True, "micro_batch_tokens": 256, "inputs": inputs}
+    plan = search.first().model_copy(update=way)
+    glimpse, whole = (
+        {peak.phase: peak.bytes for peak in search.try_plan(plan, whole=whole).phases}
+        for whole in (False, True)
+    )
+    for phase in whole:
+        rel = 0.03 if phase == "update" else 0.001
+        assert glimpse[phase] == pytest.approx(whole[phase], rel=rel), phase
 
 
 def test_a_disk_that_is_too_small_does_not_fit(roomy: Planned, recipe: Recipe, folder: Path) -> None:

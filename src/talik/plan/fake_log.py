@@ -77,7 +77,9 @@ class FakeLog(StorageLog):
         """
         if not isinstance(tensor, FakeTensor) or not _is_integer(tensor.dtype):
             return tensor
-        if name in ("view", "randint") or any(isinstance(t, FakeTensor) and not t.is_floating_point() for t in args):
+        if name in ("view", "randint") or any(
+            isinstance(t, FakeTensor) and not t.is_floating_point() for t in args
+        ):
             return tensor
         with unset_fake_temporarily():
             shape = [int(size) for size in tensor.shape]

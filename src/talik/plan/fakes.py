@@ -129,11 +129,23 @@ class FakeCopy(WorkingCopy):
 
 
 class MarkedScratch(FileScratch):
-    """A scratch whose tensors' causes are known by their names; those in files take no memory."""
+    """A scratch whose tensors' causes are known by their names; those in files take no memory.
+
+    `inputs` are, by layer, those of micro-batches that only wait: they go when a lower layer's begin to go.
+    """
 
     def __init__(self, device: torch.device, log: Log, on_disk: Callable[[str], bool]) -> None:
         super().__init__(device, Path(), on_disk)
         self._log = log
+        self.inputs: dict[int, Tensor] = {}
+
+    def drop(self, name: str) -> None:
+        """As `Scratch.drop`."""
+        super().drop(name)
+        kind, _, place = name.partition("/")
+        if kind == "input":
+            layer = int(place.partition("/")[0])
+            self.inputs = {below: kept for below, kept in self.inputs.items() if below <= layer}
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """As `Scratch.zeros`."""

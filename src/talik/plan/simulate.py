@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from talik.data.labels import Example
 from talik.events import silent
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.anatomy import parts_of
-from talik.model.chain import Chain
+from talik.model.chain import Chain, Skeleton
 from talik.model.checkpoint import Entry, read_tables, weight_files
 from talik.model.freeze import thaw
 from talik.model.hollow import hollow_model
@@ -38,14 +39,14 @@ from talik.plan.fakes import (
 from talik.plan.storage_log import Log
 from talik.plan.ways import check_layers
 from talik.recipe import Plan, Recipe
-from talik.train.cache import Group
+from talik.train.cache import Group, States
 from talik.train.evaluation import evaluate_top
-from talik.train.feed import run_step
+from talik.train.feed import load_micro_batches, run_step
 from talik.train.loading import Loaded, begin, working_dtype
 from talik.train.loop import ScalarMonitor
 from talik.train.step import prepare_top
 from talik.train.store import Store
-from talik.train.top import World
+from talik.train.top import MicroBatch, Top, World
 from talik.train.trunk import trunk_pass
 
 
@@ -63,8 +64,8 @@ class Subject:
 class Work:
     """What goes through: examples, those of each simulated step, and those that are evaluated.
 
-    `groups` go through the trunk; `others` is how many times their tokens are held beside them, and `beside`
-    the bytes of micro-batches that wait while the others of their step are computed.
+    `groups` go through the trunk; `others` is how many times their tokens are held beside them. `waiting` are
+    examples of a step whose micro-batches only wait while its others are computed.
     """
 
     examples: Sequence[Example]
@@ -72,7 +73,7 @@ class Work:
     steps: Sequence[Sequence[int]]
     evaluated: Sequence[int] = ()
     others: float = 0.0
-    beside: int = 0
+    waiting: Sequence[int] = ()
 
 
 def subject_of(recipe: Recipe, folder: Path) -> Subject:
@@ -124,7 +125,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     form = chain.width(plan.cut), chain.handed_on(plan.cut)
     world = World(loaded.store, scratch, ScalarMonitor(log.phase))
 
-    def states_of(of: Sequence[Example]) -> FakeStates | None:
+    def states_of(of: Sequence[Example]) -> States | None:
         return None if plan.cache == "none" else FakeStates([example.length for example in of], *form)
 
     if work.evaluated:
@@ -133,13 +134,32 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
         evaluate_top(top, held_out, states_of(held_out), plan, loaded.store)
     states = states_of(work.examples)
     log.phase("forward")  # a step begins by making its micro-batches
-    waiting = torch.empty(work.beside, dtype=torch.uint8)
-    log.mark([waiting], "cache and batches")
     for step, indices in enumerate(work.steps, start=1):
+        waiting = _waiting(top, work, states, plan, scratch)
         run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
-    del waiting
+        del waiting
     log.phase("save")
     loaded.store.drop_buffers()
+
+
+def _waiting(
+    top: Top, work: Work, states: States | None, plan: Plan, scratch: MarkedScratch
+) -> list[MicroBatch | Skeleton | Tensor]:
+    """What is held of the micro-batches that wait; of a streamed pass what flows and what is kept, too."""
+    chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
+    held: list[MicroBatch | Skeleton | Tensor] = [*batches]
+    if plan.top == "resident" or not batches:
+        return held
+    sizes = [batch.input_ids.numel() for batch in batches]
+    dtype = chain.handed_on(plan.cut)
+    for batch, size in zip(batches, sizes, strict=True):
+        held.append(chain.skeleton(batch.input_ids, batch.attention_mask, embed=False))
+        held.append(torch.empty(size, chain.width(plan.cut), dtype=dtype))
+    groups = top.groups()
+    for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's
+        if plan.inputs == "memory":
+            scratch.inputs[group[0]] = torch.empty(sum(sizes), chain.width(group[0]), dtype=dtype)
+    return held
 
 
 def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> None:

@@ -163,7 +163,7 @@ class Search:
         for whole in (False, True) if plan.top == "streamed" else (True,):
             tried = self.try_plan(plan, whole=whole)
             self._tried.append(tried)
-            if tried.breaks and (whole or _certain(plan, tried.breaks)):
+            if tried.breaks:
                 self._refuse(way, tried, tried.breaks)
                 return False
         return True
@@ -196,15 +196,6 @@ class Search:
         layers = (weight.nbytes for layer in chain.layers[plan.cut :] for weight in layer.parameters())
         gradients = 4 * sum(weight.numel() for weight in trained.values())
         return sum(layers) + gradients + state_bytes(trained, recipe)
-
-
-def _certain(plan: Plan, broken: Break) -> bool:
-    """Whether what breaks a glimpse breaks a run.
-
-    Micro-batches that only wait keep their layers' inputs to the end; in a run the backward uses them up.
-    """
-    used_up = broken.phase in ("backward", "update") and broken.block != f"layer {plan.layers - 1}"
-    return plan.inputs == "disk" or not used_up
 
 
 def in_mebibytes(size: int) -> str:

@@ -7,8 +7,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from talik.data.batches import micro_batches, steps_of_epoch
 from talik.data.labels import Example, Span
 from talik.data.rows import Place
@@ -19,18 +17,15 @@ from talik.train.cache import groups_of
 from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
-# Of a step's micro-batches the largest are simulated: the others differ by nothing but being smaller. Of a
-# streamed step more, because all of them are on their way at once.
-BATCHES = {"resident": 2, "streamed": 8}
+BATCHES = (
+    2  # largest micro-batches of a step that are simulated: the others differ by nothing but being smaller
+)
 
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
-    """Of the work of a plan one step with its largest micro-batch: what it takes up to the backward is about
-    the same."""
-    step, beside = _of_step(work.steps[-1], work.examples, plan, chain, most=1)
-    return replace(work, steps=[step], beside=work.beside + beside)
-
-
+    """Of the work of a plan one step with its largest micro-batch: what it takes is about the same."""
+    step, waiting = _of_step(work.steps[-1], work.examples, plan, chain, most=1)
+    return replace(work, steps=[step], waiting=[*work.waiting, *waiting])
 
 
 def work_of(
@@ -43,15 +38,16 @@ def work_of(
     held_out = sorted(range(len(examples), len(both)), key=lambda i: -both[i].length)
     if held_out:
         held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
-    largest, most = _largest_steps(examples, plan, recipe, chain), BATCHES[plan.top]
-    steps = [_of_step(step, examples, plan, chain, most) for step in largest]
+    largest = _largest_steps(examples, plan, recipe, chain)
+    steps = [_of_step(step, examples, plan, chain, BATCHES) for step in largest]
+    lengths = [example.length for example in examples]
     return Work(
         examples=both,
         groups=chosen,
         steps=[step for step, _ in steps],
         evaluated=held_out,
         others=tokens / sum(group.tokens for group in chosen) - 1,
-        beside=max(size for _, size in steps),
+        waiting=max((waiting for _, waiting in steps), key=lambda some: sum(lengths[i] for i in some)),
     )
 
 
@@ -69,15 +65,10 @@ def _padded(batch: list[int], examples: Sequence[Example]) -> int:
 
 def _of_step(
     step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain, most: int
-) -> tuple[list[int], int]:
-    """A step's `most` largest micro-batches, and the bytes of its others, which wait in memory."""
+) -> tuple[list[int], list[int]]:
+    """The examples of a step's `most` largest micro-batches, and those of its others."""
     batches = _batches(step, examples, plan, chain)
-    token_bytes = chain.width(plan.cut) * chain.handed_on(plan.cut).itemsize + 2 * torch.long.itemsize
-    positions = sum(_padded(batch, examples) for batch in batches[most:])
-    trained = sum(examples[i].trained_tokens for batch in batches[most:] for i in batch)
-    simulated = [i for batch in batches[:most] for i in batch]
-    inputs = plan.layers - plan.cut if plan.top == "streamed" and plan.inputs == "memory" else 0
-    return simulated, positions * (1 + inputs) * token_bytes + trained * 2 * torch.long.itemsize
+    return [i for batch in batches[:most] for i in batch], [i for batch in batches[most:] for i in batch]
 
 
 def _largest_steps(
