@@ -2,9 +2,10 @@
 
 python3 dev.py bench limits [COUNT] [SEED]
 
-Every pair is a process of its own. It plans a random run without a limit, draws a limit near what that takes or
-near what the thriftiest way takes, plans again, and then runs: what is accepted under the hard limit of its promise and the slack (`--enforce`),
-what is refused by more than the slack under the limit that refused it, by the same means. Between the two nothing is asked for.
+Every pair is a process of its own. It plans a random run without a limit, draws a limit near what that takes
+or near what the thriftiest way takes, plans again, and then runs: what is accepted under the hard limit of
+its promise and the slack (`--enforce`), what is refused by more than the slack under the limit that refused
+it, by the same means. Between the two nothing is asked for.
 """
 
 from __future__ import annotations

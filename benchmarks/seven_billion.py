@@ -32,8 +32,10 @@ from talik.events import silent
 from talik.machine import hard_limit, this_machine
 from talik.model.checkpoint import weight_files
 from talik.plan.promise import Promise
+from talik.plan.simulate import subject_of
 from talik.plan.solve import plan_run
 from talik.plan.target import slack_of, target_of
+from talik.plan.work import work_of
 from talik.recipe import Plan, Recipe
 from talik.system import forget_pages, settle_allocators
 from talik.train.feed import run_step
@@ -46,7 +48,6 @@ from talik.train.trunk import trunk_states
 GIB = 1 << 30
 BESIDE = 128 << 20  # bytes of the limit that are not planned with
 LENGTHS = (1024,) * 4
-STEPS = 1  # the first is no slower: nothing is compiled, and weights are read anew in each
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "top-5": (3 * GIB, {"top_layers": 5}),
     "adapters": (3 * GIB, {"thaw": "all", "lora": "rank=16,alpha=32,targets=all"}),
@@ -90,16 +91,23 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
             row |= steps(recipe, planned.plan, folder, examples, place, promise)
         row["phases"] = promise.table()
         row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())
-        flops = planned.simulation.flops
-        row["flops"] = sum(flops[phase] for phase in ("forward", "loss", "backward")) / 2  # two steps
-        row["trunk_flops"] = flops.get("trunk", 0)
+        work = work_of(examples, [], planned.plan, recipe, subject_of(recipe, folder).chain)
+        simulated = sum(examples[i].length for step in work.steps for i in step)
+        flops = sum(planned.simulation.flops[phase] for phase in ("forward", "loss", "backward"))
+        row["flops"] = flops * sum(LENGTHS) / simulated  # of one step
     return row
 
 
 def steps(
-    recipe: Recipe, plan: Plan, folder: Path, examples: list[Example], place: Path, promise: Promise
+    recipe: Recipe,
+    plan: Plan,
+    folder: Path,
+    examples: list[Example],
+    place: Path,
+    promise: Promise,
+    count: int = 1,  # the first is no slower: nothing is compiled, and weights are read anew in each
 ) -> dict[str, Any]:
-    """Loads, runs the trunk and a step; what the step took."""
+    """Loads, runs the trunk and some steps; what the last of them took."""
     loaded = load(recipe, plan, folder)
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
@@ -109,7 +117,7 @@ def steps(
         top = loaded.top()
         with loaded.working(top, place / "work") as scratch:
             prepare_top(top, recipe, loaded.store, scratch)
-            for step in range(1, STEPS + 1):
+            for step in range(1, count + 1):
                 before = (traffic.bytes, traffic.waited, traffic.written, traffic.writing)
                 clock = Clock(promise)
                 world = World(loaded.store, scratch, clock)

@@ -192,7 +192,7 @@ def machine_text(machine: Machine) -> str:
 def hard_limit(device: torch.device, most: int) -> Iterator[Callable[[], None]]:
     """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
 
-    What it yields is to be called now and then (`limited_memory`). UsageError where a system has no such limit.
+    What it yields is to be called now and then (`limited_memory`). UsageError where there is no such limit.
     """
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(

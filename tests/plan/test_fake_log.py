@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from itertools import accumulate
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from talik.plan.fake_log import fake_world
 from talik.recipe import Recipe
 from talik.train import optim as optim_module
 from talik.train import update as update_module
+from talik.train.accumulate import accumulate_
 from talik.train.optim import OPTIMIZERS, optimizer_of, round_stochastically_
 from talik.train.scratch import MemoryScratch
 from talik.train.update import prepare, update
@@ -25,6 +26,10 @@ COUNT = 50_000
 def accumulates_unlike_dtypes() -> None:
     gradient = torch.zeros(COUNT)
     gradient.add_(torch.ones(COUNT, dtype=torch.bfloat16))
+
+
+def accumulates_in_slices() -> None:
+    accumulate_(torch.zeros(3 * COUNT), torch.ones(3 * COUNT, dtype=torch.bfloat16))
 
 
 def multiplies_unlike_dtypes() -> Tensor:
@@ -57,7 +62,7 @@ def simulated(work: Callable[[], object], device: str) -> int:
     with fake_world(nn.Module(), device) as log:
         work()
     sizes = (log.births[event].bytes if event >= 0 else -log.births[~event].bytes for event in log.events)
-    return max(accumulate(sizes))
+    return max(itertools.accumulate(sizes))
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -65,13 +70,14 @@ def allocated(work: Callable[[], object]) -> int:
         work()
     events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # pyright: ignore[reportOptionalMemberAccess]
     sizes = (event.nbytes() for event in events if event.name() == "[memory]")  # pyright: ignore[reportAttributeAccessIssue]
-    return max(accumulate(sizes))
+    return max(itertools.accumulate(sizes))
 
 
 @pytest.mark.parametrize(
     "work",
     [
         accumulates_unlike_dtypes,
+        accumulates_in_slices,
         multiplies_unlike_dtypes,
         rounds_at_random,
         *(updates_by(optimizer) for optimizer in OPTIMIZERS),

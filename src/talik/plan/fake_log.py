@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from talik.plan.storage_log import StorageLog
+from talik.train.accumulate import converted
 
 Routing = Literal["even", "same"]
 SMALL = 4096  # elements up to which a float computed from integers alone stays real
@@ -62,6 +63,9 @@ class FakeLog(StorageLog):
 
     def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """Operands of unlike dtypes, which a CPU first converts to one (TensorIterator's compute_types)."""
+        if self._device == "cpu" and func is torch.ops.talik.accumulate_.default:
+            made = converted(*args)
+            return [] if made is None else [made]
         if self._device != "cpu" or torch.Tag.pointwise not in func.tags:
             return []
         floats = [t for t in args if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]

@@ -21,6 +21,7 @@ from talik.train.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
 LEAST_CHUNK = 128  # trained positions
+LARGE_HEAD = 256 << 20  # bytes of its weights from which reading them for each chunk is what takes the time
 THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
 STREAMED = {"top": "streamed", "recompute": True}
 ON_DISK = {"state": "disk", "inputs": "disk"}
@@ -85,10 +86,8 @@ def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
 
 def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: Notify = silent) -> Plan:
     """The fastest way, whatever the top takes; `memory` in bytes decides what the trunk may hold at once."""
-    text, layers = chain.model.config.get_text_config(decoder=True), len(chain.layers)
+    layers = len(chain.layers)
     wanted, parts = wanted_cut(recipe, chain), recipe.thawed(layers).parts
-    # Every chunk makes a gradient as large as a trained head; without one small chunks stay in the caches.
-    head = bool(parts & {"head", "embeddings"}) and recipe.lora is None
     cut, reason = chain.lowest_cut(wanted)
     if reason:
         notify(Said("cut", f"moved from layer {wanted} to {cut}: {reason}"))
@@ -108,11 +107,19 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
         hidden_bytes=max(64 << 20, min(1 << 30, memory // 16)),
         micro_batch_tokens=2048,
         recompute=False,
-        loss_chunk=min(
-            max(LEAST_CHUNK, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size))) if head else LEAST_CHUNK,
-            getattr(text, "max_position_embeddings", None) or 1024,  # the tail looks positions up, too
-        ),
+        loss_chunk=_loss_chunk(recipe, chain, bool(parts & {"head", "embeddings"})),
     )
+
+
+def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
+    """Trained positions at once: few stay in the caches, but read a large head often; every chunk makes a
+    gradient as large as a trained head."""
+    text = chain.model.config.get_text_config(decoder=True)
+    weights = text.vocab_size * text.hidden_size * working_dtype(recipe).itemsize
+    chunk = 2 * LEAST_CHUNK if weights >= LARGE_HEAD else LEAST_CHUNK
+    if head and recipe.lora is None:
+        chunk = max(LEAST_CHUNK, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
+    return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks positions up
 
 
 def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talik.model.chain import Chain
-from talik.train.optim import accumulate_
+from talik.train.accumulate import accumulate_
 
 
 def trained_rows(

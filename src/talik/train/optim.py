@@ -224,12 +224,6 @@ def optimizer_of(name: str, shape: torch.Size, recipe: Recipe) -> Optimizer:
     return OPTIMIZERS[recipe.optimizer](shape, hidden, recipe)
 
 
-def accumulate_(whole: Float[Tensor, ...], part: Float[Tensor, ...]) -> None:
-    """Adds a gradient to its fp32 sum in slices: torch makes an fp32 copy of what it adds from bf16."""
-    for own, more in zip(whole.view(-1).split(SLICE), part.reshape(-1).split(SLICE), strict=True):
-        own.add_(more)
-
-
 def round_stochastically_(
     target: Float[Tensor, " n"], exact: Float[Tensor, " n"], generator: torch.Generator | None = None
 ) -> None:

@@ -1,0 +1,84 @@
+"""Whether memory grows with depth: every weight of models of 4 to 32 layers trained, a few of them in memory.
+
+    python3 dev.py bench depth
+
+Each depth in a process of its own, two steps of 2,048 tokens, layers' inputs and optimizer state on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from common import record
+from made import made_examples, qwen_folder
+from seven_billion import steps
+
+from talik.machine import this_machine
+from talik.plan.promise import Promise
+from talik.plan.simulate import subject_of
+from talik.plan.solve import Search
+from talik.plan.target import target_of
+from talik.plan.ways import ON_DISK, STREAMED
+from talik.recipe import Recipe
+from talik.system import settle_allocators
+
+DEPTHS = (4, 8, 16, 32)
+LENGTHS = (512,) * 4
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "vocab_size": 32768,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+
+
+def child(folder: Path, place: Path) -> dict[str, Any]:
+    """The promise of the way that takes least, and what it takes."""
+    settle_allocators()
+    fields = {"thaw": "all", "precision": "bf16-sr", "optimizer": "adafactor", "clip": "last"}
+    recipe = Recipe.model_validate(
+        {"model": str(folder), "data": "-", "batch_tokens": sum(LENGTHS), "cache": str(place), **fields}
+    )
+    examples = made_examples(LENGTHS, SIZES["vocab_size"])
+    target = target_of(this_machine("cpu", measure=False))
+    search = Search(subject_of(recipe, folder), examples, [], target)
+    way = {**STREAMED, **ON_DISK, "micro_batch_tokens": 1024}
+    tried = search.try_plan(search.first().model_copy(update=way))
+    promised = {peak.phase: peak.bytes for peak in tried.phases}
+    plan = tried.plan.model_copy(update={"promised": promised})
+    search.forget()
+    with Promise(plan) as promise:
+        steps(recipe, plan, folder, examples, place, promise, count=2)
+    peak = max(sizes["measured"] for sizes in promise.table().values())
+    return {"promise": tried.peak.bytes, "peak": peak, "phases": promise.table()}
+
+
+def main() -> None:
+    rows = []
+    for layers in DEPTHS:
+        with tempfile.TemporaryDirectory() as place:
+            folder = qwen_folder(Path(place) / "model", layers, **SIZES)
+            work = Path(place) / "work"
+            work.mkdir()
+            command = [sys.executable, __file__, "--child", str(folder), str(work)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            weights = (folder / "model.safetensors").stat().st_size
+        rows.append({"layers": layers, "weights": weights, **json.loads(done.stdout.splitlines()[-1])})
+        print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), file=sys.stderr)
+    peaks = [row["peak"] for row in rows]
+    record("depth", {"largest over smallest peak": max(peaks) / min(peaks), "rows": rows})
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(Path(sys.argv[2]), Path(sys.argv[3]))))
+    else:
+        main()
