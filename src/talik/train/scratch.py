@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from talik.files import need_room
+from talik.model.checkpoint import tensor_bytes
 from talik.system import reserve
 
 
@@ -83,7 +84,9 @@ class FileScratch(MemoryScratch):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if self._in_file(name):
-            tensor = self._place(name, tensor.shape, tensor.dtype).copy_(tensor)
+            place = self._place(name, tensor.shape, tensor.dtype)
+            self._write(self._folder / name, tensor)
+            tensor = place
         elif any(tensor is own for other, own in self._tensors.items() if self._in_file(other)):
             tensor = tensor.clone()  # what is in memory is used, and would be written out again and again
         super().__setitem__(name, tensor)
@@ -106,6 +109,11 @@ class FileScratch(MemoryScratch):
         if name not in self._mapped or self._mapped[name].nbytes < size:
             self._mapped[name] = self._make(self._folder / name, size)
         return self._mapped[name][:size].view(dtype).view(shape)
+
+    def _write(self, path: Path, tensor: Tensor) -> None:
+        """Through the file: page after page of what is mapped would take several times as long."""
+        with path.open("r+b") as file:
+            file.write(tensor_bytes(tensor))
 
     def _make(self, path: Path, size: int) -> Tensor:
         path.parent.mkdir(parents=True, exist_ok=True)
