@@ -2,7 +2,7 @@
 
     python3 dev.py bench depth
 
-Each depth in a process of its own, two steps of 2,048 tokens, layers' inputs and optimizer state on disk.
+Each depth in a process of its own, a step of 2,048 tokens, layers' inputs and optimizer state on disk.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from talik.system import settle_allocators
 DEPTHS = (4, 8, 16, 32)
 LENGTHS = (512,) * 4
 SIZES = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
     "vocab_size": 32768,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -55,7 +55,7 @@ def child(folder: Path, place: Path) -> dict[str, Any]:
     plan = tried.plan.model_copy(update={"promised": promised})
     search.forget()
     with Promise(plan) as promise:
-        steps(recipe, plan, folder, examples, place, promise, count=2)
+        steps(recipe, plan, folder, examples, place, promise)
     peak = max(sizes["measured"] for sizes in promise.table().values())
     return {"promise": tried.peak.bytes, "peak": peak, "phases": promise.table()}
 

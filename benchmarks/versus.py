@@ -42,7 +42,6 @@ TRL = "trl==1.16.0"
 BATCH = 8  # examples of a step
 LEAST, MOST = 60, 400  # tokens of a conversation, about
 SETTINGS = {"top_layers": 5, "learning_rate": 2e-4, "batch_size": BATCH}
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # what is freed is given back
 
 
 def talks_by_topic() -> dict[str, list[list[str]]]:
@@ -126,7 +125,7 @@ def run_one(name: str, python: str, base: dict[str, Any], held_out: Path) -> dic
         shutil.copy(home_folder() / "machine.json", home)  # measured once for a machine, not for a run
         job = {**base, "folder": place, "out": str(folder / "out"), "result": str(folder / "result.json")}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        environment = {**os.environ, **ALLOCATOR, "TALIK_HOME": str(home), "PYTHONPATH": str(ROOT / "src")}
+        environment = {**os.environ, "TALIK_HOME": str(home), "PYTHONPATH": str(ROOT / "src")}
         command = [python, str(Path(__file__).with_name("contestants.py")), name, str(folder / "job.json")]
         start = time.perf_counter()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

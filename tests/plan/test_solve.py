@@ -92,6 +92,10 @@ def test_a_smaller_way_is_found_where_the_first_does_not_fit(
     refused = smaller.refused[0]
     assert refused.simulated and refused.peak_bytes == roomy.peak.bytes
     assert refused.change == f"--memory {-(-(roomy.peak.bytes + LEAST_SLACK + 1) // 2**20)}MiB"
+    streamed = replace(roomy, plan=roomy.plan.model_copy(update={"top": "streamed", "state": "disk"}))
+    assert "chosen: trunk resident, micro-batches of 2,048 tokens, trained layers streamed" in plan_text(
+        streamed
+    )
     assert "chosen: " in plan_text(smaller) and "refused: micro-batches of 2,048" in plan_text(smaller)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,8 +21,9 @@ import talik
 from conftest import plain_loss
 from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
-from talik.errors import Interrupted, NonFiniteError, RunError
+from talik.errors import Interrupted, NonFiniteError, RunError, TalikError
 from talik.files import read_json
+from talik.model.working_copy import WorkingCopy
 from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.run import Result
@@ -40,9 +42,13 @@ def recipe_for(model_folder: Path, rows: Path, **changes: Any) -> Recipe:
     return Recipe.model_validate({**fields, "thaw": "top.2,norm", "learning_rate": 3e-3, **changes})
 
 
-def train(recipe: Recipe, run: Path, **options: Any) -> Result:
+STREAMED = {"top": "streamed", "recompute": True, "state": "disk", "inputs": "disk"}
+
+
+def train(recipe: Recipe, run: Path, way: dict[str, Any] | None = None, **options: Any) -> Result:
     """By a plan of rules: simulating each of these runs would take longer than running it."""
-    return talik.train(recipe, run, plan=choose(recipe, Path(recipe.model)), **options)
+    plan = choose(recipe, Path(recipe.model)).model_copy(update=way or {})
+    return talik.train(recipe, run, plan=plan, **options)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -82,12 +88,42 @@ def plain_losses(recipe: Recipe, steps: int) -> list[float]:
     return losses
 
 
-def test_twenty_steps_equal_a_plain_loop(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [{}, STREAMED], ids=["resident", "streamed"])
+def test_twenty_steps_equal_a_plain_loop(
+    model_folder: Path, rows: Path, tmp_path: Path, way: dict[str, Any]
+) -> None:
     recipe = recipe_for(model_folder, rows, steps=20)
-    train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", way)
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
     assert losses == pytest.approx(plain_losses(recipe, 20), abs=1e-5)
+
+
+def test_a_disk_that_fills_up_within_a_streamed_step(
+    model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stops; the last good step is whole, and with room it goes on as if nothing was."""
+    recipe = recipe_for(model_folder, rows, steps=6, save_every=2)
+    whole = train(recipe, tmp_path / "whole", STREAMED)
+    write, left = (
+        WorkingCopy.write,
+        [whole.steps // 2 * 24],
+    )  # tensors of two layers and the norm, three steps
+
+    def full(copy: WorkingCopy, name: str, tensor: torch.Tensor) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(copy, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkingCopy, "write", full)
+        with pytest.raises((OSError, TalikError), match=r"No space|full"):
+            train(recipe, tmp_path / "run", STREAMED)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    talik.resume(tmp_path / "run")
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert losses[0][-4:] == losses[1][-4:]
 
 
 def test_layers_between_frozen_ones(model_folder: Path, rows: Path, tmp_path: Path) -> None:

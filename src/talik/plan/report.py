@@ -67,8 +67,8 @@ def _costs(planned: Planned) -> Iterator[str]:
 
 def _ways(planned: Planned) -> Iterator[str]:
     plan = planned.plan
-    way = {"recompute": plan.recompute, "micro_batch_tokens": plan.micro_batch_tokens}
-    chosen = ways.in_words({**way, "loss_chunk": plan.loss_chunk})
+    what = {"micro_batch_tokens", "recompute", "top", "state", "loss_chunk"}
+    chosen = ways.in_words(plan.model_dump(include=what))
     yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {chosen}"
     for refusal in planned.refused:
         helps = f"; would fit with {refusal.change}" if refusal.change else ""

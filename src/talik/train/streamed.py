@@ -7,7 +7,7 @@ layers and micro-batches is that of a resident top, and so is every sum: the num
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,10 +50,11 @@ class Pass:
             self.store.release("embeddings")
 
     @torch.no_grad()
-    def forward(self) -> None:
-        """Through all layers from the cut on, one group of them at a time."""
+    def forward(self, begin: Callable[[str], None] = lambda phase: None) -> None:
+        """Through all layers from the cut on, one group of them at a time, each of which is told."""
         groups = self.top.groups()
         for number, group in enumerate(groups):
+            begin("forward")
             self.load(group)
             if number + 1 < len(groups):
                 self.store.read_ahead(f"layer {groups[number + 1][0]}")
@@ -96,12 +97,10 @@ def forward_backward_streamed(
     run = Pass(top, batches, world.store, world.scratch)
     world.monitor.phase("forward")
     run.embed()
-    run.forward()
-    world.monitor.phase("loss")
+    run.forward(world.monitor.phase)
     total = _tail(run, world, plan, count, updates)
     groups = top.groups()
     for number in reversed(range(len(groups))):
-        world.monitor.phase("backward")
         _backward(run, groups, number, world, updates)
     if top.embeddings:
         world.monitor.phase("backward")
@@ -112,11 +111,13 @@ def forward_backward_streamed(
 def _tail(run: Pass, world: World, plan: Plan, count: int, updates: Updates) -> Float[Tensor, ""]:
     """The losses; what flows are the gradients at the last layer's results from here on."""
     top, scratch = run.top, world.scratch
+    world.monitor.phase("loss")
     world.store.get("tail")
     trained = dict(top.of("tail"))
     make_gradients(trained.items(), scratch)
     total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
     for index, batch in enumerate(run.batches):
+        world.monitor.phase("loss")  # each time: what is free between is given back (Promise.phase)
         hidden = run.flowing[index]
         rows = hidden.flatten(0, 1)[batch.rows]
         sums = {parameter: scratch[f"gradient/{name}"] for name, parameter in trained.items()}
@@ -135,6 +136,7 @@ def _tail(run: Pass, world: World, plan: Plan, count: int, updates: Updates) -> 
 def _backward(run: Pass, groups: Sequence[range], number: int, world: World, updates: Updates) -> None:
     """One group's backward over all micro-batches, while the group below it is read."""
     group, scratch = groups[number], world.scratch
+    world.monitor.phase("backward")
     run.load(group)
     if number:
         world.store.read_ahead(f"layer {groups[number - 1][-1]}")
@@ -143,6 +145,7 @@ def _backward(run: Pass, groups: Sequence[range], number: int, world: World, upd
     make_gradients(trained, scratch)
     with accumulated(trained, scratch):
         for index in range(len(run.batches)):
+            world.monitor.phase("backward")
             _set_random_state(run.top.chain.device, run.random.pop((group[0], index)))
             hidden = scratch[f"input/{group[0]}/{index}"].detach().requires_grad_(below)
             scratch.drop(f"input/{group[0]}/{index}")
