@@ -7,6 +7,7 @@ read once per shard. Examples of equal length go through together, unpadded, in 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,7 +68,9 @@ def trunk_pass(
 ) -> None:
     """Runs groups, each with the examples it indexes, through the layers below the cut into the cache.
 
-    A shard is finished before the next begins, so that a pass that was stopped goes on behind it.
+    A shard is finished before the next begins, so that a pass that was stopped goes on behind it. A streamed
+    layer is read once for all groups of a shard. Where layers stay in memory, a group goes through all of them
+    at once: oneDNN's programs for its shapes are made once.
     """
     waiting, cut = deque(work), plan.cut
     total, done = sum(group.tokens for group, _ in waiting), 0
@@ -75,9 +78,11 @@ def trunk_pass(
         flows = _embed(chain, cut, waiting, store, plan.hidden_bytes)
         tokens = sum(flow.group.tokens for flow in flows)
         with cache.new_shard([flow.group for flow in flows]) as writer:  # room is checked before the work
-            for layer in range(cut):
-                _run_layer(chain, layer, cut, flows, store)
-                notify(Progress("trunk", done + tokens * (layer + 1) // cut, total))
+            at_once = [[flow] for flow in flows] if plan.trunk == "resident" else [flows]
+            for number, layer in itertools.product(range(len(at_once)), range(cut)):
+                _run_layer(chain, layer, cut, at_once[number], store)
+                share = (number * cut + layer + 1) / (len(at_once) * cut)
+                notify(Progress("trunk", done + int(tokens * share), total))
             if waiting and cut:
                 store.read_ahead("layer 0")
             for flow in flows:
