@@ -69,7 +69,7 @@ def trunk_pass(
     """Runs groups, each with the examples it indexes, through the layers below the cut into the cache.
 
     A shard is finished before the next begins, so that a pass that was stopped goes on behind it. A streamed
-    layer is read once for all groups of a shard. Where layers stay in memory, a group goes through all of them
+    layer is read once for all groups of a shard. Where layers stay in memory a group goes through all of them
     at once: oneDNN's programs for its shapes are made once.
     """
     waiting, cut = deque(work), plan.cut
