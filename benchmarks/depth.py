@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 from common import record
 from made import made_examples, qwen_folder
-from seven_billion import steps
+from seven_billion import one_step
 
 from talik.machine import this_machine
 from talik.plan.promise import Promise
@@ -55,9 +55,10 @@ def child(folder: Path, place: Path) -> dict[str, Any]:
     plan = tried.plan.model_copy(update={"promised": promised})
     search.forget()
     with Promise(plan) as promise:
-        steps(recipe, plan, folder, examples, place, promise)
-    peak = max(sizes["measured"] for sizes in promise.table().values())
-    return {"promise": tried.peak.bytes, "peak": peak, "phases": promise.table()}
+        one_step(recipe, plan, folder, examples, place, promise)
+    phases = promise.table()
+    peak = max(sizes["measured"] for sizes in phases.values())
+    return {"promise": tried.peak.bytes, "peak": peak, "phases": phases}
 
 
 def main() -> None:

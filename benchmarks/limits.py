@@ -73,10 +73,11 @@ def prepare(folder: Path, draw: random.Random) -> tuple[Recipe, str]:
         "held_out": draw.choice((0.0, 0.2)),
         "steps": 2,
         "max_length": 2048,
-        "cache": str(folder / "cache"),
     }
     fields["thaw"] += fields.pop("head")
-    recipe = Recipe.model_validate({"model": str(folder), "data": str(folder / "rows.jsonl"), **fields})
+    recipe = Recipe.model_validate(
+        {"model": str(folder), "data": str(folder / "rows.jsonl"), "cache": str(folder / "cache"), **fields}
+    )
     return recipe, f"{family} {hidden} x {sizes['vocab_size']}, {fields}"
 
 
@@ -89,10 +90,10 @@ def pair(seed: int, folder: Path) -> dict[str, Any]:
     examples, evaluated = (data.examples if data else [] for data in sets)
     machine = this_machine("cpu", measure=False)
     free = plan_run(recipe, folder, examples, evaluated, target=target_of(machine))
-    near = draw.choice(
+    anchor = draw.choice(
         (free.peak.bytes, Thrift(folder, (examples, evaluated), target_of(machine)).peak(recipe))
     )
-    limit = int(draw.uniform(0.6, 1.4) * near) + slack_of(near)
+    limit = int(draw.uniform(0.6, 1.4) * anchor) + slack_of(anchor)
     planned = plan_run(recipe, folder, examples, evaluated, target=target_of(machine, memory=limit))
     promise = planned.peak.bytes
     row = {"seed": seed, "run": what, "limit": limit, "promise": promise, "accepted": planned.fits}

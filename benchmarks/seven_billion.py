@@ -88,7 +88,7 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     if planned.fits:
         within = contextlib.nullcontext() if limited else hard_limit(torch.device("cpu"), limit)
         with Promise(planned.plan) as promise, within:
-            row |= steps(recipe, planned.plan, folder, examples, place, promise)
+            row |= one_step(recipe, planned.plan, folder, examples, place, promise)
         row["phases"] = promise.table()
         row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())
         work = work_of(examples, [], planned.plan, recipe, subject_of(recipe, folder).chain)
@@ -98,16 +98,13 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     return row
 
 
-def steps(
-    recipe: Recipe,
-    plan: Plan,
-    folder: Path,
-    examples: list[Example],
-    place: Path,
-    promise: Promise,
-    count: int = 1,  # the first is no slower: nothing is compiled, and weights are read anew in each
+def one_step(
+    recipe: Recipe, plan: Plan, folder: Path, examples: list[Example], place: Path, promise: Promise
 ) -> dict[str, Any]:
-    """Loads, runs the trunk and some steps; what the last of them took."""
+    """Loads, runs the trunk and a step; what the step took.
+
+    A later one is no faster: nothing is compiled, and weights are read anew in each.
+    """
     loaded = load(recipe, plan, folder)
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
@@ -117,22 +114,15 @@ def steps(
         top = loaded.top()
         with loaded.working(top, place / "work") as scratch:
             prepare_top(top, recipe, loaded.store, scratch)
-            for step in range(1, count + 1):
-                before = (traffic.bytes, traffic.waited, traffic.written, traffic.writing)
-                clock = Clock(promise)
-                world = World(loaded.store, scratch, clock)
-                run_step(top, examples, range(len(examples)), states, world, recipe, plan, step, 1e-5)
-                clock.phase("end")
-                row[f"loss_{step}"] = clock.read("loss")
-                print(way_line(step, clock), file=sys.stderr)
-            names = ("read", "waited", "written", "writing")
-            row |= dict(
-                zip(
-                    names,
-                    (now - then for now, then in zip(vars_of(traffic), before, strict=True)),
-                    strict=True,
-                )
-            )
+            before = vars_of(traffic)
+            clock = Clock(promise)
+            world = World(loaded.store, scratch, clock)
+            run_step(top, examples, range(len(examples)), states, world, recipe, plan, 1, 1e-5)
+            clock.phase("end")
+            row["loss"] = clock.read("loss")
+            print(way_line(clock), file=sys.stderr)
+            spent = (now - then for now, then in zip(vars_of(traffic), before, strict=True))
+            row |= dict(zip(("read", "waited", "written", "writing"), spent, strict=True))
             row["seconds"] = dict(clock.seconds)
     return row
 
@@ -141,8 +131,8 @@ def vars_of(traffic: Any) -> tuple[float, ...]:
     return traffic.bytes, traffic.waited, traffic.written, traffic.writing
 
 
-def way_line(step: int, clock: Clock) -> str:
-    return f"step {step}: " + ", ".join(f"{name} {spent:.1f} s" for name, spent in clock.seconds.items())
+def way_line(clock: Clock) -> str:
+    return ", ".join(f"{name} {spent:.1f} s" for name, spent in clock.seconds.items())
 
 
 @contextlib.contextmanager

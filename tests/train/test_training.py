@@ -105,10 +105,8 @@ def test_a_disk_that_fills_up_within_a_streamed_step(
     """The run stops; the last good step is whole, and with room it goes on as if nothing was."""
     recipe = recipe_for(model_folder, rows, steps=6, save_every=2)
     whole = train(recipe, tmp_path / "whole", STREAMED)
-    write, left = (
-        WorkingCopy.write,
-        [whole.steps // 2 * 24],
-    )  # tensors of two layers and the norm, three steps
+    write = WorkingCopy.write
+    left = [whole.steps // 2 * 24]  # about the tensors of two layers and the norm, in three steps
 
     def full(copy: WorkingCopy, name: str, tensor: torch.Tensor) -> None:
         left[0] -= 1
@@ -253,9 +251,6 @@ def assert_same_run(one: Path, other: Path) -> None:
         for run in (one, other)
     ]
     assert timeless[0] == timeless[1]
-
-
-STREAMED = {"top": "streamed", "recompute": True, "state": "disk", "inputs": "disk"}
 
 
 @pytest.mark.parametrize(("way", "clip"), [({}, 1.0), (STREAMED, 1.0), (STREAMED, "last")])

@@ -63,10 +63,12 @@ class FakeLog(StorageLog):
 
     def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """Operands of unlike dtypes, which a CPU first converts to one (TensorIterator's compute_types)."""
-        if self._device == "cpu" and func is torch.ops.talik.accumulate_.default:
+        if self._device != "cpu":
+            return []
+        if func is torch.ops.talik.accumulate_.default:
             made = converted(*args)
             return [] if made is None else [made]
-        if self._device != "cpu" or torch.Tag.pointwise not in func.tags:
+        if torch.Tag.pointwise not in func.tags:
             return []
         floats = [t for t in args if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
         if len({tensor.dtype for tensor in floats}) < 2:

@@ -16,9 +16,8 @@ LEAST_SLACK = 64 << 20  # bytes
 # What Python with torch and Transformers takes of the RAM on another computer, in bytes: measured on Linux
 # without CUDA; with CUDA's libraries a guess.
 PROGRAM = {"cpu": 300 << 20, "cuda": 2 << 30}
-LIBRARIES = (
-    20 << 20
-)  # bytes that they take beside that when a run uses them: products' code, threads; measured
+# Bytes that they take beside that when a run uses them: products' code, threads; measured.
+LIBRARIES = 20 << 20
 
 
 def slack_of(promise: int) -> int:

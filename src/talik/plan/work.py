@@ -17,9 +17,8 @@ from talik.train.cache import groups_of
 from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
-BATCHES = (
-    2  # largest micro-batches of a step that are simulated: the others differ by nothing but being smaller
-)
+# Micro-batches of a step that are simulated, the largest: the others differ by nothing but being smaller.
+BATCHES = 2
 
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
