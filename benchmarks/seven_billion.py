@@ -86,8 +86,9 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"way": way, "limit": limit, "planning": time.perf_counter() - start}
     row |= {"promise": planned.peak.bytes, "plan": planned.plan.model_dump(), "fits": planned.fits}
     if planned.fits:
-        within = contextlib.nullcontext() if limited else hard_limit(torch.device("cpu"), limit)
-        with Promise(planned.plan) as promise, within:
+        free = contextlib.nullcontext(lambda: None)
+        within = free if limited else hard_limit(torch.device("cpu"), limit)
+        with Promise(planned.plan) as promise, within as promise.between:
             row |= one_step(recipe, planned.plan, folder, examples, place, promise)
         row["phases"] = promise.table()
         row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())

@@ -8,6 +8,7 @@ Names are imported when they are first used, so that `import talik` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from talik.train.loss import chunked_loss as chunked_loss
 
 __version__ = "0.1.0"
+
+# Of the programs that oneDNN makes to multiply bf16 matrices, 0.3 MiB for every shape, torch and oneDNN keep
+# 1,024 each: memory grew with the number of lengths. Both read how many at the first product, never again.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own; a layer needs fewer
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 _HOMES = {
     "Chain": "model.chain",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from talik import __version__
 from talik.errors import NoRoomError, TalikError, UsageError
+from talik.system import settle_allocators
 
 HELP = """usage: talik COMMAND ...
 
@@ -64,6 +65,7 @@ def _guarded(command: str, argv: list[str]) -> int:
     """Turns what a command raises on purpose into a message and an exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    settle_allocators()
     module = importlib.import_module(f"talik.{COMMANDS[command]}")
     try:
         getattr(module, f"{command}_command")(argv)

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,25 +189,26 @@ def machine_text(machine: Machine) -> str:
     return "\n".join(f"{name:<17} {text}" for name, text in rows)
 
 
-@contextlib.contextmanager
-def hard_limit(device: torch.device, most: int) -> Iterator[Callable[[], None]]:
+def hard_limit(device: torch.device, most: int) -> AbstractContextManager[Callable[[], None]]:
     """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
 
-    What it yields is to be called now and then (`limited_memory`). UsageError where there is no such limit.
+    What it yields is to be called first, and now and then (`limited_memory`). UsageError where there is no
+    such limit.
     """
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, most / torch.accelerator.get_memory_info(device)[1])
-        )
-        yield lambda: None
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    elif device.type == "cpu" and sys.platform == "linux":
-        with limited_memory(most) as again:
-            yield again
-    else:
-        raise UsageError(
-            f"--enforce: {sys.platform} sets no limit on {device.type} memory", remedy="Leave it out."
-        )
+        return _limited_share(min(1.0, most / torch.accelerator.get_memory_info(device)[1]))
+    if device.type == "cpu" and sys.platform == "linux":
+        return limited_memory(most)
+    raise UsageError(
+        f"--enforce: {sys.platform} sets no limit on {device.type} memory", remedy="Leave it out."
+    )
+
+
+@contextlib.contextmanager
+def _limited_share(share: float) -> Iterator[Callable[[], None]]:
+    torch.cuda.set_per_process_memory_fraction(share)
+    yield lambda: None
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class PeakMemory:

@@ -66,9 +66,7 @@ def plan_command(argv: list[str]) -> None:
     from talik.plan.picture import picture_kind, write_picture
     from talik.plan.report import plan_text
     from talik.recipe import check
-    from talik.system import settle_allocators
 
-    settle_allocators()
     if parsed["machine"] and parsed["device"] != "auto":
         raise UsageError("--machine describes another computer: leave out --device")
     if parsed["picture"]:

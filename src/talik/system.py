@@ -76,15 +76,12 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def settle_allocators() -> None:
-    """Settles how memory is given out, before much is: what is held shall be what is used.
+    """Settles on Linux how memory is given out, before much is: what is held shall be what is used.
 
-    Of the programs that oneDNN makes to multiply bf16 matrices, one of 0.3 MiB for every shape, it and torch
-    keep as many as a layer needs, not 1,024 each. On Linux CUDA's allocator gets expandable segments; and
-    glibc gives freed blocks of 1 MiB and more back: it would learn from the first that is freed to keep all
-    up to 32 MiB (mallopt(3)). What the user has set in the environment stays.
+    CUDA's allocator gets expandable segments, unless the environment has its own settings; and glibc gives
+    freed blocks of 1 MiB and more back: it would learn from the first that is freed to keep all up to 32 MiB
+    (mallopt(3)).
     """
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     if sys.platform != "linux":
         return
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -111,19 +108,21 @@ def limited_memory(most: int) -> Iterator[Callable[[], None]]:
     """Inside, this process gets no more than `most` bytes of anonymous memory. Linux only: RLIMIT_DATA.
 
     That limit counts what was asked for and never touched, or given back within a heap, too: what is so when
-    this begins, and whenever what it yields is called, comes on top.
+    what it yields is called first, and whenever it is called again, comes on top. MemoryError then if more is
+    held already: with no room at all any line of any library may fail in its own way.
     """
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
 
-    def again() -> None:
-        untouched = psutil.Process().memory_info().data - anonymous_bytes()
+    def limit() -> None:
+        if (held := anonymous_bytes()) > most:
+            raise MemoryError(f"{held:,} bytes are held already, and the limit is {most:,}")
+        untouched = psutil.Process().memory_info().data - held
         resource.setrlimit(resource.RLIMIT_DATA, (most + max(0, untouched), before[1]))
 
-    again()
     try:
-        yield again
+        yield limit
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 

@@ -27,6 +27,7 @@ _OUT = (
     "out of memory",
     "can't start new thread",
     "Cannot alloc",
+    "error return without exception set",  # CPython's, where it had no room for the MemoryError itself
 )
 
 
@@ -134,11 +135,11 @@ class Promise:
 
 
 def _without_memory(error: BaseException | None) -> BaseException | None:
-    """The first of an error and its causes that says that there is no memory."""
+    """The first of an error and those behind it that says that there is no memory."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in str(error) for o in _OUT):
             return error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return None
 
 
