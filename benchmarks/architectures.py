@@ -83,8 +83,8 @@ def plain_gradients(model: Any, trained: list[str]) -> list[torch.Tensor]:
 
 
 def chain_gradients(model: Any, trained: list[str]) -> list[torch.Tensor]:
-    """The trunk row by row, unpadded; the top on the padded batch from a fresh skeleton; gathered rows."""
-    chain, (ids, mask) = Chain(model), batch("right")
+    """The trunk row by row, unpadded; the top on the padded batch, without a mask; gathered rows."""
+    chain, (ids, _) = Chain(model), batch("right")
     cut, depth = first_trained_layer(chain), len(chain.layers)
     hidden = torch.zeros(*ids.shape, chain.width(cut), dtype=chain.handed_on(cut))
     for row, length in enumerate(LENGTHS):
@@ -92,7 +92,7 @@ def chain_gradients(model: Any, trained: list[str]) -> list[torch.Tensor]:
         with torch.inference_mode():
             below = run_layers(chain, range(cut), alone.embedded, alone.calls)
         hidden[row, :length] = below[0].clone()
-    fresh = chain.skeleton(ids, mask, embed=False)
+    fresh = chain.skeleton(ids, embed=False)
     rows, targets = rows_and_targets(ids)
     out = run_layers(chain, range(cut, depth), hidden, fresh.calls).flatten(0, 1)[rows]
     loss = F.cross_entropy(chain.tail(out[None])[0], targets)

@@ -88,9 +88,7 @@ def main(precision: str = "fp32") -> None:
     for group in micro_batches(range(len(examples)), lengths, plan.micro_batch_tokens):
         batch = collate([examples[i] for i in group], 0)
         hidden = torch.randn(*batch["input_ids"].shape, 576).to(dtype)
-        batches.append(
-            MicroBatch(batch["input_ids"], batch["attention_mask"], hidden, *trained_rows(batch["labels"]))
-        )
+        batches.append(MicroBatch(batch["input_ids"], hidden, *trained_rows(batch["labels"])))
     world = World(ResidentStore(), MemoryScratch(torch.device("cpu")), Nobody())
     prepare(top.parameters(), recipe, world.scratch)
     step = best_seconds(lambda: train_step(top, batches, world, recipe, plan, step=1, learning_rate=1e-6))

@@ -112,8 +112,8 @@ def test_a_broken_promise_ends_with_the_diagnosis(
     hungry: list[Any] = []
     phase = Promise.phase
 
-    def eat(self: Promise, name: str) -> None:
-        phase(self, name)
+    def eat(self: Promise, name: str, tokens: int = 0) -> None:
+        phase(self, name, tokens)
         if name == "backward":
             hungry.append(torch.ones(1 << 28))
 
@@ -154,6 +154,29 @@ def test_no_memory_is_known_behind_the_error_that_came_of_it(run: tuple[Result, 
             assert promise.broken_by(error, run[1]) is not None
     assert promise.broken_by(SystemError("error return without exception set"), run[1]) is not None
     assert promise.broken_by(ChainError("cannot be run"), run[1]) is None
+
+
+def test_what_is_free_stays_while_the_next_phase_finds_room(
+    run: tuple[Result, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, trims = [100 << 20], []
+    monkeypatch.setattr("talik.plan.promise.anonymous_bytes", lambda: held[0])
+    monkeypatch.setattr("talik.machine.anonymous_bytes", lambda: held[0])
+    monkeypatch.setattr("talik.plan.promise.trim_heap", lambda: trims.append(held[0] >> 20))
+    plan = Plan.model_validate(read_json(run[1] / "plan.json"))
+    promise = Promise(plan.model_copy(update={"promised": {"forward": 200 << 20}}))
+    for now, name, tokens in (
+        (100, "forward", 100),  # the first of its kind: nothing is known
+        (140, "loss", 100),  # and so is this; 40 MiB were for 100 tokens
+        (140, "forward", 100),  # needs 40 more
+        (140, "forward", 160),  # needs 64, and has 60
+        (140, "forward", 0),  # for no tokens, which is another thing
+        (150, "forward", 125),  # needs just what is there
+    ):
+        held[0] = now << 20
+        promise.phase(name, tokens)
+        trims.append(name)
+    assert trims == [100, "forward", 140, "loss", "forward", 140, "forward", 140, "forward", "forward"]
 
 
 GROWS = """

@@ -221,7 +221,8 @@ class PeakMemory:
     def __init__(self, device: torch.device, seconds: float = 0.02) -> None:
         self.phases: dict[str, int] = {}
         self._device, self._seconds = device, seconds
-        self._now, self._sampled, self._taken, self._stop = "", 0, 0, threading.Event()
+        self._now, self._sampled, self._peak, self._taken = "", 0, 0, 0
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True, name="talik-memory")
 
     def __enter__(self) -> PeakMemory:
@@ -239,18 +240,23 @@ class PeakMemory:
         while not self._stop.wait(self._seconds):
             self._sampled = max(self._sampled, anonymous_bytes())
 
-    def phase(self, name: str) -> None:
-        """A phase begins, and the one before it ends."""
-        peak = self._since()
+    def phase(self, name: str) -> int:
+        """A phase begins, and the one before it ends, whose peak this returns."""
+        self._look()
         if self._now:
-            self.phases[self._now] = max(peak, self.phases.get(self._now, 0))
-        self._now, self._taken = name, max(peak, self._taken)
+            self.phases[self._now] = max(self._peak, self.phases.get(self._now, 0))
+        peak, self._peak, self._now = self._peak, 0, name
+        return peak
 
     def take(self) -> int:
         """The peak since the last call."""
-        self.phase(self._now)
+        self._look()
         taken, self._taken = self._taken, 0
         return taken
+
+    def _look(self) -> None:
+        peak = self._since()
+        self._peak, self._taken = max(peak, self._peak), max(peak, self._taken)
 
     def _since(self) -> int:
         """The peak since this was last asked for."""

@@ -166,7 +166,7 @@ def _example(length: int) -> Example:
 def test_a_simulation_runs_the_kernels_of_its_target(simulated: Any) -> None:
     cpu, ada, turing = (simulated(machine) for machine in (None, ADA, described_machine("T4")))
     assert not _kernels(ada) & _kernels(cpu)
-    assert {FLASH, EFFICIENT} & _kernels(ada) == {EFFICIENT}  # flash attention knows no padding
+    assert {FLASH, EFFICIENT} & _kernels(ada) == {FLASH}  # which knows no mask, and there is none
     assert _kernels(turing) == {"aten::_scaled_dot_product_attention_math"}  # and nothing fused bf16
     scores = 2 * 2 * 4 * 96 * 96  # bytes: batch, heads, queries, keys
     assert abs(_saved(ada) - _saved(cpu)) < scores
@@ -174,7 +174,7 @@ def test_a_simulation_runs_the_kernels_of_its_target(simulated: Any) -> None:
     result = on_cuda(ada, ADA)
     own = [size for key, size in result.demand.events if key >= len(ada.log.births) and size > 0]
     workspace = library_workspace(ADA.compute_capability)
-    assert own == [workspace, workspace, *[efficient_backward_bytes(2, 4, 96, 96, 16, 2, (8, 9))] * 2]
+    assert own == [workspace, workspace, *[flash_backward_bytes(2, 4, 96, 16, 2)] * 2]
     assert [peak.phase for peak in result.phases] == [peak.phase for peak in ada.phases]
     for device, fake in zip(result.phases, ada.phases, strict=True):
         assert device.bytes == sum(device.causes.values()) >= fake.bytes + CONTEXT

@@ -85,7 +85,7 @@ def micro_batch(top: Top, examples: list[Example]) -> MicroBatch:
     for row, example in zip(hidden, examples, strict=True):
         row[: example.length] = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))[0]
     rows, targets = trained_rows(batch["labels"])
-    return MicroBatch(batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
+    return MicroBatch(batch["input_ids"], hidden, rows, targets)
 
 
 def plain_loss(model: Any, examples: list[Example], count: int) -> torch.Tensor:

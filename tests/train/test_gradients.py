@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import freeze_top, make_plan, micro_batch, plain_loss
 from talik.data.labels import Example
+from talik.train import operators
 from talik.train.loop import ScalarMonitor
 from talik.train.loss import chunked_loss
+from talik.train.operators import cross_entropy
 from talik.train.scratch import MemoryScratch
 from talik.train.step import forward_backward, run_top
 from talik.train.store import ResidentStore
@@ -141,3 +144,21 @@ def test_recomputed_layers_give_the_same_gradients(
         loss = forward_backward(top, batches, world, make_plan(top, recompute=recompute), count)
         found.append([loss, *(scratch[f"gradient/{name}"] for name, _ in top.parameters())])
     assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_cross_entropy_in_pieces(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradient of softmax cross-entropy in float64, whatever is worked on at once."""
+    monkeypatch.setattr(operators, "ROWS", rows * 300)
+    torch.manual_seed(0)
+    logits, targets = (8 * torch.randn(40, 300)).to(dtype), torch.randint(300, (40,))
+    exact = logits.double().requires_grad_()
+    wanted = F.cross_entropy(exact, targets, reduction="sum") / 16
+    wanted.backward()
+    gradient = torch.empty_like(logits)
+    loss = cross_entropy(logits, targets, 16, gradient)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert exact.grad is not None
+    assert torch.allclose(gradient.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-8)
+    assert cross_entropy(logits, targets, 16).equal(loss)

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from talik.plan.storage_log import StorageLog
-from talik.train.accumulate import converted
 
 Routing = Literal["even", "same"]
 SMALL = 4096  # elements up to which a float computed from integers alone stays real
@@ -35,9 +34,8 @@ class FakeLog(StorageLog):
     """
 
     def __init__(self, device: str = "cpu", routing: Routing = "even") -> None:
-        super().__init__()
-        self.routed = False
-        self._device, self._routing = device, routing
+        super().__init__(device)
+        self.routed, self._routing = False, routing
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,13 +61,8 @@ class FakeLog(StorageLog):
 
     def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """Operands of unlike dtypes, which a CPU first converts to one (TensorIterator's compute_types)."""
-        if self._device != "cpu":
-            return []
-        if func is torch.ops.talik.accumulate_.default:
-            made = converted(*args)
-            return [] if made is None else [made]
-        if torch.Tag.pointwise not in func.tags:
-            return []
+        if self.device != "cpu" or torch.Tag.pointwise not in func.tags:
+            return super().beside(func, args)
         floats = [t for t in args if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
         if len({tensor.dtype for tensor in floats}) < 2:
             return []

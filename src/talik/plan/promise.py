@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from talik.machine import PeakMemory
 from talik.plan.account import account
 from talik.plan.storage_log import StorageLog
 from talik.recipe import Plan
-from talik.system import trim_heap
+from talik.system import anonymous_bytes, trim_heap
 from talik.train.scratch import Scratch
 from talik.train.top import Top
 
@@ -43,6 +44,9 @@ class Promise:
         self._plan, self._device = plan, torch.device(plan.device)
         self._memory, self._log = PeakMemory(self._device), StorageLog()
         self._allocated: dict[str, int] = {}
+        self._most = max(plan.promised.values(), default=0)
+        self._began, self._tokens = 0, 0  # what was held when this phase began, and how many tokens it is for
+        self._growth: dict[tuple[str, bool], float] = {}  # how much more was held at most, for each token
 
     def __enter__(self) -> Promise:
         self._memory.__enter__()
@@ -52,14 +56,30 @@ class Promise:
     def __exit__(self, *stopped: object) -> None:
         self._memory.__exit__(*stopped)
 
-    def phase(self, name: str) -> None:
-        """A phase begins, with what the one before left free given back."""
-        trim_heap()
+    def phase(self, name: str, tokens: int = 0) -> None:
+        """A phase begins, for so many tokens of a micro-batch, or for no certain one."""
+        grown = (self._memory.phase(name) - self._began) / max(self._tokens, 1)
+        key = self.now, self._tokens > 0
+        self._growth[key] = max(grown, self._growth.get(key, 0.0))
+        self._make_room(name, tokens)
+        self.now, self._tokens = name, tokens
         self.between()
-        self.now = name
-        self._memory.phase(name)
         if self._log.marks[-1][1] != name:
             self._log.phase(name)
+
+    def _make_room(self, name: str, tokens: int) -> None:
+        """Gives back what is free where the coming phase might need more than was promised.
+
+        What stays is used again without being mapped anew, a fifth of a small model's step (docs/log.md). How
+        much a phase comes to need is known from those before it; a first one gets all.
+        """
+        if self._device.type != "cpu":  # there the promise is about the device's memory
+            return
+        self._began = anonymous_bytes()
+        needed = self._growth.get((name, tokens > 0), math.inf) * max(tokens, 1)
+        if self._began + needed > self._most:
+            trim_heap()
+            self._began = anonymous_bytes()
 
     def take(self) -> int:
         """The highest sample since the last call, in bytes."""

@@ -123,7 +123,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     scratch = MarkedScratch(torch.device("cpu"), log, plan.on_disk)
     prepare_top(top, recipe, loaded.store, scratch)
     form = chain.width(plan.cut), chain.handed_on(plan.cut)
-    world = World(loaded.store, scratch, ScalarMonitor(log.phase))
+    world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))
 
     def states_of(of: Sequence[Example]) -> States | None:
         return None if plan.cache == "none" else FakeStates([example.length for example in of], *form)
@@ -153,7 +153,7 @@ def _waiting(
     sizes = [batch.input_ids.numel() for batch in batches]
     dtype = chain.handed_on(plan.cut)
     for batch, size in zip(batches, sizes, strict=True):
-        held.append(chain.skeleton(batch.input_ids, batch.attention_mask, embed=False))
+        held.append(chain.skeleton(batch.input_ids, embed=False))
         held.append(torch.empty(size, chain.width(plan.cut), dtype=dtype))
     groups = top.groups()
     for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from talik.model.chain import Chain
 from talik.plan.flops import flops_of
+from talik.train import operators
 
 CAUSES = (
     "program",
@@ -68,10 +69,12 @@ class StorageLog(TorchDispatchMode):
     `births` are all storages; `events` has, in order, the number of each one born, and its complement (~)
     when it dies; `marks` is where phases begin, as (number of the event, phase). `flops` and `moved` (bytes
     read and written by operators that are no products) are counted by phase, for the time that it takes.
+    `device` is the kind of device whose memory it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.births: list[Storage] = []
         self.events: list[int] = []
         self.marks: list[tuple[int, str]] = [(0, "load")]
@@ -127,8 +130,11 @@ class StorageLog(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """Tensors that an operator makes for itself and drops when it ends."""
-        return []
+        """Tensors as large as what an operator makes for itself and drops when it ends.
+
+        Of Talik's own here, inside which no mode sees; of torch's the real ones are not operators' at all.
+        """
+        return operators.beside(func, args, self.device) if func.namespace == "talik" else []
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
         """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""

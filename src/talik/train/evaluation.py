@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talik.data.labels import Example
 from talik.recipe import Plan
 from talik.train.cache import States
 from talik.train.feed import load_micro_batches
+from talik.train.operators import cross_entropy
 from talik.train.step import run_top
 from talik.train.store import Store
 from talik.train.streamed import forward_streamed
@@ -72,7 +72,7 @@ def _evaluate_batch(top: Top, batch: MicroBatch, hidden: Tensor, chunk: int) -> 
     rows = hidden.flatten(0, 1)[batch.rows]
     loss, right = 0.0, 0
     for part, targets in zip(rows.split(chunk), batch.targets.split(chunk), strict=True):
-        logits = top.chain.tail(part[None])[0].float()
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        logits = top.chain.tail(part[None])[0]
+        loss += cross_entropy(logits, targets).item()
         right += int((logits.argmax(-1) == targets).sum().item())
     return loss, right

@@ -27,7 +27,7 @@ def load_micro_batches(
         batch = collate([chosen[i] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
         hidden = None if states is None else states.read([indices[i] for i in group])
-        tensors = (batch["input_ids"], batch["attention_mask"], hidden, rows, targets)
+        tensors = (batch["input_ids"], hidden, rows, targets)
         yield MicroBatch(*(None if tensor is None else tensor.to(chain.device) for tensor in tensors))  # pyright: ignore[reportArgumentType]
 
 

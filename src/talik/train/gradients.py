@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talik.recipe import Recipe
-from talik.train.accumulate import accumulate_
+from talik.train.operators import accumulate_
 from talik.train.scratch import Scratch
 from talik.train.top import Top, World
 from talik.train.update import gradients_wait, update

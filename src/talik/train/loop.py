@@ -67,9 +67,12 @@ class Saved:
 class ScalarMonitor:
     """Keeps the step's scalars as tensors until the loop reads them."""
 
-    def __init__(self, phase: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, phase: Callable[[str, int], None] = lambda name, tokens: None) -> None:
         self._scalars: dict[str, Tensor] = {}
-        self.phase = phase
+        self._phase = phase
+
+    def phase(self, name: str, tokens: int = 0, /) -> None:
+        self._phase(name, tokens)
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None:
         self._scalars[name] = value
@@ -82,7 +85,7 @@ class ScalarMonitor:
 class Watch(Protocol):
     """Who watches a run's memory, told of phases and steps; `take` is the peak since the last, in bytes."""
 
-    def phase(self, name: str, /) -> None: ...
+    def phase(self, name: str, tokens: int = 0, /) -> None: ...
     def step(self, top: Top, scratch: Scratch, /) -> AbstractContextManager[None]: ...
     def take(self) -> int: ...
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talik.model.chain import Chain
-from talik.train.accumulate import accumulate_
+from talik.train.operators import accumulate_, cross_entropy
 
 
 def trained_rows(
@@ -43,10 +42,13 @@ def loss_backward(
     The gradient of each of `weights` is added to the tensor beside it.
     """
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    of_rows = torch.empty_like(rows)
+    of_rows, of_logits = torch.empty_like(rows), None
     for start in range(0, len(rows), chunk):
         place = slice(start, min(start + chunk, len(rows)))
-        total += _chunk_backward(chain, rows[place], targets[place], of_rows[place], weights, divisor)
+        loss, of_logits = _chunk_backward(
+            chain, rows[place], targets[place], of_rows[place], weights, divisor, of_logits
+        )
+        total += loss
     return total, of_rows
 
 
@@ -57,18 +59,23 @@ def _chunk_backward(
     of_rows: Tensor,
     weights: Mapping[nn.Parameter, Tensor],
     divisor: int,
-) -> Tensor:
-    """One chunk's loss. Apart, so that a gradient as large as the head is gone before the next is made."""
+    of_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One chunk's loss, and the room for the gradient at the logits, which the first and largest chunk makes.
+
+    Apart, so that a gradient as large as the head is gone before the next is made.
+    """
     with torch.enable_grad():
         part = rows.detach().requires_grad_()
-        logits = chain.tail(part[None])[0].float()
-        loss = F.cross_entropy(logits, targets, reduction="sum") / divisor
-        del logits
-        of_part, *of_weights = torch.autograd.grad(loss, (part, *weights))
+        logits = chain.tail(part[None]).squeeze(0)
+    if of_logits is None:
+        of_logits = torch.empty_like(logits, requires_grad=False)
+    loss = cross_entropy(logits.detach(), targets, divisor, of_logits[: len(rows)])
+    of_part, *of_weights = torch.autograd.grad(logits, (part, *weights), of_logits[: len(rows)])
     of_rows.copy_(of_part)
     for whole, gradient in zip(weights.values(), of_weights, strict=True):
         accumulate_(whole, gradient)
-    return loss.detach()
+    return loss, of_logits
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -66,20 +66,20 @@ def forward_backward(
 ) -> Float[Tensor, ""]:
     """The loss over all micro-batches; adds every trained parameter's gradient to the one in scratch."""
     scratch, phase = world.scratch, world.monitor.phase
-    phase("forward")
     make_gradients(top.parameters(), scratch)
     tail = dict(top.of("tail"))
     total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
     with accumulated((pair for block in top.blocks if block != "tail" for pair in top.of(block)), scratch):
         for batch in batches:
-            phase("forward")
+            tokens = batch.input_ids.numel()
+            phase("forward", tokens)
             hidden = run_top(top, batch, recompute=plan.recompute, graph=True)
-            phase("loss")
+            phase("loss", tokens)
             rows = hidden.flatten(0, 1)[batch.rows]
             sums = {parameter: scratch[f"gradient/{name}"] for name, parameter in tail.items()}
             loss, of_rows = loss_backward(top.chain, rows, batch.targets, sums, plan.loss_chunk, count)
             total += loss
-            phase("backward")
+            phase("backward", tokens)
             if rows.requires_grad:
                 rows.backward(of_rows)
             del hidden, rows, of_rows
@@ -96,7 +96,7 @@ def run_top(
     the embeddings, where those are trained.
     """
     chain, own = top.chain, batch.hidden is None
-    skeleton = chain.skeleton(batch.input_ids, batch.attention_mask, embed=own, graph=own and graph)
+    skeleton = chain.skeleton(batch.input_ids, embed=own, graph=own and graph)
     hidden, calls = skeleton.embedded if batch.hidden is None else batch.hidden, skeleton.calls
     if not recompute:
         return run_layers(chain, range(top.cut, len(chain.layers)), hidden, calls)

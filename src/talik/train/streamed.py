@@ -44,7 +44,7 @@ class Pass:
             self.store.get("embeddings")
         for batch in self.batches:
             own = batch.hidden is None
-            self.skeletons.append(self.top.chain.skeleton(batch.input_ids, batch.attention_mask, embed=own))
+            self.skeletons.append(self.top.chain.skeleton(batch.input_ids, embed=own))
             self.flowing.append(self.skeletons[-1].embedded if batch.hidden is None else batch.hidden)
         if self.top.embeddings:
             self.store.release("embeddings")
@@ -168,8 +168,7 @@ def _backward_embeddings(run: Pass, world: World, updates: Updates) -> None:
     make_gradients(trained, world.scratch)
     with accumulated(trained, world.scratch):
         for batch, gradient in zip(run.batches, run.flowing, strict=True):
-            chain = run.top.chain
-            embedded = chain.skeleton(batch.input_ids, batch.attention_mask, graph=True).embedded
+            embedded = run.top.chain.skeleton(batch.input_ids, graph=True).embedded
             embedded.backward(gradient)
             del embedded
     trained.clear()

@@ -16,22 +16,26 @@ from talik.train.store import Store
 
 @runtime_checkable
 class Monitor(Protocol):
-    """Where a step's scalars go; they stay tensors here. `phase` says what begins: "forward", "loss", ..."""
+    """Where a step's scalars go; they stay tensors here.
+
+    `phase` says what begins, "forward", "loss", ..., and for how many tokens, if for those of a micro-batch.
+    """
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
-    def phase(self, name: str, /) -> None: ...
+    def phase(self, name: str, tokens: int = 0, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """A few examples, right-padded: their tokens, what the trunk hands on, and the trained rows.
 
+    There is no mask: the chain is causal (it was checked), so no token sees the padding to its right.
+
     `hidden` is None where there is no trunk, because the embeddings are trained. `rows` are flat positions
     whose next token is trained, `targets` those tokens.
     """
 
     input_ids: Int[Tensor, "batch sequence"]
-    attention_mask: Int[Tensor, "batch sequence"]
     hidden: Float[Tensor, "batch sequence hidden"] | None
     rows: Int[Tensor, " trained"]
     targets: Int[Tensor, " trained"]
