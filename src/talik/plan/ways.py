@@ -19,9 +19,8 @@ from talik.recipe import Plan, Recipe
 from talik.system import free_memory
 from talik.train.loading import working_dtype
 
-LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's fp32 logits
-LEAST_CHUNK = 128  # trained positions
-LARGE_HEAD = 256 << 20  # bytes of its weights from which reading them for each chunk is what takes the time
+LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's bf16 logits and of the gradient at them
+CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more leave the caches
 THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
 STREAMED = {"top": "streamed", "recompute": True}
 ON_DISK = {"state": "disk", "inputs": "disk"}
@@ -112,13 +111,10 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
 
 
 def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
-    """Trained positions at once: few stay in the caches, but read a large head often; every chunk makes a
-    gradient as large as a trained head."""
-    text = chain.model.config.get_text_config(decoder=True)
-    weights = text.vocab_size * text.hidden_size * working_dtype(recipe).itemsize
-    chunk = 2 * LEAST_CHUNK if weights >= LARGE_HEAD else LEAST_CHUNK
+    """Trained positions at once: more where the head is trained, as each chunk makes all of its gradient."""
+    text, chunk = chain.model.config.get_text_config(decoder=True), CHUNK
     if head and recipe.lora is None:
-        chunk = max(LEAST_CHUNK, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
+        chunk = max(chunk, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
     return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks positions up
 
 
