@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +113,24 @@ def pair(seed: int, folder: Path) -> dict[str, Any]:
         return {**row, "asked": True, "holds": not planned.fits, "why": error.problem}
 
 
+def in_a_process(seed: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, __file__, "--pair", str(seed), place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        row = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        row = {"seed": seed, "asked": True, "holds": False, "why": f"rc {done.returncode}: {last}"}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(row), file=sys.stderr)
+    return row
+
+
 def main(count: int, first: int) -> None:
-    rows = []
-    for seed in range(first, first + count):
-        with tempfile.TemporaryDirectory() as place:
-            start = time.perf_counter()
-            command = [sys.executable, __file__, "--pair", str(seed), place]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            try:
-                row = json.loads(done.stdout.splitlines()[-1])
-            except (IndexError, ValueError):
-                last = (done.stderr.strip().splitlines() or [""])[-1]
-                row = {"seed": seed, "asked": True, "holds": False, "why": f"rc {done.returncode}: {last}"}
-        rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
-        print(json.dumps(rows[-1]), file=sys.stderr)
+    with ThreadPoolExecutor(2) as pool:  # memory is asked for here, not time
+        rows = list(pool.map(in_a_process, range(first, first + count)))
     counts = {
         "pairs": count,
         "accepted": sum(row.get("accepted", False) for row in rows),

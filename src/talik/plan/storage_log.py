@@ -7,6 +7,7 @@ the last tensor that views it. What a storage was for is said later, when its fa
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,8 +76,9 @@ class StorageLog(TorchDispatchMode):
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
         self.device = device
+        self._alike: dict[Any, Any] = {}
         self.births: list[Storage] = []
-        self.events: list[int] = []
+        self.events = array("q")
         self.marks: list[tuple[int, str]] = [(0, "load")]
         self.phase_now, self.block = "load", ""
         self.flops: Counter[str] = Counter()
@@ -154,7 +156,9 @@ class StorageLog(TorchDispatchMode):
             self._die(key, number)
         number = self._live[key] = len(self.births)
         cause = "logits and loss" if self.phase_now == "loss" else None
-        made = Storage(size, self.phase_now, self.block, operator, tuple(tensor.shape), cause)
+        # What many have alike is one object: Python keeps the room of a large log that is gone.
+        size, shape = (self._alike.setdefault(value, value) for value in (size, tuple(tensor.shape)))
+        made = Storage(size, self.phase_now, self.block, operator, shape, cause)
         self.births.append(made)
         self.events.append(number)
         weakref.finalize(storage, self._die, key, number).atexit = False
