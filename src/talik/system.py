@@ -79,7 +79,7 @@ def settle_allocators() -> None:
     """Settles on Linux how memory is given out, before much is: what is held shall be what is used.
 
     CUDA's allocator gets expandable segments, unless the environment has its own settings. glibc gives freed
-    blocks of 4 MiB and more back at once; it would learn from the first that is freed to keep all up to 32
+    blocks of 2 MiB and more back at once; it would learn from the first that is freed to keep all up to 32
     MiB (mallopt(3)). Smaller ones stay to be used again, until `trim_heap`.
     """
     if sys.platform != "linux":
@@ -87,7 +87,7 @@ def settle_allocators() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_MMAP_THRESHOLD, 2 << 20)
         mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
