@@ -63,6 +63,17 @@ def updates_by(optimizer: str, rows: int = 200) -> Callable[[], None]:
     return work
 
 
+def test_a_causal_kernel_computes_half() -> None:
+    query = torch.ones(1, 2, 64, 16, requires_grad=True)
+    counts = []
+    for causal in (False, True):
+        with fake_world(nn.Module()) as log:
+            nn.functional.scaled_dot_product_attention(query, query, query, is_causal=causal).sum().backward()
+        counts.append(log.flops.total())
+    assert counts[0] == 7 * 2 * 2 * 64 * 64 * 16  # two products, and five in the backward
+    assert counts == [counts[0], counts[0] // 2]
+
+
 def simulated(work: Callable[[], object], device: str) -> int:
     with fake_world(nn.Module(), device) as log:
         work()

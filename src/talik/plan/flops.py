@@ -12,13 +12,21 @@ from torch.utils.flop_counter import flop_registry
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
     """What one call of an operator computes; None for operators that are no products.
 
-    Attention counts every pair of positions, masked or not, as torch's table does.
+    Attention counts every pair of positions, masked or not, as torch's table does; half of them where the
+    kernel is told that it is causal, and leaves the others out.
     """
-    own = _LEFT_OUT.get(func._schema.name)
-    if own is not None:
-        return own(*args)
-    formula = flop_registry.get(func._overloadpacket)
-    return None if formula is None else formula(*args, **kwargs, out_val=out)
+    if (own := _LEFT_OUT.get(func._schema.name)) is not None:
+        flops = own(*args)
+    elif (formula := flop_registry.get(func._overloadpacket)) is not None:
+        flops = formula(*args, **kwargs, out_val=out)
+    else:
+        return None
+    return flops // 2 if _is_causal(func, args, kwargs) else flops
+
+
+def _is_causal(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    names = [argument.name for argument in func._schema.arguments] if "attention" in func._schema.name else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get("is_causal", False)
 
 
 def _linear(hidden: Tensor, weight: Tensor, *_: Any) -> int:

@@ -48,7 +48,6 @@ def _accumulate_(whole: Tensor, part: Tensor) -> None:
 
 def _cross_entropy(logits: Tensor, targets: Tensor, divisor: int, gradient: Tensor | None) -> Tensor:
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    one = torch.ones_like(targets[:, None], dtype=torch.float32)
     given, chances = torch.empty(_pieces(logits, logits.device.type), device=logits.device)
     rows = len(given)
     for start in range(0, len(logits), rows):
@@ -58,7 +57,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, divisor: int, gradient: Tens
         torch.ops.aten._log_softmax.out(given[: len(part)].copy_(part), -1, False, out=out)
         total -= out.gather(1, at).sum()
         if gradient is not None:
-            out.exp_().scatter_add_(1, at, -one[place])
+            out.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=out.dtype))
             gradient[place].copy_(out.mul_(1 / divisor))
     return total / divisor
 
@@ -68,7 +67,7 @@ def _pieces(logits: Tensor, device: str) -> tuple[int, int, int]:
     rows, vocabulary = logits.shape
     if device == "cpu":
         rows = min(rows, max(torch.get_num_threads(), ROWS // vocabulary))
-    return 2, rows, vocabulary
+    return 2, max(rows, 1), vocabulary
 
 
 def beside(operator: Any, args: tuple[Any, ...], device: str) -> list[Tensor]:
