@@ -66,10 +66,10 @@ class Clock(ScalarMonitor):
         self.seconds: Counter[str] = Counter()
         self._promise, self._now, self._since = promise, "", 0.0
 
-    def _begin(self, name: str, tokens: int) -> None:
+    def _begin(self, name: str, size: int) -> None:
         if self._now:
             self.seconds[self._now] += time.perf_counter() - self._since
-        self._promise.phase(name, tokens)  # as a run does
+        self._promise.phase(name, size)  # as a run does
         self._now, self._since = name, time.perf_counter()
 
 

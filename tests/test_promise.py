@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,8 +113,8 @@ def test_a_broken_promise_ends_with_the_diagnosis(
     hungry: list[Any] = []
     phase = Promise.phase
 
-    def eat(self: Promise, name: str, tokens: int = 0) -> None:
-        phase(self, name, tokens)
+    def eat(self: Promise, name: str, size: int = 0) -> None:
+        phase(self, name, size)
         if name == "backward":
             hungry.append(torch.ones(1 << 28))
 
@@ -136,7 +137,7 @@ def test_a_limit_below_what_the_program_takes_ends_with_the_diagnosis(
 ) -> None:
     plan = Plan.model_validate(read_json(run[1] / "plan.json"))
     little = plan.model_copy(update={"promised": {"load": 32 << 20}})
-    with pytest.raises(DoesNotFitError, match="no memory was left in load"):
+    with pytest.raises(DoesNotFitError, match=r"no memory was left in load: [\d,]+ bytes are held already"):
         talik.train(recipe, tmp_path / "run", plan=little, enforce=True)
     assert read_json(tmp_path / "run" / "broken.json")["memory"]["load"]["promised"] == 32 << 20
 
@@ -152,7 +153,6 @@ def test_no_memory_is_known_behind_the_error_that_came_of_it(run: tuple[Result, 
                 raise lost  # noqa: B904 - as where nobody says what it comes from
         except Exception as error:
             assert promise.broken_by(error, run[1]) is not None
-    assert promise.broken_by(SystemError("error return without exception set"), run[1]) is not None
     assert promise.broken_by(ChainError("cannot be run"), run[1]) is None
 
 
@@ -165,18 +165,24 @@ def test_what_is_free_stays_while_the_next_phase_finds_room(
     monkeypatch.setattr("talik.plan.promise.trim_heap", lambda: trims.append(held[0] >> 20))
     plan = Plan.model_validate(read_json(run[1] / "plan.json"))
     promise = Promise(plan.model_copy(update={"promised": {"forward": 200 << 20}}))
-    for now, name, tokens in (
+    for now, name, size in (
         (100, "forward", 100),  # the first of its kind: nothing is known
         (140, "loss", 100),  # and so is this; 40 MiB were for 100 tokens
         (140, "forward", 100),  # needs 40 more
-        (140, "forward", 160),  # needs 64, and has 60
-        (140, "forward", 0),  # for no tokens, which is another thing
-        (150, "forward", 125),  # needs just what is there
+        (140, "forward", 127),  # needs 51
+        (150, "forward", 127),  # ... and has 50
+        (150, "forward", 90),  # needs 40 again
+        (150, "forward", 128),  # of another kind, as is what has no size
+        (150, "forward", 0),
+        (160, "forward", 0),
+        (180, "forward", 0),  # grew by 20
+        (181, "forward", 0),
     ):
         held[0] = now << 20
-        promise.phase(name, tokens)
+        promise.phase(name, size)
         trims.append(name)
-    assert trims == [100, "forward", 140, "loss", "forward", 140, "forward", 140, "forward", "forward"]
+    first = [100, "forward", 140, "loss", "forward", "forward", 150, "forward", "forward"]
+    assert trims == [*first, 150, "forward", 150, "forward", "forward", "forward", 181, "forward"]
 
 
 GROWS = """
@@ -193,7 +199,12 @@ print(anonymous_bytes() - before)
 """
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bf16 by oneDNN here"
+)
 def test_memory_does_not_grow_with_the_number_of_lengths() -> None:
     """From the first product on, before a run begins: where bf16 has instructions it took 230 MiB more."""
-    shown = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True)
+    own = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # importing talik here has set them
+    env = {name: value for name, value in os.environ.items() if name not in own}
+    shown = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, env=env)
     assert int(shown.stdout) < 16 << 20

@@ -207,8 +207,10 @@ def hard_limit(device: torch.device, most: int) -> AbstractContextManager[Callab
 @contextlib.contextmanager
 def _limited_share(share: float) -> Iterator[Callable[[], None]]:
     torch.cuda.set_per_process_memory_fraction(share)
-    yield lambda: None
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        yield lambda: None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class PeakMemory:

@@ -44,10 +44,14 @@ def anonymous_bytes() -> int:
     Linux: RssAnon + RssShmem. Elsewhere the memory that only this process holds (psutil's `uss`).
     """
     if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        rows = dict(line.split(":", 1) for line in status.splitlines())
-        return sum(int(rows[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+        return _resident("RssAnon") + _resident("RssShmem")
     return psutil.Process().memory_full_info().uss
+
+
+def _resident(kind: str) -> int:
+    """A row of Linux's /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{kind}:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def free_memory() -> int:
@@ -78,9 +82,10 @@ def _limits() -> Iterator[tuple[int, int]]:
 def settle_allocators() -> None:
     """Settles on Linux how memory is given out, before much is: what is held shall be what is used.
 
-    CUDA's allocator gets expandable segments, unless the environment has its own settings. glibc gives freed
-    blocks of 2 MiB and more back at once; it would learn from the first that is freed to keep all up to 32
-    MiB (mallopt(3)). Smaller ones stay to be used again, until `trim_heap`.
+    CUDA's allocator gets expandable segments, unless the environment has its own settings. glibc maps blocks
+    of 2 MiB and more apart where its heap has no room, and gives them back when they are freed; it would
+    learn from the first to keep all up to 32 MiB (mallopt(3)). Others stay to be used again, the last 16 MiB
+    of the heap too, until `trim_heap`.
     """
     if sys.platform != "linux":
         return
@@ -88,7 +93,7 @@ def settle_allocators() -> None:
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 2 << 20)
-        mallopt(_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_TRIM_THRESHOLD, 16 << 20)
 
 
 def give_back_memory() -> None:
@@ -108,18 +113,22 @@ def limited_memory(most: int) -> Iterator[Callable[[], None]]:
     """Inside, this process gets no more than `most` bytes of anonymous memory. Linux only: RLIMIT_DATA.
 
     That limit counts what was asked for and never touched, or given back within a heap, too: what is so when
-    what it yields is called first, and whenever it is called again, comes on top. MemoryError then if more is
-    held already: with no room at all any line of any library may fail in its own way.
+    what it yields is called first, and whenever it is called again, comes on top; pages of files in memory
+    (tmpfs) do not count. MemoryError then if more is held already: with no room at all any line of any
+    library may fail in its own way.
     """
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
+    hard = before[1]
 
     def limit() -> None:
-        if (held := anonymous_bytes()) > most:
+        if (held := _resident("RssAnon")) > most:
             raise MemoryError(f"{held:,} bytes are held already, and the limit is {most:,}")
-        untouched = psutil.Process().memory_info().data - held
-        resource.setrlimit(resource.RLIMIT_DATA, (most + max(0, untouched), before[1]))
+        soft = most + max(0, psutil.Process().memory_info().data - held)
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+        )
 
     try:
         yield limit

@@ -72,6 +72,9 @@ def test_a_causal_kernel_computes_half() -> None:
         counts.append(log.flops.total())
     assert counts[0] == 7 * 2 * 2 * 64 * 64 * 16  # two products, and five in the backward
     assert counts == [counts[0], counts[0] // 2]
+    with fake_world(nn.Module()) as log, torch.inference_mode():
+        nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert log.flops.total() == counts[1] * 2 // 7
 
 
 def simulated(work: Callable[[], object], device: str) -> int:

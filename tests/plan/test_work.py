@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_simulate import SMALL, examples, problem
 
+from talik.data.labels import Span
 from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.work import work_of
 from talik.recipe import Plan, Recipe
@@ -52,3 +54,17 @@ def test_the_steps_of_every_epoch_are_looked_at(subject: Subject, tmp_path: Path
         return max(len(step) * max(made[i].length for i in step) for step in steps)
 
     assert largest(steps=1) < largest(epochs=20) == largest(epochs=1, steps=20 * 12)
+
+
+def test_the_loss_that_takes_most_is_looked_at(subject: Subject, tmp_path: Path) -> None:
+    """Where it is of another micro-batch than the largest one: of these only the first is trained in full."""
+    _, plan, _ = problem(tmp_path, "fp32", loss_chunk=64, micro_batch_tokens=100)
+    recipe = subject.recipe.model_copy(update={"batch_tokens": 100, "epochs": 1})
+    long = [replace(e, spans=(Span(0, 99, False), Span(99, 100, True))) for e in examples(100, 100)]
+    full = replace(examples(60)[0], spans=(Span(0, 1, False), Span(1, 60, True)))
+    work = work_of([full, *long], [], plan, recipe, subject.chain)
+    assert work.steps[2] == [0]
+    one = peaks(subject, plan, replace(work, steps=work.steps[:2]))
+    both = peaks(subject, plan, work)
+    assert both["loss"] > one["loss"] and both["forward"] == one["forward"]
+    assert len(work_of(long, [], plan, recipe, subject.chain).steps) == 2

@@ -48,6 +48,7 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
 
 _LEFT_OUT: dict[str, Callable[..., int]] = {
     "aten::linear": _linear,  # in inference mode it is no other operator's work
+    "aten::scaled_dot_product_attention": _attention,  # nor is this
     "aten::_grouped_mm": _grouped,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,

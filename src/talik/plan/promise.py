@@ -28,7 +28,6 @@ _OUT = (
     "out of memory",
     "can't start new thread",
     "Cannot alloc",
-    "error return without exception set",  # CPython's, where it had no room for the MemoryError itself
 )
 
 
@@ -45,8 +44,8 @@ class Promise:
         self._memory, self._log = PeakMemory(self._device), StorageLog()
         self._allocated: dict[str, int] = {}
         self._most = max(plan.promised.values(), default=0)
-        self._began, self._tokens = 0, 0  # what was held when this phase began, and how many tokens it is for
-        self._growth: dict[tuple[str, bool], float] = {}  # how much more was held at most, for each token
+        self._began, self._size = 0, 0  # what was held when this phase began, and the size of what it is for
+        self._growth: dict[tuple[str, int], tuple[int, int]] = {}  # by how much at most, for what size
 
     def __enter__(self) -> Promise:
         self._memory.__enter__()
@@ -56,27 +55,29 @@ class Promise:
     def __exit__(self, *stopped: object) -> None:
         self._memory.__exit__(*stopped)
 
-    def phase(self, name: str, tokens: int = 0) -> None:
-        """A phase begins, for so many tokens of a micro-batch, or for no certain one."""
-        grown = (self._memory.phase(name) - self._began) / max(self._tokens, 1)
-        key = self.now, self._tokens > 0
-        self._growth[key] = max(grown, self._growth.get(key, 0.0))
-        self._make_room(name, tokens)
-        self.now, self._tokens = name, tokens
+    def phase(self, name: str, size: int = 0) -> None:
+        """A phase begins, for a micro-batch of so many tokens, a block of so many parameters, or neither."""
+        peak, key = self._memory.phase(name), (self.now, self._size.bit_length())
+        if self._began:
+            self._growth[key] = max((peak - self._began, self._size), self._growth.get(key, (0, 0)))
+        self._make_room(name, size)
+        self.now, self._size = name, size
         self.between()
         if self._log.marks[-1][1] != name:
             self._log.phase(name)
 
-    def _make_room(self, name: str, tokens: int) -> None:
+    def _make_room(self, name: str, size: int) -> None:
         """Gives back what is free where the coming phase might need more than was promised.
 
-        What stays is used again without being mapped anew, a fifth of a small model's step (docs/log.md). How
-        much a phase comes to need is known from those before it; a first one gets all.
+        What stays is used again without being mapped anew, a quarter of a small model's step (docs/log.md).
+        How much a phase comes to need is known from those before it, for sizes between the same powers of
+        two; a first one gets all.
         """
         if self._device.type != "cpu":  # there the promise is about the device's memory
             return
         self._began = anonymous_bytes()
-        needed = self._growth.get((name, tokens > 0), math.inf) * max(tokens, 1)
+        grown, of = self._growth.get((name, size.bit_length()), (math.inf, 0))
+        needed = grown * max(1.0, size / max(of, 1))
         if self._began + needed > self._most:
             trim_heap()
             self._began = anonymous_bytes()
@@ -143,7 +144,9 @@ class Promise:
         text = str(cause)
         self._memory.phase(self.now)
         found = _ASKED.search(text)
-        asked = f": {in_words(int(found[1])) if found[1] else found[2]} more were asked for" if found else ""
+        said = f": {text}" if text and isinstance(cause, MemoryError) else ""
+        more = found and (in_words(int(found[1])) if found[1] else found[2])
+        asked = f": {more} more were asked for" if more else said
         promised = self._plan.promised.get(self.now)
         where = f"step {self.steps}, {self.now}" if self.steps else self.now
         had = f"the run had {in_words(self._memory.phases.get(self.now, 0))}"
@@ -159,7 +162,7 @@ def _without_memory(error: BaseException | None) -> BaseException | None:
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in str(error) for o in _OUT):
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

@@ -17,28 +17,32 @@ from talik.train.cache import groups_of
 from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
-# Micro-batches of a step that are simulated, the largest: the others differ by nothing but being smaller.
+# Micro-batches of a step that are simulated, the largest: the others differ by being smaller, and by how many
+# of their tokens are trained.
 BATCHES = 2
 
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
     """Of the work of a plan one step with its largest micro-batch: what it takes is about the same."""
-    step, waiting = _of_step(work.steps[-1], work.examples, plan, chain, most=1)
-    return replace(work, steps=[step], waiting=[*work.waiting, *waiting])
+    batches = _batches(work.steps[1], work.examples, plan, chain)
+    return replace(work, steps=[batches[0]], waiting=[*work.waiting, *_joined(batches[1:])])
 
 
 def work_of(
     examples: Sequence[Example], evaluated: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> Work:
-    """The two groups with the longest examples, and two steps: the longest example's, the largest batch's."""
+    """The two groups with the longest examples, and two or three steps.
+
+    The longest example's, the largest micro-batch's, and that of the one whose loss takes most, if it is in
+    neither.
+    """
     both = [*examples, *evaluated]
     groups = groups_of(both, plan.trunk_batch_tokens)
     tokens, chosen = sum(group.tokens for group in groups), groups[-2:]
     held_out = sorted(range(len(examples), len(both)), key=lambda i: -both[i].length)
     if held_out:
         held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
-    largest = _largest_steps(examples, plan, recipe, chain)
-    steps = [_of_step(step, examples, plan, chain, BATCHES) for step in largest]
+    steps = _largest_steps(examples, plan, recipe, chain)
     lengths = [example.length for example in examples]
     return Work(
         examples=both,
@@ -62,26 +66,38 @@ def _padded(batch: list[int], examples: Sequence[Example]) -> int:
     return len(batch) * max(examples[i].length for i in batch)
 
 
-def _of_step(
-    step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain, most: int
-) -> tuple[list[int], list[int]]:
-    """The examples of a step's `most` largest micro-batches, and those of its others."""
-    batches = _batches(step, examples, plan, chain)
-    return [i for batch in batches[:most] for i in batch], [i for batch in batches[most:] for i in batch]
+def _joined(batches: Sequence[Sequence[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
 
 
 def _largest_steps(
     examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
-) -> tuple[list[int], list[int]]:
+) -> list[tuple[list[int], list[int]]]:
+    """Of each step that is simulated the examples of its largest micro-batches, and those that wait."""
     lengths = [example.length for example in examples]
+    steps = _all_steps(lengths, recipe)
+    fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
+    longest = max(steps, key=lambda step: max(lengths[i] for i in step))
+    split = [_batches(step, examples, plan, chain) for step in (longest, *fullest)]
+    largest = max(split[1:], key=lambda batches: _padded(batches[0], examples))
+    found = [(_joined(one[:BATCHES]), _joined(one[BATCHES:])) for one in (split[0], largest)]
+
+    def rows(batch: Sequence[int]) -> int:
+        return min(plan.loss_chunk, sum(examples[i].trained_tokens for i in batch))
+
+    most = max(split, key=lambda batches: max(map(rows, batches)))
+    batches = sorted(most, key=rows, reverse=True)
+    if rows(batches[0]) > max(map(rows, (*split[0][:BATCHES], *largest[:BATCHES]))):
+        found.append((batches[0], _joined(batches[1:])))
+    return found
+
+
+def _all_steps(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
     steps: list[list[int]] = []
     count, epochs = count_steps(lengths, recipe), itertools.count()
     while len(steps) < count:
         steps += steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, next(epochs))
-    steps = steps[:count]
-    fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
-    longest = max(steps, key=lambda step: max(lengths[i] for i in step))
-    return longest, max(fullest, key=lambda s: _padded(_batches(s, examples, plan, chain)[0], examples))
+    return steps[:count]
 
 
 def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:

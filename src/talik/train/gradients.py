@@ -98,7 +98,7 @@ class Updates:
 
     def _update(self, block: str) -> None:
         scratch = self._world.scratch
-        self._world.monitor.phase("update")
+        self._world.monitor.phase("update", sum(own.numel() for _, own in self._top.of(block)))
         for name, parameter in self._top.of(block):
             if self._top.last_block(name) != block:
                 continue

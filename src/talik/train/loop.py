@@ -67,12 +67,12 @@ class Saved:
 class ScalarMonitor:
     """Keeps the step's scalars as tensors until the loop reads them."""
 
-    def __init__(self, phase: Callable[[str, int], None] = lambda name, tokens: None) -> None:
+    def __init__(self, phase: Callable[[str, int], None] = lambda name, size: None) -> None:
         self._scalars: dict[str, Tensor] = {}
         self._phase = phase
 
-    def phase(self, name: str, tokens: int = 0, /) -> None:
-        self._phase(name, tokens)
+    def phase(self, name: str, size: int = 0, /) -> None:
+        self._phase(name, size)
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None:
         self._scalars[name] = value
@@ -85,7 +85,7 @@ class ScalarMonitor:
 class Watch(Protocol):
     """Who watches a run's memory, told of phases and steps; `take` is the peak since the last, in bytes."""
 
-    def phase(self, name: str, tokens: int = 0, /) -> None: ...
+    def phase(self, name: str, size: int = 0, /) -> None: ...
     def step(self, top: Top, scratch: Scratch, /) -> AbstractContextManager[None]: ...
     def take(self) -> int: ...
 

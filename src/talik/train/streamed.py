@@ -103,7 +103,7 @@ def forward_backward_streamed(
     for number in reversed(range(len(groups))):
         _backward(run, groups, number, world, updates)
     if top.embeddings:
-        world.monitor.phase("backward")
+        world.monitor.phase("backward", sum(own.numel() for _, own in top.of("embeddings")))
         _backward_embeddings(run, world, updates)
     return total
 
@@ -117,7 +117,7 @@ def _tail(run: Pass, world: World, plan: Plan, count: int, updates: Updates) -> 
     make_gradients(trained.items(), scratch)
     total = torch.zeros((), dtype=torch.float32, device=top.chain.device)
     for index, batch in enumerate(run.batches):
-        world.monitor.phase("loss")  # each time: what is free between is given back (Promise.phase)
+        world.monitor.phase("loss", batch.input_ids.numel())
         hidden = run.flowing[index]
         rows = hidden.flatten(0, 1)[batch.rows]
         sums = {parameter: scratch[f"gradient/{name}"] for name, parameter in trained.items()}
@@ -145,7 +145,7 @@ def _backward(run: Pass, groups: Sequence[range], number: int, world: World, upd
     make_gradients(trained, scratch)
     with accumulated(trained, scratch):
         for index in range(len(run.batches)):
-            world.monitor.phase("backward")
+            world.monitor.phase("backward", run.batches[index].input_ids.numel())
             _set_random_state(run.top.chain.device, run.random.pop((group[0], index)))
             hidden = scratch[f"input/{group[0]}/{index}"].detach().requires_grad_(below)
             scratch.drop(f"input/{group[0]}/{index}")

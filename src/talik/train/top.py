@@ -18,11 +18,12 @@ from talik.train.store import Store
 class Monitor(Protocol):
     """Where a step's scalars go; they stay tensors here.
 
-    `phase` says what begins, "forward", "loss", ..., and for how many tokens, if for those of a micro-batch.
+    `phase` says what begins, "forward", "loss", ..., and how large that for which it does is: tokens of a
+    micro-batch, parameters of a block; 0 where it is the same each time.
     """
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
-    def phase(self, name: str, tokens: int = 0, /) -> None: ...
+    def phase(self, name: str, size: int = 0, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
