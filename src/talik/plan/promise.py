@@ -69,7 +69,7 @@ class Promise:
     def _make_room(self, name: str, size: int) -> None:
         """Gives back what is free where the coming phase might need more than was promised.
 
-        What stays is used again without being mapped anew, a quarter of a small model's step (docs/log.md).
+        What stays is used again without being mapped anew, an eighth of a small model's step (docs/log.md).
         How much a phase comes to need is known from those before it, for sizes between the same powers of
         two; a first one gets all.
         """
