@@ -106,6 +106,7 @@ def one_step(
 
     A later one is no faster: nothing is compiled, and weights are read anew in each.
     """
+    promise.phase("load")  # which is when a limit begins
     loaded = load(recipe, plan, folder)
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()

@@ -204,7 +204,6 @@ print(anonymous_bytes() - before)
 )
 def test_memory_does_not_grow_with_the_number_of_lengths() -> None:
     """From the first product on, before a run begins: where bf16 has instructions it took 230 MiB more."""
-    own = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # importing talik here has set them
-    env = {name: value for name, value in os.environ.items() if name not in own}
+    env = {name: value for name, value in os.environ.items() if name not in talik.SETTLED}  # import sets them
     shown = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, env=env)
     assert int(shown.stdout) < 16 << 20

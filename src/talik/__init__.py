@@ -36,8 +36,10 @@ __version__ = "0.1.0"
 
 # Of the programs that oneDNN makes to multiply bf16 matrices, 0.3 MiB for every shape, torch and oneDNN keep
 # 1,024 each: memory grew with the number of lengths. Both read how many at the first product, never again.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")  # torch's own; a layer needs fewer
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+# A layer needs fewer than these.
+SETTLED = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+for _name, _value in SETTLED.items():
+    os.environ.setdefault(_name, _value)
 
 _HOMES = {
     "Chain": "model.chain",

@@ -7,7 +7,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,7 @@ def machine_text(machine: Machine) -> str:
     return "\n".join(f"{name:<17} {text}" for name, text in rows)
 
 
-def hard_limit(device: torch.device, most: int) -> AbstractContextManager[Callable[[], None]]:
+def hard_limit(device: torch.device, most: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
     """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
 
     What it yields is to be called first, and now and then (`limited_memory`). UsageError where there is no

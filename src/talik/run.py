@@ -178,7 +178,7 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, not
         promise.between = again
         (run.folder / BROKEN).unlink(missing_ok=True)
         try:
-            promise.phase("load")
+            promise.phase("load")  # now under the limit, which may be less than what is held
             result = _train(run, data, evaluation, promise, _logged(run.folder, notify))
         except Exception as error:
             if (broken := promise.broken_by(error, run.folder)) is None:

@@ -44,14 +44,14 @@ def anonymous_bytes() -> int:
     Linux: RssAnon + RssShmem. Elsewhere the memory that only this process holds (psutil's `uss`).
     """
     if sys.platform == "linux":
-        return _resident("RssAnon") + _resident("RssShmem")
+        return _resident("RssAnon", "RssShmem")
     return psutil.Process().memory_full_info().uss
 
 
-def _resident(kind: str) -> int:
-    """A row of Linux's /proc/self/status, in bytes."""
+def _resident(*kinds: str) -> int:
+    """The sum of these rows of Linux's /proc/self/status, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{kind}:")[2].split(maxsplit=1)[0]) * 1024
+    return sum(int(status.partition(f"{kind}:")[2].split(maxsplit=1)[0]) * 1024 for kind in kinds)
 
 
 def free_memory() -> int:

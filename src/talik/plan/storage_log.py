@@ -134,7 +134,7 @@ class StorageLog(TorchDispatchMode):
     def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """Tensors as large as what an operator makes for itself and drops when it ends.
 
-        Of Talik's own here, inside which no mode sees; of torch's the real ones are not operators' at all.
+        Of Talik's own operators: no mode sees inside them. What torch's kernels make is not looked for.
         """
         return operators.beside(func, args, self.device) if func.namespace == "talik" else []
 
