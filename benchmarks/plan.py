@@ -27,6 +27,7 @@ from tiny_models import tiny_model
 
 from talik.data.labels import Example, Span
 from talik.data.rows import Place
+from talik.model.products import bf16_as_fp32
 from talik.model.weights import Weights
 from talik.plan.simulate import Subject, Work, rehearse, simulate, subject_of
 from talik.recipe import Plan, Recipe
@@ -194,7 +195,8 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if sys.argv[1:2] == ["--real"]:
-        print(json.dumps(real(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))))
-    else:
-        main(sys.argv[1:])
+    with bf16_as_fp32():
+        if sys.argv[1:2] == ["--real"]:
+            print(json.dumps(real(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))))
+        else:
+            main(sys.argv[1:])

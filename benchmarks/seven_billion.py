@@ -29,8 +29,9 @@ from made import made_examples, qwen_folder
 
 from talik.data.labels import Example
 from talik.events import silent
-from talik.machine import hard_limit, this_machine
+from talik.machine import hard_limit, this_machine, without_bf16
 from talik.model.checkpoint import weight_files
+from talik.model.products import bf16_as_fp32
 from talik.plan.promise import Promise
 from talik.plan.simulate import subject_of
 from talik.plan.solve import plan_run
@@ -111,7 +112,7 @@ def one_step(
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
     promise.phase("trunk")
-    with trunk_states(loaded, [examples], recipe, silent) as [states]:
+    with bf16_as_fp32(), trunk_states(loaded, [examples], recipe, silent) as [states]:
         row["trunk_seconds"] = time.perf_counter() - start
         top = loaded.top()
         with loaded.working(top, place / "work") as scratch:
@@ -159,8 +160,9 @@ def cgroup(limit: int) -> Iterator[Path | None]:
 
 
 def matmul_rate() -> float:
-    """FLOP/s of this machine's best product of a 7B layer's shapes in bf16."""
-    x, w = torch.randn(2048, 3584).bfloat16(), torch.randn(18944, 3584).bfloat16()
+    """FLOP/s of this machine's best product of a 7B layer's shapes: in bf16, or in fp32 without bf16."""
+    dtype = torch.float32 if without_bf16() else torch.bfloat16
+    x, w = torch.randn(2048, 3584, dtype=dtype), torch.randn(18944, 3584, dtype=dtype)
     return 2 * 2048 * 3584 * 18944 / best_seconds(lambda: x @ w.T)
 
 

@@ -24,6 +24,7 @@ from talik.data.rows import Place
 from talik.machine import matmul_rate
 from talik.model.chain import Chain
 from talik.model.freeze import freeze
+from talik.model.products import bf16_as_fp32
 from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.train.loss import trained_rows
@@ -82,7 +83,8 @@ def main(precision: str = "fp32") -> None:
 
     groups = equal_length_groups(lengths, plan.trunk_batch_tokens)
     inputs = [torch.tensor([list(examples[i].input_ids) for i in group]) for group in groups]
-    trunk = best_seconds(lambda: [run_trunk(top.chain, top.cut, ids) for ids in inputs])
+    with bf16_as_fp32():
+        trunk = best_seconds(lambda: [run_trunk(top.chain, top.cut, ids) for ids in inputs])
 
     batches = []
     for group in micro_batches(range(len(examples)), lengths, plan.micro_batch_tokens):
@@ -91,7 +93,8 @@ def main(precision: str = "fp32") -> None:
         batches.append(MicroBatch(batch["input_ids"], hidden, *trained_rows(batch["labels"])))
     world = World(ResidentStore(), MemoryScratch(torch.device("cpu")), Nobody())
     prepare(top.parameters(), recipe, world.scratch)
-    step = best_seconds(lambda: train_step(top, batches, world, recipe, plan, step=1, learning_rate=1e-6))
+    with bf16_as_fp32():
+        step = best_seconds(lambda: train_step(top, batches, world, recipe, plan, step=1, learning_rate=1e-6))
     whole = collate(examples, 0)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-6, fused=True)
 

@@ -31,6 +31,7 @@ from talik.files import need_room, write_json
 from talik.machine import PeakMemory
 from talik.model.checkpoint import read_tables, write_tensors
 from talik.model.hollow import hollow_model
+from talik.model.products import bf16_as_fp32
 from talik.plan.ways import choose
 from talik.recipe import Recipe
 from talik.system import forget_pages
@@ -129,7 +130,7 @@ def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
         cache = open_cache(Path(root), {}, width, kept)
         peak.take()
         start = time.perf_counter()
-        with loaded.trunk() as store, cache.writing():
+        with bf16_as_fp32(), loaded.trunk() as store, cache.writing():
             trunk_pass(loaded.chain, plan, [(group, examples) for group in groups], store, cache, silent)
         seconds, most = time.perf_counter() - start, peak.take()
     done = sum(group.tokens for group in groups)

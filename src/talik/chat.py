@@ -15,6 +15,7 @@ from talik.errors import UsageError
 from talik.events import Notify, Said, silent
 from talik.machine import choose_device
 from talik.model.chain import load_model
+from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
 from talik.train.loading import load_whole
 from talik.train.resume import load_weights
@@ -61,15 +62,16 @@ def answer(
 
     def generate() -> None:
         try:
-            model.generate(  # pyright: ignore[reportCallIssue]
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_tokens,
-                eos_token_id=ends_of_turn(tokenizer, model.generation_config.eos_token_id),
-                streamer=streamer,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-                **drawn,
-            )
+            with bf16_as_fp32():
+                model.generate(  # pyright: ignore[reportCallIssue]
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=max_tokens,
+                    eos_token_id=ends_of_turn(tokenizer, model.generation_config.eos_token_id),
+                    streamer=streamer,
+                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                    **drawn,
+                )
         except BaseException as error:
             failed.append(error)
             streamer.end()

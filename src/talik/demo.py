@@ -12,9 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-import torch
 import yaml
 
 from talik import show
@@ -26,7 +24,6 @@ from talik.data.rows import read_rows
 from talik.errors import UsageError
 from talik.export import export
 from talik.files import write_text
-from talik.machine import choose_device, matmul_rate
 from talik.model.source import find_model
 from talik.recipe import Recipe
 from talik.run import resume, train
@@ -51,7 +48,6 @@ def demo(folder: Path) -> None:
         held_out=0.1,
         batch_tokens=1024,
         learning_rate=4e-4,
-        precision=_precision(),
     )
     tokenizer = load_tokenizer(source.folder)
     for text in preview(read_all(recipe, recipe.data, tokenizer, "the demo"), tokenizer):
@@ -91,16 +87,6 @@ def _command() -> str:
     """The `talik` that belongs to this Python, as one would type it here."""
     script = Path(sys.executable).with_name("talik")
     return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
-
-
-def _precision() -> Literal["bf16", "fp32"]:
-    """bf16 where this machine multiplies it at least as fast as fp32, else fp32; says what it measured."""
-    device = choose_device("auto")
-    half, single = (matmul_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
-    chosen: Literal["bf16", "fp32"] = "bf16" if half >= single else "fp32"
-    rates = f"bf16 matrices at {half / 1e9:.0f} GFLOP/s and fp32 ones at {single / 1e9:.0f}"
-    show.said("note", f"this machine multiplies {rates}, so the demo runs in {chosen}")
-    return chosen
 
 
 def _of_package(package: str, pattern: str) -> Path:

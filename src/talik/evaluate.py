@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from talik.data.dataset import read_all
 from talik.events import Notify, Said, silent
+from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
 from talik.model.working_copy import Saved
 from talik.plan.ways import choose
@@ -46,7 +47,7 @@ def evaluate(
     notify(found)
     torch.set_num_threads(plan.threads)
     loaded = load(recipe, plan, folder)
-    with trunk_states(loaded, [found.examples], recipe, notify) as [states]:
+    with bf16_as_fp32(), trunk_states(loaded, [found.examples], recipe, notify) as [states]:
         top = loaded.top()
         first = evaluate_top(top, found.examples, states, plan, loaded.store)
         report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}

@@ -39,6 +39,7 @@ __all__ = [
     "matmul_rate",
     "save_machine",
     "this_machine",
+    "without_bf16",
 ]
 
 HERE = "this machine"
@@ -64,6 +65,20 @@ class Machine:
     rates: Rates
     measured: bool  # False for one that is described
     notes: tuple[str, ...] = ()  # what was assumed, and the sources of a described one's numbers
+
+    @property
+    def without_bf16(self) -> bool:
+        """Whether it is a CPU that has no instructions for bf16; of a described one its rates tell."""
+        if self.device != "cpu":
+            return False
+        if self.name == HERE:
+            return without_bf16()
+        return self.rates.matmul["bf16"] < self.rates.matmul["fp32"] / 2
+
+
+def without_bf16() -> bool:
+    """Whether oneDNN, by which torch multiplies bf16 matrices on a CPU, finds no instructions for it here."""
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_device(name: str) -> torch.device:

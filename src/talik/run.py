@@ -24,6 +24,7 @@ from talik.machine import Machine, hard_limit, this_machine
 from talik.model.adapters import idle_adapters
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
+from talik.model.products import bf16_as_fp32
 from talik.model.source import Source, find_model
 from talik.plan.explain_run import BROKEN
 from talik.plan.promise import Promise, broken_fields
@@ -163,7 +164,13 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
 def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> None:
     """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
     slow, fast = machine.rates.matmul["bf16"], machine.rates.matmul["fp32"]
-    if recipe.precision != "fp32" and slow < fast / 2:
+    if recipe.precision != "fp32" and machine.without_bf16:
+        text = (
+            f"this processor has no instructions for bf16 ({slow / 1e9:.0f} GFLOP/s): bf16 matrices are "
+            f"multiplied as fp32 ones ({fast / 1e9:.0f})"
+        )
+        notify(Said("note", text))
+    elif recipe.precision != "fp32" and slow < fast / 2:
         text = (
             f"this machine multiplies bf16 matrices at {slow / 1e9:.0f} GFLOP/s and fp32 ones at "
             f"{fast / 1e9:.0f}: --precision fp32 would be faster, with twice the memory for the weights"
@@ -205,7 +212,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     loaded = load(run.recipe, run.plan, run.source.folder)
     notify(Said("trained", _what_is_trained(loaded, run.recipe)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
-    with contextlib.ExitStack() as stack:
+    with bf16_as_fp32(), contextlib.ExitStack() as stack:
         promise.phase("trunk")
         states = stack.enter_context(trunk_states(loaded, sets, run.recipe, notify))
         promise.phase("load")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch._C import _len_torch_function_stack
 
 from talik.model.chain import Chain, run_layers, verify_chain, verify_layers
 
@@ -94,8 +95,9 @@ def test_a_layer_that_differs_the_second_time_is_found_out(monkeypatch: pytest.M
     honest = type(layer).forward
 
     def drifting(self: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        times.append(1)
-        return honest(self, hidden, *args, **kwargs) + (1.0 if self is layer and len(times) > 16 else 0.0)
+        if not _len_torch_function_stack():  # not while the model is watched
+            times.append(1)
+        return honest(self, hidden, *args, **kwargs) + (1.0 if self is layer and len(times) > 8 else 0.0)
 
     monkeypatch.setattr(type(layer), "forward", drifting)
     assert verify_chain(model, tokens(9)) > 0

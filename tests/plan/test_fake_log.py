@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
+from talik.model.products import mm
 from talik.plan.fake_log import fake_world
 from talik.recipe import Recipe
 from talik.train import optim as optim_module
@@ -35,6 +36,12 @@ def accumulates_in_slices() -> None:
 def makes_a_loss() -> None:
     logits = torch.ones(60, COUNT, dtype=torch.bfloat16)
     cross_entropy(logits, torch.arange(60), 60, torch.empty_like(logits))
+
+
+def multiplies_bf16_in_fp32() -> None:
+    wide, narrow = (torch.ones(rows, 900, dtype=torch.bfloat16) for rows in (3000, 50))
+    for one, other in ((narrow, wide.T), (wide, narrow.T), (wide.T, wide), (narrow, wide[:900])):
+        mm(one, other)
 
 
 def multiplies_unlike_dtypes() -> Tensor:
@@ -97,6 +104,7 @@ def allocated(work: Callable[[], object]) -> int:
     [
         accumulates_unlike_dtypes,
         accumulates_in_slices,
+        multiplies_bf16_in_fp32,
         multiplies_unlike_dtypes,
         rounds_at_random,
         *(updates_by(optimizer) for optimizer in OPTIMIZERS),

@@ -24,6 +24,7 @@ from talik.model.anatomy import parts_of
 from talik.model.chain_facts import Facts, find_facts
 from talik.model.chain_forms import replaced, take_hidden
 from talik.model.chain_rope import forget_lengths, rope_group
+from talik.model.chain_rows import at_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,19 @@ class Chain:
         return Skeleton(self._facts.forms[0].pack(seen[0]), tuple(calls))
 
     def layer(
-        self, index: int, hidden: Float[Tensor, "batch sequence width"], call: Call
+        self,
+        index: int,
+        hidden: Float[Tensor, "batch sequence width"],
+        call: Call,
+        rows: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "batch sequence width_out"]:
-        """One layer by itself, with the gradient mode that the caller is in."""
+        """One layer by itself, with the gradient mode that the caller is in.
+
+        `rows`: the flat positions that count in what the last layer gives; the others mean nothing then.
+        """
+        if rows is not None and index == len(self.layers) - 1 and len(rows):
+            with at_rows(self.layers[index], self._facts.alone, rows):
+                return self.layer(index, hidden, call)
         given = self._facts.forms[index].unpack(hidden)
         args, kwargs = call.args, call.kwargs
         if self._facts.slots[index]:
@@ -249,8 +260,9 @@ def run_layers(
     indices: range,
     hidden: Float[Tensor, "batch sequence width"],
     calls: tuple[Call, ...],
+    rows: Int[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "batch sequence width_out"]:
-    """Layers one after the other."""
+    """Layers one after the other; `rows` as in `Chain.layer`."""
     for index in indices:
-        hidden = chain.layer(index, hidden, calls[index])
+        hidden = chain.layer(index, hidden, calls[index], rows)
     return hidden

@@ -22,7 +22,8 @@ class Facts:
 
     `forms`: what goes into each layer, and what the last one gives. `results`: the type of each layer's
     result (Tensor, tuple or list) and its length. `slots`: for each layer, which places of the result before
-    it are among its arguments. `links`: (giver, taker), layers that share what is not handed on.
+    it are among its arguments. `links`: (giver, taker), layers that share what is not handed on. `alone`:
+    modules of the last layer that need not be run at every position (chain_rows).
     """
 
     forms: tuple[Form, ...]
@@ -31,6 +32,7 @@ class Facts:
     links: frozenset[tuple[int, int]]
     calls_need_embeddings: bool
     embedding_size: int
+    alone: tuple[str, ...]
 
 
 def find_facts(model: Any, layers: list[nn.Module], embedding: nn.Module, device: torch.device) -> Facts:
@@ -38,7 +40,10 @@ def find_facts(model: Any, layers: list[nn.Module], embedding: nn.Module, device
     name = type(model).__name__
     try:
         _check_config(model)
-        one, other = (watch(model, layers, embedding, _tokens(model, size, device)) for size in SIZES)
+        one, other = (
+            watch(model, layers, embedding, _tokens(model, size, device), alone=size == SIZES[-1])
+            for size in SIZES
+        )
         _check_order(one.order, len(layers))
         if one.problem:
             raise ChainError(one.problem)
@@ -60,6 +65,7 @@ def find_facts(model: Any, layers: list[nn.Module], embedding: nn.Module, device
         links=frozenset(one.links | handed),
         calls_need_embeddings=one.calls_need_embeddings,
         embedding_size=one.embedding_size,
+        alone=other.alone if forms[-1].plain else (),
     )
 
 

@@ -65,6 +65,11 @@ class Form:
         return sum(piece.width for piece in self.pieces)
 
     @property
+    def plain(self) -> bool:
+        """Whether it is one tensor (batch, sequence, width)."""
+        return len(self.pieces) == 1 and self.pieces[0].plain
+
+    @property
     def dtype(self) -> torch.dtype:
         """The narrowest one that holds every piece exactly."""
         dtype = self.pieces[0].dtype

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from talik.errors import ChainError
 from talik.model.chain_forms import evaluating, first_of, replaced, take_hidden
+from talik.model.chain_rows import find_alone
 
 SMALL = 2**20  # elements up to which a stand-in has memory of its own
 
@@ -39,6 +40,7 @@ class Seen:
     `slots` tells, for every layer, which places of the result before it are among its arguments; `used`,
     which of these it computes with. `links` are pairs (giver, taker) of layers where the second computes with
     a tensor that the first made and did not hand on. `problem`: the first thing seen that no chain does.
+    `alone`: modules of the last layer that work on each token by itself (chain_rows).
     """
 
     order: list[int] = field(default_factory=list)
@@ -49,17 +51,20 @@ class Seen:
     problem: str | None = None
     calls_need_embeddings: bool = False
     embedding_size: int = 0
+    alone: tuple[str, ...] = ()
 
 
 class _Watch(TorchFunctionMode):
     """Sees every function of torch, and so which tensor is computed from which."""
 
-    def __init__(self, layers: int, sequence: int) -> None:
+    def __init__(self, layers: int, sequence: int, alone: bool) -> None:
         super().__init__()
+        self.alone = alone
         self.sequence = sequence
         self.seen = Seen()
         self.layers = layers
         self.running: int | None = None  # the layer that runs, None around them
+        self.again = False  # whether it runs once more, and nothing of it counts
         self.born: dict[int, int] = {}  # by id of a tensor: the layer that made it
         self.embedded: set[int] = set()  # ids of tensors around the layers that hold embedded tokens
         self.extras: dict[int, int] = {}  # by id: its place in what the layer before handed on
@@ -76,6 +81,8 @@ class _Watch(TorchFunctionMode):
         if writes and taken and _address(taken[0]) in self.weights:
             raise ChainError("its forward changes its own weights")
         out = self._product(func, name, args, kwargs, taken)
+        if self.again:
+            return out
         made = [t for t in tensors_in(out) if writes or not any(_same(t, before) for before in taken)]
         if name in READS or (made and name not in SHAPE_ONLY):
             self._note(name, taken)
@@ -134,11 +141,17 @@ class _Watch(TorchFunctionMode):
             return _columns(x.mT, shape.mT, self.sequence).mT
         return _columns(x, shape, self.sequence)
 
-    def run_layer(self, index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_layer(
+        self, index: int, layer: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if self.running is not None:
             raise ChainError(f"layer {self.running} calls layer {index}")
         self.enter(index, *take_hidden(args, kwargs))
         out = own(*args, **kwargs)
+        if self.alone and index == self.layers - 1:
+            self.again = True
+            self.seen.alone = find_alone(layer, lambda: first_of(own(*args, **kwargs)))
+            self.again = False
         self.leave(out)
         return out
 
@@ -174,14 +187,19 @@ class _Watch(TorchFunctionMode):
         self.running = None
 
 
-def watch(model: nn.Module, layers: list[nn.Module], embedding: nn.Module, ids: Tensor) -> Seen:
-    """Runs the model's own forward once, without its weights. Raises ChainError for what no chain can be."""
-    mode = _Watch(len(layers), ids.shape[1])
+def watch(
+    model: nn.Module, layers: list[nn.Module], embedding: nn.Module, ids: Tensor, *, alone: bool = False
+) -> Seen:
+    """Runs the model's own forward once, without its weights. Raises ChainError for what no chain can be.
+
+    `alone`: the last layer once more, for each of its modules.
+    """
+    mode = _Watch(len(layers), ids.shape[1], alone)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         for index, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, partial(mode.run_layer, index, layer.forward)))
+            stack.enter_context(replaced(layer, partial(mode.run_layer, index, layer, layer.forward)))
         stack.enter_context(replaced(embedding, partial(mode.run_embedding, embedding.forward)))
         weights = stack.enter_context(_weightless(model, ids.device))
         mode.weights = {_address(weight) for weight in weights}

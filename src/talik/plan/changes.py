@@ -161,7 +161,8 @@ class Thrift:
     def most_layers(self, recipe: Recipe, wanted: Thawed) -> int:
         """How many of the layers of `wanted`, the highest of them, fit at most; 0 if not even one does.
 
-        From the step between one layer and two the number is guessed, then looked for from there.
+        From the step between two layers and three the number is guessed, then looked for from there: the last
+        layer takes less than others, as it is run at trained rows alone.
         """
 
         def peak(layers: int) -> int:
@@ -171,17 +172,15 @@ class Thrift:
             return peak(layers) <= self._target.most
 
         most = len(wanted.layers)
-        if most < 1 or not fits(1):
-            return 0
-        if most == 1 or not fits(2):
-            return 1
-        one, two = peak(1), peak(2)
-        step, room = max(1, two - one), self._target.most - one
-        guess = min(most, max(2, 1 + room // step))
+        for layers in (1, 2, 3):
+            if layers > most or not fits(layers):
+                return layers - 1
+        step, room = max(1, peak(3) - peak(2)), self._target.most - peak(2)
+        guess = min(most, max(3, 2 + room // step))
         while not fits(guess):
             guess -= 1
         # One more is tried unless the step between layers says that it is far too much.
-        while guess < most and guess * step < room + step // 2 and fits(guess + 1):
+        while guess < most and (guess - 1) * step < room + step // 2 and fits(guess + 1):
             guess += 1
         return guess
 

@@ -131,21 +131,21 @@ class FakeCopy(WorkingCopy):
 class MarkedScratch(FileScratch):
     """A scratch whose tensors' causes are known by their names; those in files take no memory.
 
-    `inputs` are, by layer, those of micro-batches that only wait: they go when a lower layer's begin to go.
+    `waiting` has, by layer, shape and dtype of what goes into it of micro-batches that only wait: made with
+    that of the first which is computed, gone when a lower layer's begin to go.
     """
 
     def __init__(self, device: torch.device, log: Log, on_disk: Callable[[str], bool]) -> None:
         super().__init__(device, Path(), on_disk)
         self._log = log
-        self.inputs: dict[int, Tensor] = {}
+        self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
+        self._inputs: dict[int, Tensor] = {}
 
     def drop(self, name: str) -> None:
         """As `Scratch.drop`."""
         super().drop(name)
-        kind, _, place = name.partition("/")
-        if kind == "input":
-            layer = int(place.partition("/")[0])
-            self.inputs = {below: kept for below, kept in self.inputs.items() if below <= layer}
+        if (layer := self._input_of(name)) is not None:
+            self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """As `Scratch.zeros`."""
@@ -154,6 +154,9 @@ class MarkedScratch(FileScratch):
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if (layer := self._input_of(name)) in self.waiting and layer not in self._inputs:
+            shape, dtype = self.waiting[layer]
+            self._inputs[layer] = torch.empty(shape, dtype=dtype)
         super().__setitem__(name, tensor)
         self._log.mark([self[name]], self._cause(name))
 
@@ -164,6 +167,11 @@ class MarkedScratch(FileScratch):
         tensor = torch.empty(size, dtype=torch.uint8)
         self._log.mark([tensor], ON_DISK)
         return tensor
+
+    def _input_of(self, name: str) -> int | None:
+        """The layer whose input it is."""
+        kind, _, place = name.partition("/")
+        return int(place.partition("/")[0]) if kind == "input" else None
 
     def _cause(self, name: str) -> str:
         kind = name.partition("/")[0]

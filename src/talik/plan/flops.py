@@ -46,10 +46,15 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
     return _attention(query, key, value) * 5 // 2  # five products in place of two
 
 
+def _mm(one: Tensor, other: Tensor) -> int:
+    return 2 * one.numel() * other.shape[1]
+
+
 _LEFT_OUT: dict[str, Callable[..., int]] = {
     "aten::linear": _linear,  # in inference mode it is no other operator's work
     "aten::scaled_dot_product_attention": _attention,  # nor is this
     "aten::_grouped_mm": _grouped,
+    "talik::mm": _mm,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from talik.data.batches import steps_of_epoch
 from talik.data.labels import Example
-from talik.machine import Rates
+from talik.machine import Machine, Rates
 from talik.model.freeze import trained_parameters
 from talik.plan.account import Simulation
 from talik.plan.simulate import Subject, Work, enough_layers
@@ -34,15 +34,15 @@ def seconds_of(
     work: Work,
     examples: Sequence[Example],
     evaluated: Sequence[Example],
-    rates: Rates,
+    machine: Machine,
 ) -> Seconds:
     """Seconds by the simulated phases, each scaled from its tokens to all of them.
 
     A phase takes its FLOPs over the rate of matrix products of the precision plus the bytes that all other
     operators move over the rate of copies. A streamed trunk waits for the disk where that is slower.
     """
-    recipe = subject.recipe
-    rate = rates.matmul[PRECISIONS[recipe.precision]]
+    recipe, rates = subject.recipe, machine.rates
+    rate = rates.matmul["fp32" if machine.without_bf16 else PRECISIONS[recipe.precision]]
 
     def of_phase(name: str) -> float:
         return result.flops.get(name, 0) / rate + result.moved.get(name, 0) / rates.copy

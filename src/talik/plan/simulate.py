@@ -158,7 +158,7 @@ def _waiting(
     groups = top.groups()
     for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's
         if plan.inputs == "memory":
-            scratch.inputs[group[0]] = torch.empty(sum(sizes), chain.width(group[0]), dtype=dtype)
+            scratch.waiting[group[0]] = (sum(sizes), chain.width(group[0])), dtype
     return held
 
 

@@ -58,9 +58,7 @@ def plan_run(
         target=target,
         phases=phases,
         simulation=result,
-        seconds=seconds_of(
-            result, search.subject, plan, done.work, examples, evaluated, target.machine.rates
-        ),
+        seconds=seconds_of(result, search.subject, plan, done.work, examples, evaluated, target.machine),
         disk=_disk(search.subject, plan, examples, evaluated),
         assumed=assumed,
         refused=tuple(search.refused),

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from talik.model import products
 from talik.model.chain import Chain
 from talik.plan.flops import flops_of
 from talik.train import operators
@@ -136,7 +137,9 @@ class StorageLog(TorchDispatchMode):
 
         Of Talik's own operators: no mode sees inside them. What torch's kernels make is not looked for.
         """
-        return operators.beside(func, args, self.device) if func.namespace == "talik" else []
+        if func.namespace != "talik":
+            return []
+        return [*operators.beside(func, args, self.device), *products.beside(func, args)]
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
         """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""

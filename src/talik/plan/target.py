@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from talik.errors import UsageError
 from talik.machine import HERE, Machine
+from talik.model.products import bf16_as_fp32
 from talik.plan import cuda
 from talik.plan.account import Break, Peak, Simulation
 from talik.system import anonymous_bytes, give_back_memory
@@ -56,8 +57,8 @@ class Target:
         return replace(self, program=max(self.program, anonymous_bytes() + LIBRARIES)) if here else self
 
     def kernels(self) -> AbstractContextManager[None]:
-        """Inside, a simulation runs the device's attention kernels."""
-        return cuda.target(self.machine)
+        """Inside, a simulation runs the device's kernels."""
+        return bf16_as_fp32(self.machine.without_bf16) if self.on_cpu else cuda.target(self.machine)
 
     def account(self, result: Simulation) -> tuple[tuple[Peak, ...], Break | None]:
         """The phases' peaks in the device's memory, and the first allocation that it has no room for.

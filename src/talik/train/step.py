@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from talik.model.chain import run_layers
+from talik.model.products import for_recompute
 from talik.recipe import Plan, Recipe
 from talik.train.gradients import Updates, accumulated, make_gradients
 from talik.train.loss import loss_backward
@@ -89,7 +90,7 @@ def forward_backward(
 def run_top(
     top: Top, batch: MicroBatch, *, recompute: bool = False, graph: bool = False
 ) -> Float[Tensor, "batch sequence hidden"]:
-    """The top layers over one micro-batch, with the calls of a fresh skeleton.
+    """The top layers over one micro-batch, with the calls of a fresh skeleton; the last at trained rows.
 
     `recompute`: nothing inside a layer is kept for the backward, which runs the layer again with the same
     random state; layers that share what they do not hand on are run again together. `graph`: gradients reach
@@ -99,7 +100,8 @@ def run_top(
     skeleton = chain.skeleton(batch.input_ids, embed=own, graph=own and graph)
     hidden, calls = skeleton.embedded if batch.hidden is None else batch.hidden, skeleton.calls
     if not recompute:
-        return run_layers(chain, range(top.cut, len(chain.layers)), hidden, calls)
+        return run_layers(chain, range(top.cut, len(chain.layers)), hidden, calls, batch.rows)
     for group in top.groups():
-        hidden = checkpoint(run_layers, chain, group, hidden, calls, use_reentrant=False)
+        given = (chain, group, hidden, calls, batch.rows)
+        hidden = checkpoint(run_layers, *given, use_reentrant=False, context_fn=for_recompute)
     return hidden

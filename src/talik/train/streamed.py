@@ -66,8 +66,9 @@ class Pass:
             self.release(group)
 
     def run(self, group: range, index: int, hidden: Tensor) -> Tensor:
-        """A group of layers over one micro-batch."""
-        return run_layers(self.top.chain, group, hidden, self.skeletons[index].calls)
+        """A group of layers over one micro-batch; the last layer at trained rows."""
+        calls, rows = self.skeletons[index].calls, self.batches[index].rows
+        return run_layers(self.top.chain, group, hidden, calls, rows)
 
     def load(self, group: range) -> None:
         for layer in group:

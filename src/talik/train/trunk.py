@@ -26,6 +26,7 @@ from talik.events import Notify, Progress, Said
 from talik.files import in_words, need_room
 from talik.model.chain import Call, Chain, run_layers
 from talik.model.chain_probe import tensors_in
+from talik.model.products import fp32_in_use
 from talik.recipe import Plan, Recipe
 from talik.train.cache import Cache, Group, States, groups_of, open_cache
 from talik.train.cache_folder import default_root, make_room
@@ -209,6 +210,7 @@ def trunk_facts(chain: Chain, cut: int, weights: str, plan: Plan) -> dict[str, A
         "cut": cut,
         "computed_in": str(chain.dtype),
         "kernels": str(chain.model.config._attn_implementation),
+        "products": "as fp32" if fp32_in_use() else "as they are",
         "device": _device_name(plan.device),
         "threads": plan.threads,
         "trunk_batch_tokens": plan.trunk_batch_tokens,

@@ -1,0 +1,180 @@
+"""bf16 matrices multiplied as fp32 ones, for processors that have no instructions for bf16.
+
+Such a processor (AVX2 alone: most desktops) multiplies bf16 matrices 5 to 10 times more slowly than fp32
+ones (docs/log.md). What a bf16 product is does not change, sums in fp32 that are rounded once: operands are
+converted piece by piece, and multiplied in the way in which the processor is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_map_only
+
+from talik.machine import without_bf16
+
+PIECE = 1 << 20  # elements of the larger operand, and of the result, that are fp32 at once
+FEW = 4  # rows: below it a product reads its weight and does little else, and bf16 is half to read
+
+_library = torch.library.Library("talik", "FRAGMENT")
+_library.define("mm(Tensor one, Tensor other) -> Tensor")
+
+
+def bf16_as_fp32(wanted: bool | None = None) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products and attention of bf16 tensors on a CPU are computed in fp32 and rounded to bf16.
+
+    For what this thread calls, and its backward. Default: where this processor has no instructions for bf16.
+    """
+    return _AsFp32() if (without_bf16() if wanted is None else wanted) else contextlib.nullcontext()
+
+
+def for_recompute() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """The `context_fn` of a checkpoint: torch leaves modes of functions while a backward runs."""
+    return contextlib.nullcontext(), bf16_as_fp32(fp32_in_use())
+
+
+def fp32_in_use() -> bool:
+    """Whether this is called inside `bf16_as_fp32`."""
+    return any(isinstance(mode, _AsFp32) for mode in _get_current_function_mode_stack())
+
+
+def mm(
+    one: BFloat16[Tensor, "rows inner"], other: BFloat16[Tensor, "inner columns"]
+) -> BFloat16[Tensor, "rows columns"]:
+    """torch.mm: the sums in fp32, rounded to bf16. No gradient flows through it."""
+    return torch.ops.talik.mm(one, other)
+
+
+def linear(
+    hidden: BFloat16[Tensor, "*batch inputs"],
+    weight: BFloat16[Tensor, "outputs inputs"],
+    bias: BFloat16[Tensor, " outputs"] | None = None,
+) -> BFloat16[Tensor, "*batch outputs"]:
+    """torch.nn.functional.linear, with `mm` for its product and for those of its gradients."""
+    out = _Linear.apply(hidden, weight)
+    return out if bias is None else out + bias  # pyright: ignore[reportReturnType, reportOperatorIssue]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(hidden if of_weight else None, weight if of_hidden else None)
+        return mm(hidden.reshape(-1, hidden.shape[-1]), weight.T).view(*hidden.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        (gradient,), (hidden, weight) = outputs, ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_hidden = None if weight is None else mm(rows, weight).view(*gradient.shape[:-1], -1)
+        return of_hidden, None if hidden is None else mm(rows.T, hidden.reshape(len(rows), -1))
+
+
+def _mm(one: Tensor, other: Tensor) -> Tensor:
+    out = one.new_empty(len(one), other.shape[1])
+    if _inner_is_most(one, other):
+        _by_inner(out, one, other)
+    elif len(one) > other.shape[1]:
+        _by_columns(out.T, other.T, one.T)
+    else:
+        _by_columns(out, one, other)
+    return out
+
+
+def _by_inner(out: Tensor, one: Tensor, other: Tensor) -> None:
+    """The product into `out`, summed in fp32 over pieces of the dimension that both have."""
+    total = torch.zeros(out.shape, device=out.device)
+    step = _step(total, one.shape[1])
+    first, second = (torch.empty_like(wide, dtype=torch.float32) for wide in (one[:, :step], other[:step]))
+    for start in range(0, one.shape[1], step):
+        left, right = one[:, start : start + step], other[start : start + step]
+        total.addmm_(first[:, : len(right)].copy_(left), second[: len(right)].copy_(right))
+    out.copy_(total)
+
+
+def _by_columns(out: Tensor, one: Tensor, other: Tensor) -> None:
+    """The product into `out`, by columns of `other`; `one`, the smaller, is fp32 as a whole."""
+    whole, step = one.float(), _step(one, other.shape[1])
+    part, result = (torch.empty_like(wide[:, :step], dtype=torch.float32) for wide in (other, out))
+    for start in range(0, other.shape[1], step):
+        place = slice(start, start + step)
+        columns = other[:, place]
+        count = columns.shape[1]
+        out[:, place] = torch.mm(whole, part[:, :count].copy_(columns), out=result[:, :count])
+
+
+def _inner_is_most(one: Tensor, other: Tensor) -> bool:
+    return one.shape[1] > max(len(one), other.shape[1])
+
+
+def _step(matrix: Tensor, most: int) -> int:
+    """How much of a dimension is taken at once, beside a matrix of the two others."""
+    return min(most, max(PIECE // max(*matrix.shape, 1), 16))
+
+
+def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What `mm` makes beside its result, on no device: for who counts memory."""
+    if operator is not torch.ops.talik.mm.default:
+        return []
+    one, other = args
+    rows, inner, columns = *one.shape, other.shape[1]
+    if _inner_is_most(one, other):
+        stays = torch.empty(rows, columns, device="meta")
+    else:
+        stays = torch.empty(min(rows, columns), inner, device="meta")
+    parts = _step(stays, max(rows, inner, columns)) * sum(stays.shape)
+    return [stays, torch.empty(parts, device="meta")]
+
+
+_library.impl("mm", _mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("talik::mm", lib=_library)
+def _(one: Tensor, other: Tensor) -> Tensor:
+    return one.new_empty(len(one), other.shape[1])
+
+
+class _AsFp32(TorchFunctionMode):
+    """Replaces what Transformers' layers call for their products."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        many = bool(args) and _bf16_on_cpu(args[0]) and args[0].dim() > 1 and args[0].shape[-2] >= FEW
+        replacement = _REPLACED.get(func) if many else None
+        return (replacement or func)(*args, **kwargs or {})
+
+
+def _bf16_on_cpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A function whose operands are small enough to be converted as they are."""
+    raised = tree_map_only(Tensor, lambda t: t.float() if _bf16_on_cpu(t) else t, (args, kwargs))
+    return func(*raised[0], **raised[1]).to(torch.bfloat16)
+
+
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
+    functional.linear: linear,
+    **{
+        func: partial(_in_fp32, func)
+        for func in (
+            *(functional.scaled_dot_product_attention, functional.conv1d),
+            *(torch.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+            *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm),
+        )
+    },
+}
