@@ -218,7 +218,7 @@ def main(options: argparse.Namespace) -> None:
                     runs.append(run_one(name, python, {**base, "epochs": epochs}, folder / "held_out.jsonl"))
                     print(json.dumps(runs[-1]), file=sys.stderr)
     record(
-        "versus",
+        "versus" if options.precision == "bf16" else f"versus-{options.precision}",
         {
             "what": f"SmolLM2-135M-Instruct, top 5 of 30 layers and the final norm, {options.precision}",
             "settings": {**SETTINGS, "batch_tokens": base["batch_tokens"]},
