@@ -34,8 +34,11 @@ def test_each_number_is_a_sum_in_fp32_rounded_once(
             ours, exact = mm(one, other), one.double() @ other.double()
             assert ours.is_contiguous()
             # half a unit in the last place of bf16, and what fp32 sums may be off
-            bound = exact.abs() * 2**-8 + one.double().abs() @ other.double().abs() * 2**-22
-            assert ((ours.double() - exact).abs() <= bound).all()
+            off = one.double().abs() @ other.double().abs() * 2**-22
+            assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8 + off).all()
+            bias = half(columns, seed=2)
+            exact += bias.double()
+            assert ((mm(one, other, bias).double() - exact).abs() <= exact.abs() * 2**-8 + off + 1e-7).all()
 
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])

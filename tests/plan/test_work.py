@@ -68,3 +68,16 @@ def test_the_loss_that_takes_most_is_looked_at(subject: Subject, tmp_path: Path)
     both = peaks(subject, plan, work)
     assert both["loss"] > one["loss"] and both["forward"] == one["forward"]
     assert len(work_of(long, [], plan, recipe, subject.chain).steps) == 2
+
+
+def test_fewer_tokens_that_are_all_trained_may_take_more(subject: Subject, tmp_path: Path) -> None:
+    """The last layer keeps what its MLP makes of trained rows alone."""
+    _, plan, _ = problem(tmp_path, "fp32", loss_chunk=16, micro_batch_tokens=100)
+    recipe = subject.recipe.model_copy(update={"batch_tokens": 100, "epochs": 1})
+    hardly, wholly = (Span(0, 80, False), Span(80, 100, True)), (Span(0, 1, False), Span(1, 96, True))
+    made = [replace(examples(length)[0], spans=spans) for length, spans in ((100, hardly), (96, wholly))]
+    every = Work(made, groups_of(made, plan.trunk_batch_tokens)[-2:], [[0], [1]])
+    expected = peaks(subject, plan, every)
+    assert expected["backward"] > peaks(subject, plan, replace(every, steps=[[0], [0]]))["backward"]
+    found = peaks(subject, plan, work_of(made, [], plan, recipe, subject.chain))
+    assert found["backward"] == expected["backward"]

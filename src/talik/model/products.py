@@ -26,7 +26,7 @@ PIECE = 1 << 20  # elements of the larger operand, and of the result, that are f
 FEW = 4  # rows: below it a product reads its weight and does little else, and bf16 is half to read
 
 _library = torch.library.Library("talik", "FRAGMENT")
-_library.define("mm(Tensor one, Tensor other) -> Tensor")
+_library.define("mm(Tensor one, Tensor other, Tensor? bias) -> Tensor")
 
 
 def bf16_as_fp32(wanted: bool | None = None) -> contextlib.AbstractContextManager[Any]:
@@ -48,10 +48,12 @@ def fp32_in_use() -> bool:
 
 
 def mm(
-    one: BFloat16[Tensor, "rows inner"], other: BFloat16[Tensor, "inner columns"]
+    one: BFloat16[Tensor, "rows inner"],
+    other: BFloat16[Tensor, "inner columns"],
+    bias: BFloat16[Tensor, " columns"] | None = None,
 ) -> BFloat16[Tensor, "rows columns"]:
-    """torch.mm: the sums in fp32, rounded to bf16. No gradient flows through it."""
-    return torch.ops.talik.mm(one, other)
+    """The product plus a bias for each column: sums in fp32, rounded to bf16. No gradient flows through."""
+    return torch.ops.talik.mm(one, other, bias)
 
 
 def linear(
@@ -60,40 +62,42 @@ def linear(
     bias: BFloat16[Tensor, " outputs"] | None = None,
 ) -> BFloat16[Tensor, "*batch outputs"]:
     """torch.nn.functional.linear, with `mm` for its product and for those of its gradients."""
-    out = _Linear.apply(hidden, weight)
-    return out if bias is None else out + bias  # pyright: ignore[reportReturnType, reportOperatorIssue]
+    return _Linear.apply(hidden, weight, bias)  # pyright: ignore[reportReturnType]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_hidden, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(hidden if of_weight else None, weight if of_hidden else None)
-        return mm(hidden.reshape(-1, hidden.shape[-1]), weight.T).view(*hidden.shape[:-1], len(weight))
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return mm(rows, weight.T, bias).view(*hidden.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (gradient,), (hidden, weight) = outputs, ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_hidden = None if weight is None else mm(rows, weight).view(*gradient.shape[:-1], -1)
-        return of_hidden, None if hidden is None else mm(rows.T, hidden.reshape(len(rows), -1))
+        of_weight = None if hidden is None else mm(rows.T, hidden.reshape(len(rows), -1))
+        return of_hidden, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _mm(one: Tensor, other: Tensor) -> Tensor:
+def _mm(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
     out = one.new_empty(len(one), other.shape[1])
+    added = None if bias is None else bias.float().expand(out.shape)
     if _inner_is_most(one, other):
-        _by_inner(out, one, other)
+        _by_inner(out, one, other, added)
     elif len(one) > other.shape[1]:
-        _by_columns(out.T, other.T, one.T)
+        _by_columns(out.T, other.T, one.T, None if added is None else added.T)
     else:
-        _by_columns(out, one, other)
+        _by_columns(out, one, other, added)
     return out
 
 
-def _by_inner(out: Tensor, one: Tensor, other: Tensor) -> None:
+def _by_inner(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
     """The product into `out`, summed in fp32 over pieces of the dimension that both have."""
     total = torch.zeros(out.shape, device=out.device)
     step = _step(total, one.shape[1])
@@ -101,10 +105,10 @@ def _by_inner(out: Tensor, one: Tensor, other: Tensor) -> None:
     for start in range(0, one.shape[1], step):
         left, right = one[:, start : start + step], other[start : start + step]
         total.addmm_(first[:, : len(right)].copy_(left), second[: len(right)].copy_(right))
-    out.copy_(total)
+    out.copy_(total if added is None else total.add_(added))
 
 
-def _by_columns(out: Tensor, one: Tensor, other: Tensor) -> None:
+def _by_columns(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
     """The product into `out`, by columns of `other`; `one`, the smaller, is fp32 as a whole."""
     whole, step = one.float(), _step(one, other.shape[1])
     part, result = (torch.empty_like(wide[:, :step], dtype=torch.float32) for wide in (other, out))
@@ -112,7 +116,8 @@ def _by_columns(out: Tensor, one: Tensor, other: Tensor) -> None:
         place = slice(start, start + step)
         columns = other[:, place]
         count = columns.shape[1]
-        out[:, place] = torch.mm(whole, part[:, :count].copy_(columns), out=result[:, :count])
+        product = torch.mm(whole, part[:, :count].copy_(columns), out=result[:, :count])
+        out[:, place] = product if added is None else product.add_(added[:, place])
 
 
 def _inner_is_most(one: Tensor, other: Tensor) -> bool:
@@ -125,10 +130,10 @@ def _step(matrix: Tensor, most: int) -> int:
 
 
 def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """What `mm` makes beside its result, on no device: for who counts memory."""
+    """What `mm` makes beside its result, but for a bias in fp32; on no device: for who counts memory."""
     if operator is not torch.ops.talik.mm.default:
         return []
-    one, other = args
+    one, other = args[:2]
     rows, inner, columns = *one.shape, other.shape[1]
     if _inner_is_most(one, other):
         stays = torch.empty(rows, columns, device="meta")
@@ -142,7 +147,7 @@ _library.impl("mm", _mm, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("talik::mm", lib=_library)
-def _(one: Tensor, other: Tensor) -> Tensor:
+def _(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
     return one.new_empty(len(one), other.shape[1])
 
 

@@ -20,6 +20,8 @@ LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
 # Micro-batches of a step that are simulated, the largest: the others differ by being smaller, and by how many
 # of their tokens are trained.
 BATCHES = 2
+# About so much of what the last layer keeps for the backward is kept at trained rows alone: an MLP.
+LAST = 0.75
 
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
@@ -59,11 +61,17 @@ def _batches(step: Sequence[int], examples: Sequence[Example], plan: Plan, chain
     lengths = [examples[i].length for i in step]
     found = micro_batches(range(len(step)), lengths, plan.micro_batch_tokens, chain.rope_group)
     batches = [[step[i] for i in batch] for batch in found]
-    return sorted(batches, key=lambda batch: -_padded(batch, examples))
+    return sorted(batches, key=lambda batch: -_size(batch, examples, plan))
 
 
-def _padded(batch: list[int], examples: Sequence[Example]) -> int:
-    return len(batch) * max(examples[i].length for i in batch)
+def _size(batch: list[int], examples: Sequence[Example], plan: Plan) -> float:
+    """Tokens that a micro-batch keeps for the backward, padding included; in the last layer fewer (LAST)."""
+    tokens = len(batch) * max(examples[i].length for i in batch)
+    layers = plan.layers - plan.cut
+    if plan.recompute and layers > 1:  # another layer takes most
+        return tokens
+    rows = sum(examples[i].trained_tokens for i in batch)
+    return tokens - LAST / max(1, layers) * (tokens - rows)
 
 
 def _joined(batches: Sequence[Sequence[int]]) -> list[int]:
@@ -79,7 +87,7 @@ def _largest_steps(
     fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
     longest = max(steps, key=lambda step: max(lengths[i] for i in step))
     split = [_batches(step, examples, plan, chain) for step in (longest, *fullest)]
-    largest = max(split[1:], key=lambda batches: _padded(batches[0], examples))
+    largest = max(split[1:], key=lambda batches: _size(batches[0], examples, plan))
     found = [(_joined(one[:BATCHES]), _joined(one[BATCHES:])) for one in (split[0], largest)]
 
     def rows(batch: Sequence[int]) -> int:
