@@ -164,18 +164,21 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
 def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> None:
     """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
     slow, fast = machine.rates.matmul["bf16"], machine.rates.matmul["fp32"]
-    if recipe.precision != "fp32" and machine.without_bf16:
+    if recipe.precision == "fp32":
+        return
+    if machine.without_bf16:
         text = (
             f"this processor has no instructions for bf16 ({slow / 1e9:.0f} GFLOP/s): bf16 matrices are "
             f"multiplied as fp32 ones ({fast / 1e9:.0f})"
         )
-        notify(Said("note", text))
-    elif recipe.precision != "fp32" and slow < fast / 2:
+    elif slow < fast / 2:
         text = (
             f"this machine multiplies bf16 matrices at {slow / 1e9:.0f} GFLOP/s and fp32 ones at "
             f"{fast / 1e9:.0f}: --precision fp32 would be faster, with twice the memory for the weights"
         )
-        notify(Said("note", text))
+    else:
+        return
+    notify(Said("note", text))
 
 
 def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:

@@ -57,9 +57,9 @@ class Seen:
 class _Watch(TorchFunctionMode):
     """Sees every function of torch, and so which tensor is computed from which."""
 
-    def __init__(self, layers: int, sequence: int, alone: bool) -> None:
+    def __init__(self, layers: int, sequence: int, tries: bool) -> None:
         super().__init__()
-        self.alone = alone
+        self.tries = tries  # whether the last layer's modules are run alone, too
         self.sequence = sequence
         self.seen = Seen()
         self.layers = layers
@@ -148,7 +148,7 @@ class _Watch(TorchFunctionMode):
             raise ChainError(f"layer {self.running} calls layer {index}")
         self.enter(index, *take_hidden(args, kwargs))
         out = own(*args, **kwargs)
-        if self.alone and index == self.layers - 1:
+        if self.tries and index == self.layers - 1:
             self.again = True
             self.seen.alone = find_alone(layer, lambda: first_of(own(*args, **kwargs)))
             self.again = False
