@@ -163,21 +163,18 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
 
 def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> None:
     """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
-    slow, fast = machine.rates.matmul["bf16"], machine.rates.matmul["fp32"]
-    if recipe.precision == "fp32":
+    slow, fast = (machine.rates.matmul[precision] / 1e9 for precision in ("bf16", "fp32"))
+    if recipe.precision == "fp32" or not (machine.without_bf16 or slow < fast / 2):
         return
+    text = (
+        f"this machine multiplies bf16 matrices at {slow:.0f} GFLOP/s and fp32 ones at {fast:.0f}: "
+        "--precision fp32 would be faster, with twice the memory for the weights"
+    )
     if machine.without_bf16:
         text = (
-            f"this processor has no instructions for bf16 ({slow / 1e9:.0f} GFLOP/s): bf16 matrices are "
-            f"multiplied as fp32 ones ({fast / 1e9:.0f})"
+            f"this processor has no instructions for bf16 ({slow:.0f} GFLOP/s): bf16 matrices are "
+            f"multiplied as fp32 ones ({fast:.0f})"
         )
-    elif slow < fast / 2:
-        text = (
-            f"this machine multiplies bf16 matrices at {slow / 1e9:.0f} GFLOP/s and fp32 ones at "
-            f"{fast / 1e9:.0f}: --precision fp32 would be faster, with twice the memory for the weights"
-        )
-    else:
-        return
     notify(Said("note", text))
 
 
