@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,6 +43,17 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked(request: pytest.FixtureRequest) -> None:
+    """Shapes in signatures are checked by the tests of the packages that have them.
+
+    Whole runs and plans call the same functions, and would spend two thirds of their time on it.
+    """
+    checked = request.path.parent.name in ("data", "model", "train")
+    whole = request.node.get_closest_marker("whole_run") is not None
+    jaxtyping.config.update("jaxtyping_disable", whole or not checked)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -175,6 +175,7 @@ def peft_loop(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, torch.
     raise AssertionError("unreachable")
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("lora", ["rank=4", "rank=8,alpha=8,targets=q_proj+v_proj,dora"])
 def test_twenty_steps_equal_peft_in_a_plain_loop(
     model_folder: Path, rows: Path, tmp_path: Path, lora: str
@@ -194,6 +195,7 @@ def test_twenty_steps_equal_peft_in_a_plain_loop(
         assert (ours[name] - weight).norm() < 1e-3 * weight.norm(), name
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     model_folder: Path, rows: Path, tmp_path: Path, precision: str
@@ -268,6 +270,7 @@ def test_what_cannot_have_adapters_is_refused(
         thaw(build_model(family, **changes), Recipe(model="-", data="-", top_layers=2, lora=lora))
 
 
+@pytest.mark.whole_run
 def test_adapters_that_no_gradient_reaches_are_named(
     build_model: Callable[..., Any], model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:

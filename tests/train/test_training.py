@@ -34,6 +34,7 @@ from talik.train.resume import checkpoint_bytes, checkpoints, latest_checkpoint
 from talik.train.run_folder import load_tokenizer
 from talik.train.top import Top, make_top
 
+pytestmark = pytest.mark.whole_run
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses" / "qwen2-fp32.txt"
 
 

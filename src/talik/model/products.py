@@ -157,13 +157,18 @@ class _AsFp32(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        many = bool(args) and _bf16_on_cpu(args[0]) and args[0].dim() > 1 and args[0].shape[-2] >= FEW
-        replacement = _REPLACED.get(func) if many else None
-        return (replacement or func)(*args, **kwargs or {})
+        replacement = _REPLACED.get(func)
+        if replacement is None or not (args and _bf16_on_cpu(args[0]) and _rows(args[0]) >= FEW):
+            replacement = func
+        return replacement(*args, **kwargs or {})
 
 
 def _bf16_on_cpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _rows(matrices: Tensor) -> int:
+    return matrices.shape[-2] if matrices.dim() > 1 else 1
 
 
 def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
