@@ -98,6 +98,8 @@ def save(name: str, folder: Path) -> None:
 class Phases:
     """A log that tells the profiler where phases begin."""
 
+    device = "cpu"
+
     def __init__(self) -> None:
         self._open: Any = None
 

@@ -20,6 +20,7 @@ from talik.thaw import PARTS, Thawed, check_thaw, thawed
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
 _ADAM = ("adamw", "adamw-8bit", "muon")
+Tier = Literal["memory", "ram", "disk"]  # the device's memory, the RAM beside it, files
 READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
 
 
@@ -194,10 +195,10 @@ class Plan(BaseModel):
     top: Literal["resident", "streamed"] = Field(
         description="where the trained weights are: in memory, or in a working copy and one layer at a time"
     )
-    state: Literal["memory", "disk"] = Field(
+    state: Tier = Field(
         default="memory", description="where masters, optimizer state and gradients that wait are"
     )
-    inputs: Literal["memory", "disk"] = Field(
+    inputs: Tier = Field(
         default="memory", description="streamed: where what goes into each layer waits for the backward"
     )
     cache: Literal["disk", "none"] = Field(
@@ -215,11 +216,12 @@ class Plan(BaseModel):
         description="memory that each phase takes at most, in bytes, the program's included; it alone, too",
     )
 
-    def on_disk(self, kind: str) -> bool:
-        """Whether tensors of a kind ("input", "kept", "master", ...) are in files while they wait."""
+    def tier(self, kind: str) -> Tier:
+        """Where tensors of a kind ("input", "kept", "master", ...) are while they wait."""
         if kind == "input":
-            return self.inputs == "disk"
-        return self.state == "disk" and kind not in ("gradient", "norm")
+            return self.inputs
+        on_device = ("gradient", "norm", "kept") if self.top == "resident" else ("gradient", "norm")
+        return "memory" if kind in on_device else self.state
 
 
 def check(given: dict[str, Any], where: object = None) -> Recipe:

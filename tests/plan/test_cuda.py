@@ -41,6 +41,7 @@ SMALL = {
     "vocab_size": 512,
     "head_dim": 16,
 }
+SHAPES = [torch.Size(size) for size in ((64, 64), (32, 64), (32, 64), (64, 64), *[(160, 64)] * 3)] * 2
 Made = tuple[str, int, tuple[int, ...]]
 
 
@@ -149,11 +150,11 @@ def simulated(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
     examples = [_example(length) for length in (96, 60)]
     work = Work(examples, groups_of(examples, 256), [[0, 1]])
 
-    def run(machine: Machine | None) -> Simulation:
+    def run(machine: Machine | None, **way: Any) -> Simulation:
         if machine is None:
             return simulate(subject, plan, work)
         with target(machine):
-            return simulate(subject, plan, work)
+            return simulate(subject, plan.model_copy(update={"device": machine.device, **way}), work)
 
     return run
 
@@ -181,6 +182,20 @@ def test_a_simulation_runs_the_kernels_of_its_target(simulated: Any) -> None:
         assert set(device.causes) <= {*CAUSES, "libraries", "allocator"}
     assert result.first_break(result.capacity) is None
     assert result.first_break(result.capacity - GRID) is not None
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+@pytest.mark.parametrize("top", ["resident", "streamed"])
+def test_what_is_apart_takes_the_device_only_what_is_brought(simulated: Any, top: str, tier: str) -> None:
+    """A tensor that was not brought would fail: it is on another device than what it meets."""
+    way = {"top": top, "recompute": True}
+    near, apart = simulated(ADA, **way), simulated(ADA, **way, state=tier, inputs=tier)
+    updates = [next(p for p in of.phases if p.phase == "update").causes for of in (near, apart)]
+    state = 3 * 4 * sum(shape.numel() for shape in SHAPES)
+    assert updates[0]["optimizer state"] >= state and "optimizer state" not in updates[1]
+    brought = 3 * 4 * max(shape.numel() for shape in SHAPES)
+    assert updates[1]["workspace"] >= brought > updates[0]["workspace"]
+    assert on_cuda(apart, ADA).peak.bytes <= on_cuda(near, ADA).peak.bytes
 
 
 def test_on_a_cpu_the_target_changes_nothing() -> None:

@@ -15,15 +15,18 @@ from talik.cli import main
 from talik.data.labels import Example, Span
 from talik.data.rows import Place
 from talik.errors import DoesNotFitError
-from talik.machine import HERE, Machine, this_machine
+from talik.machine import HERE, Machine, described_machine, this_machine
+from talik.model.freeze import trained_parameters
 from talik.plan.changes import Thrift, most_layers, smallest_changes
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
 from talik.plan.simulate import subject_of
 from talik.plan.solve import STAY, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
+from talik.plan.ways import ways_of
 from talik.recipe import Recipe
 from talik.thaw import thawed
+from talik.train.resume import state_bytes
 
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512, "head_dim": 64}
 WIDE |= {"max_position_embeddings": 4096}
@@ -170,6 +173,32 @@ def test_a_disk_that_is_too_small_does_not_fit(roomy: Planned, recipe: Recipe, f
     assert "the disk lacks 1 B" in plan_text(short) and short.problem == "the disk lacks 1 B"
     (change,) = smallest_changes(short, recipe, folder, (examples(250), []))
     assert change.options == f"--disk {-(-short.disk_bytes // 2**20)}MiB"
+
+
+def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
+    build_model("qwen2", **{**WIDE, **sizes}).config.save_pretrained(tmp_path)
+    recipe = Recipe(model=str(tmp_path), data="-", top_layers=3)
+    made, gpu = examples(LONG), Target(described_machine("RTX 4090"), 8 << 30, 32 << 30, None, 1 << 30)
+    search = Search(subject_of(recipe, tmp_path), made, [], gpu)
+    plans = [search.first().model_copy(update=way) for way in ways_of(search.first(), LONG)][2:]
+    tiers = [("resident", "memory"), ("resident", "ram"), ("streamed", "ram"), ("streamed", "ram")]
+    assert [(plan.top, plan.state) for plan in plans] == [*tiers, ("streamed", "disk")]
+    peaks = [search.try_plan(plan).peak.bytes for plan in plans[:3]]
+    assert peaks[0] > peaks[1] > peaks[2]
+    state = state_bytes(trained_parameters(search.subject.chain.model), recipe)
+    assert search.ram(plans[1]) - search.ram(plans[0]) == state
+    little = replace(gpu, memory=gpu.needed(peaks[2]), ram=search.ram(plans[0]) + state)
+    planned = plan_run(recipe, tmp_path, made, target=little)
+    assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
+    assert "streamed from a working copy, optimizer state and layers' inputs on disk" in plan_text(planned)
+    refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
+    assert "of RAM beside cuda" in refused.reason
+    more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
+    enough = plan_run(recipe, tmp_path, made, target=replace(little, ram=more))
+    assert enough.fits and (enough.plan.top, enough.plan.state) == ("streamed", "ram")
 
 
 def test_experts_have_a_range(build_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -63,11 +63,19 @@ def test_the_loss_that_takes_most_is_looked_at(subject: Subject, tmp_path: Path)
     long = [replace(e, spans=(Span(0, 99, False), Span(99, 100, True))) for e in examples(100, 100)]
     full = replace(examples(60)[0], spans=(Span(0, 1, False), Span(1, 60, True)))
     work = work_of([full, *long], [], plan, recipe, subject.chain)
-    assert work.steps[2] == [0]
-    one = peaks(subject, plan, replace(work, steps=work.steps[:2]))
+    assert work.steps == [[1], [0]] or work.steps == [[2], [0]]
+    one = peaks(subject, plan, replace(work, steps=work.steps[:1]))
     both = peaks(subject, plan, work)
     assert both["loss"] > one["loss"] and both["forward"] == one["forward"]
-    assert len(work_of(long, [], plan, recipe, subject.chain).steps) == 2
+    assert len(work_of(long, [], plan, recipe, subject.chain).steps) == 1
+
+
+def test_a_step_takes_as_much_a_second_time(subject: Subject, tmp_path: Path) -> None:
+    """But for two scalars: so those that are alike are simulated once."""
+    for way in ({}, {"top": "streamed", "recompute": True}):
+        _, plan, work = problem(tmp_path, "fp32", **way)
+        one, two = (peaks(subject, plan, replace(work, steps=[[0, 1, 2]] * times)) for times in (1, 2))
+        assert two == pytest.approx(one, abs=8)
 
 
 def test_fewer_tokens_that_are_all_trained_may_take_more(subject: Subject, tmp_path: Path) -> None:
@@ -80,4 +88,4 @@ def test_fewer_tokens_that_are_all_trained_may_take_more(subject: Subject, tmp_p
     expected = peaks(subject, plan, every)
     assert expected["backward"] > peaks(subject, plan, replace(every, steps=[[0], [0]]))["backward"]
     found = peaks(subject, plan, work_of(made, [], plan, recipe, subject.chain))
-    assert found["backward"] == expected["backward"]
+    assert found["backward"] == pytest.approx(expected["backward"], abs=8)

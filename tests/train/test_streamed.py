@@ -126,6 +126,7 @@ def test_everything_trained_is_the_plain_model(
         ("fp32", "last", "disk", "memory"),
         ("fp32", 0, "memory", "memory"),
         ("bf16-sr", "last", "memory", "memory"),
+        ("bf16", 0.1, "ram", "ram"),
     ],
 )
 def test_where_things_are_and_how_gradients_are_clipped(
@@ -137,6 +138,17 @@ def test_where_things_are_and_how_gradients_are_clipped(
     resident = trained(model, tmp_path / "one", recipe, steps=3)
     places = {"top": "streamed", "state": state, "inputs": inputs}
     assert_same(trained(model, tmp_path / "two", recipe, steps=3, **places), resident)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_state_apart_from_a_resident_top(
+    build_model: Callable[..., Any], tmp_path: Path, optimizer: str, tier: str
+) -> None:
+    """It is brought to the device slice by slice, and put back."""
+    model, recipe = build_model("qwen2"), make_recipe(precision="fp32", optimizer=optimizer)
+    expected = trained(model, tmp_path / "one", recipe, steps=3)
+    assert_same(trained(model, tmp_path / "two", recipe, steps=3, state=tier), expected)
 
 
 def test_the_source_is_never_written(build_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from talik.model.checkpoint import Entry
 from talik.model.weights import Weights
 from talik.model.working_copy import WorkingCopy
-from talik.plan.storage_log import ON_DISK, Log, StorageLog
+from talik.plan.storage_log import APART, Log, StorageLog
+from talik.recipe import Tier
 from talik.train.cache import Cache, Group, States
 from talik.train.cache_shard import ShardWriter
-from talik.train.scratch import FileScratch
+from talik.train.scratch import TieredScratch
 from talik.train.top import Top
 
 CAUSE_OF = {"gradient": "gradients", "kept": "gradients", "input": "saved activations"}
@@ -128,15 +129,19 @@ class FakeCopy(WorkingCopy):
         """As `WorkingCopy.write`."""
 
 
-class MarkedScratch(FileScratch):
+class MarkedScratch(TieredScratch):
     """A scratch whose tensors' causes are known by their names; those in files take no memory.
+
+    Fake tensors of any device are the CPU's, as only they have a backward; so what is in RAM beside another
+    device is on none: what computes with it without bringing it over fails here as it would there.
 
     `waiting` has, by layer, shape and dtype of what goes into it of micro-batches that only wait: made with
     that of the first which is computed, gone when a lower layer's begin to go.
     """
 
-    def __init__(self, device: torch.device, log: Log, on_disk: Callable[[str], bool]) -> None:
-        super().__init__(device, Path(), on_disk)
+    def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
+        super().__init__(torch.device("cpu"), Path(), tier)
+        self._beside = torch.device("cpu" if log.device == "cpu" else "meta")
         self._log = log
         self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
         self._inputs: dict[int, Tensor] = {}
@@ -160,12 +165,12 @@ class MarkedScratch(FileScratch):
         super().__setitem__(name, tensor)
         self._log.mark([self[name]], self._cause(name))
 
-    def _write(self, path: Path, tensor: Tensor) -> None:
+    def _write(self, name: str, place: Tensor, tensor: Tensor) -> None:
         pass
 
-    def _make(self, path: Path, size: int) -> Tensor:
-        tensor = torch.empty(size, dtype=torch.uint8)
-        self._log.mark([tensor], ON_DISK)
+    def _make(self, name: str, size: int) -> Tensor:
+        tensor = torch.empty(size, dtype=torch.uint8, device=self._beside)
+        self._log.mark([tensor], self._cause(name))
         return tensor
 
     def _input_of(self, name: str) -> int | None:
@@ -174,5 +179,5 @@ class MarkedScratch(FileScratch):
         return int(place.partition("/")[0]) if kind == "input" else None
 
     def _cause(self, name: str) -> str:
-        kind = name.partition("/")[0]
-        return ON_DISK if self._on_disk(kind) else CAUSE_OF.get(kind, "optimizer state")
+        elsewhere = self._tier(name) == "disk" or (self._apart(name) and self._log.device != "cpu")
+        return APART if elsewhere else CAUSE_OF.get(name.partition("/")[0], "optimizer state")

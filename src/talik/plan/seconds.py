@@ -12,7 +12,7 @@ from talik.model.freeze import trained_parameters
 from talik.plan.account import Simulation
 from talik.plan.simulate import Subject, Work, enough_layers
 from talik.recipe import Plan
-from talik.train.resume import scratch_bytes
+from talik.train.resume import scratch_bytes, state_bytes
 from talik.train.update import gradients_wait
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
@@ -61,6 +61,9 @@ def seconds_of(
     epoch += of_phase("update") * steps / len(work.steps)
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
+    if plan.state == "ram":  # there and back, in the update, which waits for it
+        of_state = state_bytes(trained_parameters(subject.chain.model), recipe)
+        epoch += steps * 2 * of_state / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
@@ -79,7 +82,7 @@ def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
     if plan.state == "disk":
         state = scratch_bytes(trained, recipe)
         read, written = read + state, written + state
-    return read / rates.disk_read + written / rates.disk_write
+    return read / min(rates.disk_read, rates.to_device) + written / rates.disk_write
 
 
 def token_bytes(subject: Subject, plan: Plan) -> int:

@@ -120,7 +120,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     log.phase("load")
     top = loaded.top()
     weights.changed = FakeCopy(top)
-    scratch = MarkedScratch(torch.device("cpu"), log, plan.on_disk)
+    scratch = MarkedScratch(log, plan.tier)
     prepare_top(top, recipe, loaded.store, scratch)
     form = chain.width(plan.cut), chain.handed_on(plan.cut)
     world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))

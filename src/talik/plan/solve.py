@@ -63,7 +63,7 @@ def plan_run(
         assumed=assumed,
         refused=tuple(search.refused),
         breaks=breaks,
-        ram_bytes=max(p.bytes for p in phases) if target.on_cpu else _ram(search.subject, plan, target),
+        ram_bytes=max(p.bytes for p in phases) if target.on_cpu else search.ram(plan),
         least=least,
     )
 
@@ -102,6 +102,10 @@ class Search:
         """Tokens of the longest example to train on."""
         return max(example.length for example in self.examples)
 
+    def ram(self, plan: Plan) -> int:
+        """What a way takes of the RAM beside an accelerator, in bytes, about."""
+        return _ram(self.subject, plan, self.target, self.longest)
+
     def run(self) -> Tried:
         """The first way that fits; else the one that takes least."""
         first = self.first()
@@ -126,10 +130,13 @@ class Search:
         return ways.first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
 
     def try_plan(self, plan: Plan, *, whole: bool = True) -> Tried:
-        """Simulates a plan, or only a glimpse of it; with the trunk streamed where it does not fit resident
-        and may be."""
+        """Simulates a plan, or only a glimpse of it, where that is much less than the whole.
+
+        The trunk is streamed where it does not fit resident and may be.
+        """
         recipe, chain = self.subject.recipe, self.subject.chain
         work = work_of(self.examples, self.evaluated, plan, recipe, chain)
+        whole = whole or len(work.steps) == 1
         if not whole:
             work = glimpse_of(work, plan, chain)
         tried = self._simulated(plan, work, "same", whole)
@@ -157,14 +164,20 @@ class Search:
             reason = f"takes {in_words(least)} at least"
             self.refused.append(Refusal(way, least, reason, None, simulated=False))
             return False
+        if not self.target.on_cpu and (ram := self.ram(plan)) > self.target.ram:
+            reason = f"takes {in_words(ram)} of RAM beside {self.target.machine.device}"
+            self.refused.append(Refusal(way, least, reason, f"--ram {in_mebibytes(ram)}", simulated=False))
+            return False
         self.notify(Said("plan", f"simulating {ways.in_words(way)}"))
-        for whole in (False, True) if plan.top == "streamed" else (True,):
+        whole = plan.top == "resident"
+        while True:
             tried = self.try_plan(plan, whole=whole)
             self._tried.append(tried)
             if tried.breaks:
                 self._refuse(way, tried, tried.breaks)
-                return False
-        return True
+            if tried.breaks or tried.whole:
+                return tried.breaks is None
+            whole = True
 
     def _refuse(self, way: dict[str, Any], tried: Tried, broken: Break) -> None:
         peak = tried.peak.bytes
@@ -179,7 +192,8 @@ class Search:
         least = self._stays(plan)
         for tried in self._tried:
             share = min(1.0, plan.micro_batch_tokens / tried.plan.micro_batch_tokens)
-            if plan.top == "resident" and plan.recompute == tried.plan.recompute:
+            alike = plan.recompute == tried.plan.recompute and plan.state == tried.plan.state
+            if plan.top == "resident" and alike:
                 causes = tried.peak.causes
                 fixed = sum(causes.get(cause, 0) for cause in STAY)
                 least = max(least, int(fixed + share * causes.get("saved activations", 0)))
@@ -193,7 +207,7 @@ class Search:
             return scratch_bytes(trained, recipe) if plan.state == "memory" else 0
         layers = (weight.nbytes for layer in chain.layers[plan.cut :] for weight in layer.parameters())
         gradients = 4 * sum(weight.numel() for weight in trained.values())
-        return sum(layers) + gradients + state_bytes(trained, recipe)
+        return sum(layers) + gradients + (state_bytes(trained, recipe) if plan.state == "memory" else 0)
 
 
 def in_mebibytes(size: int) -> str:
@@ -212,8 +226,7 @@ def _disk(
     if plan.state == "disk":
         work["optimizer state"] = scratch_bytes(trained, subject.recipe)
     if plan.inputs == "disk":
-        step = max(subject.recipe.batch_tokens, max(example.length for example in examples))
-        work["inputs"] = step * token_bytes(subject, plan) * (plan.layers - plan.cut)
+        work["inputs"] = _inputs(subject, plan, max(example.length for example in examples))
     return {
         "cache": 0 if plan.cache == "none" else tokens * token_bytes(subject, plan),
         "checkpoints": checkpoint_bytes(trained, subject.recipe),
@@ -221,11 +234,27 @@ def _disk(
     }
 
 
-def _ram(subject: Subject, plan: Plan, target: Target) -> int:
-    """RAM beside an accelerator, about: the program, and what passes through on its way to the device."""
+def _inputs(subject: Subject, plan: Plan, longest: int) -> int:
+    """Bytes of what goes into the layers of a streamed step, of which one example may be all."""
+    step = max(subject.recipe.batch_tokens, longest)
+    return step * token_bytes(subject, plan) * (plan.layers - plan.cut)
+
+
+def _ram(subject: Subject, plan: Plan, target: Target, longest: int) -> int:
+    """RAM beside an accelerator, about: the program, what passes through to the device, what is kept here.
+
+    Pinned memory, two layers of it, comes in powers of two (ATen/core/CachingHostAllocator.h).
+    """
     layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in subject.chain.layers)
     tensors = (weight.nbytes for weight in subject.chain.model.parameters())
-    return target.program + max(tensors) + (2 * max(layers) if plan.trunk == "streamed" else 0)
+    trained = trained_parameters(subject.chain.model)
+    size = target.program + max(tensors)
+    if "streamed" in (plan.trunk, plan.top):
+        size += 2 * (1 << (max(layers) - 1).bit_length())
+    if plan.state == "ram":
+        bytes_of = state_bytes if plan.top == "resident" else scratch_bytes
+        size += bytes_of(trained, subject.recipe)
+    return size + (_inputs(subject, plan, longest) if plan.inputs == "ram" else 0)
 
 
 def _why(broken: Break) -> str:

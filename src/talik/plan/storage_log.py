@@ -40,12 +40,19 @@ CAUSES = (
     "logits and loss",
     "workspace",
 )
-ON_DISK = "on disk"  # the cause of tensors in files that are mapped, which take no memory
+APART = (
+    "apart"  # the cause of tensors in mapped files, or in RAM beside a device: they take none of its memory
+)
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What a run tells while it is watched: which phase begins, and what tensors are for."""
+    """What a run tells while it is watched: which phase begins, and what tensors are for.
+
+    `device` is the kind of device whose memory it is about.
+    """
+
+    device: str
 
     def phase(self, name: str, /) -> None: ...
     def unnamed(self) -> int: ...
@@ -105,7 +112,7 @@ class StorageLog(TorchDispatchMode):
         for tensor in tensors:
             made = self.births[self._see(tensor, "before")]
             made.cause = cause
-            if cause == ON_DISK:
+            if cause == APART:
                 made.bytes = 0
 
     def __torch_dispatch__(
@@ -153,7 +160,7 @@ class StorageLog(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, 0 if storage.filename else storage.nbytes()
         number = self._live.get(key)
-        if number is not None and (self.births[number].bytes == size or self.births[number].cause == ON_DISK):
+        if number is not None and (self.births[number].bytes == size or self.births[number].cause == APART):
             return number
         if number is not None:  # resized: the old one is gone
             self._die(key, number)

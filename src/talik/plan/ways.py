@@ -24,6 +24,7 @@ CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too ofte
 THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
 STREAMED = {"top": "streamed", "recompute": True}
 ON_DISK = {"state": "disk", "inputs": "disk"}
+IN_RAM = {"state": "ram", "inputs": "ram"}
 # What changes from way to way. None of it changes what is computed, but for the order of sums.
 RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
     *({"recompute": r, "micro_batch_tokens": tokens} for r in (False, True) for tokens in (2048, 1024, 512)),
@@ -32,6 +33,13 @@ RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
 STREAMED_WAYS: tuple[dict[str, Any], ...] = (
     *({**STREAMED, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
     *({**STREAMED, **ON_DISK, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
+    {**STREAMED, **ON_DISK, **THRIFTY},
+)
+# Beside a device with its own memory there is RAM, which is nearer than any disk.
+WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
+    *({"recompute": True, "state": "ram", "micro_batch_tokens": tokens} for tokens in (2048, 512)),
+    *({**STREAMED, **IN_RAM, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
+    {**STREAMED, **IN_RAM, **THRIFTY},
     {**STREAMED, **ON_DISK, **THRIFTY},
 )
 
@@ -121,12 +129,12 @@ def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
 def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:
     """What each way changes of the first plan, fastest first: what is computed twice costs much, files more.
 
-    A loss chunk is never made larger; micro-batches never get smaller than the `longest` example. A top is
-    `streamed` on a CPU alone: elsewhere nobody has measured it.
+    A loss chunk is never made larger; micro-batches never get smaller than the `longest` example. Not
+    `streamed`: all of the top stays in the device's memory.
     """
-    streamed = streamed and first.device == "cpu"
+    more = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
     chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}
-    every = RESIDENT_WAYS + (STREAMED_WAYS if streamed else ())
+    every = RESIDENT_WAYS + (more if streamed else ())
     found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in every]
     differ = {
         (
@@ -142,9 +150,12 @@ def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[st
 def in_words(way: dict[str, Any]) -> str:
     """As in "micro-batches of 512 tokens, layers recomputed in the backward"."""
     recomputed = ", layers recomputed in the backward" if way["recompute"] else ""
+    apart = {"ram": " in RAM", "disk": " on disk"}.get(way.get("state", "memory"), "")
     if way.get("top") == "streamed":
-        beside = ", optimizer state and layers' inputs on disk" if way.get("state") == "disk" else ""
+        beside = f", optimizer state and layers' inputs{apart}" if apart else ""
         recomputed = f", trained layers streamed from a working copy{beside}"
+    elif apart:
+        recomputed += f", optimizer state{apart}"
     chunk = f", loss chunks of {way['loss_chunk']}" if "loss_chunk" in way else ""
     return f"micro-batches of {way['micro_batch_tokens']:,} tokens{recomputed}{chunk}"
 

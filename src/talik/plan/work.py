@@ -26,17 +26,17 @@ LAST = 0.75
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
     """Of the work of a plan one step with its largest micro-batch: what it takes is about the same."""
-    batches = _batches(work.steps[1], work.examples, plan, chain)
+    batches = _batches(work.steps[0], work.examples, plan, chain)
     return replace(work, steps=[batches[0]], waiting=[*work.waiting, *_joined(batches[1:])])
 
 
 def work_of(
     examples: Sequence[Example], evaluated: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> Work:
-    """The two groups with the longest examples, and two or three steps.
+    """The two groups with the longest examples, and one to three steps.
 
-    The longest example's, the largest micro-batch's, and that of the one whose loss takes most, if it is in
-    neither.
+    The largest micro-batch's, the longest example's and that of the one whose loss takes most, where they
+    differ: the same step a second time takes as much as the first (docs/log.md).
     """
     both = [*examples, *evaluated]
     groups = groups_of(both, plan.trunk_batch_tokens)
@@ -88,7 +88,8 @@ def _largest_steps(
     longest = max(steps, key=lambda step: max(lengths[i] for i in step))
     split = [_batches(step, examples, plan, chain) for step in (longest, *fullest)]
     largest = max(split[1:], key=lambda batches: _size(batches[0], examples, plan))
-    found = [(_joined(one[:BATCHES]), _joined(one[BATCHES:])) for one in (split[0], largest)]
+    chosen = [largest] if largest == split[0] else [largest, split[0]]
+    found = [(_joined(one[:BATCHES]), _joined(one[BATCHES:])) for one in chosen]
 
     def rows(batch: Sequence[int]) -> int:
         return min(plan.loss_chunk, sum(examples[i].trained_tokens for i in batch))

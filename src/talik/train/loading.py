@@ -23,7 +23,7 @@ from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.model.working_copy import Saved, WorkingCopy
 from talik.recipe import Plan, Recipe
-from talik.train.scratch import FileScratch, Scratch
+from talik.train.scratch import Scratch, TieredScratch
 from talik.train.store import FileStore, ResidentStore, Store
 from talik.train.top import Top, make_top
 
@@ -81,7 +81,7 @@ class Loaded:
         Weights that are streamed begin as they are in `checkpoint`, if there is one.
         """
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        scratch = FileScratch(self.chain.device, folder, self.plan.on_disk)
+        scratch = TieredScratch(self.chain.device, folder, self.plan.tier)
         if self.plan.top == "streamed":
             sizes = {name: parameter.nbytes for name, parameter in top.parameters() if parameter.is_meta}
             saved = Saved(checkpoint / "weights.safetensors") if checkpoint else None

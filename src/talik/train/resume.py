@@ -127,7 +127,7 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
     Weights that are streamed are read from it when they are wanted (`Loaded.working`).
     """
     load_weights(path, dict(top.parameters()))
-    with safe_open(path / "optimizer.safetensors", "pt", device=str(top.chain.device)) as file:
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no dictionary
             scratch[name].copy_(file.get_tensor(name))
     return State(**read_json(path / "state.json"))

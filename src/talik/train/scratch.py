@@ -1,7 +1,7 @@
 """Named tensors that outlive one operation: gradients, masters, optimizer state, what goes into a layer.
 
-In the memory of one device, or some kinds of them in files that are mapped: the system writes those out and
-reads them back as it needs the memory.
+In the memory of one device; or some kinds of them in the RAM beside it, or in files that are mapped: the
+system writes those out and reads them back as it needs the memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from talik.files import need_room
 from talik.model.checkpoint import tensor_bytes
+from talik.recipe import Tier
 from talik.system import reserve
 
 
@@ -23,7 +24,8 @@ from talik.system import reserve
 class Scratch(Protocol):
     """Named tensors. `zeros` makes one if it is not there yet; `drop` forgets one.
 
-    Of a name the part before the first / is its kind. `values` are the tensors that are in memory.
+    Of a name the part before the first / is its kind. Kinds may be kept apart from the device that computes:
+    what is asked for is where it is kept. `values` are the tensors in the device's memory.
     """
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
@@ -62,60 +64,70 @@ class MemoryScratch:
         return self._tensors.values()
 
 
-class FileScratch(MemoryScratch):
-    """Tensors in memory, but those of some kinds in a folder of files, changed in place there.
+class TieredScratch(MemoryScratch):
+    """Tensors in the device's memory, but those of some kinds in RAM beside it or in a folder of files.
 
-    `on_disk` says of a kind whether it is such a one. A file's room is taken when it is made (NoRoomError,
-    OSError); a dropped tensor's file waits for the next of its name. On the CPU alone: only there a tensor
-    can be a file.
+    `tier` says of a kind where it is kept. A file is mapped and changed in place; its room is taken when it
+    is made (NoRoomError, OSError). Where a tensor was that is dropped, the next of its name will be.
     """
 
-    def __init__(self, device: torch.device, folder: Path, on_disk: Callable[[str], bool]) -> None:
+    def __init__(self, device: torch.device, folder: Path, tier: Callable[[str], Tier]) -> None:
         super().__init__(device)
-        self._folder, self._on_disk = folder, on_disk
-        self._mapped: dict[str, Tensor] = {}  # by name: the bytes of its file
+        self._folder, self._tier_of = folder, tier
+        self._places: dict[str, Tensor] = {}  # by name: its bytes, apart from the device
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if name not in self and self._in_file(name):
-            used = name in self._mapped  # a new file has zeros in it, and need not be written
+        if name not in self and self._apart(name):
+            used = name in self._places  # a new one has zeros in it, and need not be written
             place = self._place(name, shape, dtype)
             self._tensors[name] = place.zero_() if used else place
         return super().zeros(name, shape, dtype)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        if self._in_file(name):
+        if self._apart(name):
             place = self._place(name, tensor.shape, tensor.dtype)
-            self._write(self._folder / name, tensor)
+            self._write(name, place, tensor)
             tensor = place
-        elif any(tensor is own for other, own in self._tensors.items() if self._in_file(other)):
-            tensor = tensor.clone()  # what is in memory is used, and would be written out again and again
+        elif any(tensor is own for other, own in self._tensors.items() if self._apart(other)):
+            # What is in memory is used: a mapped file would be written out again and again.
+            tensor = tensor.to(self._device, copy=True)
         super().__setitem__(name, tensor)
 
     def values(self) -> Iterable[Tensor]:
-        return [tensor for name, tensor in self._tensors.items() if not self._in_file(name)]
+        return [tensor for name, tensor in self._tensors.items() if not self._apart(name)]
 
     def close(self) -> None:
         """Removes the files."""
         self._tensors.clear()
-        self._mapped.clear()
+        self._places.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _in_file(self, name: str) -> bool:
-        return self._on_disk(name.partition("/")[0])
+    def _tier(self, name: str) -> Tier:
+        return self._tier_of(name.partition("/")[0])
+
+    def _apart(self, name: str) -> bool:
+        return self._tier(name) != "memory"
 
     def _place(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The tensor that a name's file is; a file that is too small is made anew."""
+        """The tensor that is apart under a name; a place that is too small is made anew."""
         size = shape.numel() * dtype.itemsize
-        if name not in self._mapped or self._mapped[name].nbytes < size:
-            self._mapped[name] = self._make(self._folder / name, size)
-        return self._mapped[name][:size].view(dtype).view(shape)
+        if name not in self._places or self._places[name].nbytes < size:
+            self._places[name] = self._make(name, size)
+        return self._places[name][:size].view(dtype).view(shape)
 
-    def _write(self, path: Path, tensor: Tensor) -> None:
-        """Through the file: page after page of what is mapped would take several times as long."""
-        with path.open("r+b") as file:
+    def _write(self, name: str, place: Tensor, tensor: Tensor) -> None:
+        if self._tier(name) == "ram":
+            place.copy_(tensor)
+            return
+        # Through the file: page after page of what is mapped would take several times as long.
+        with (self._folder / name).open("r+b") as file:
             file.write(tensor_bytes(tensor))
 
-    def _make(self, path: Path, size: int) -> Tensor:
+    def _make(self, name: str, size: int) -> Tensor:
+        """Bytes apart, all of them 0."""
+        if self._tier(name) == "ram":
+            return torch.zeros(size, dtype=torch.uint8)
+        path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         need_room(path, size, "optimizer state and what goes into layers")

@@ -144,9 +144,7 @@ class FileStore:
             return
         if block in self._streamed:
             slot = self._in_use.pop(block)
-            if self._stream is not None:  # what was queued on the device may still read the buffer
-                slot.free = torch.Event(self._device)
-                slot.free.record(torch.accelerator.current_stream(self._device))
+            slot.free = self._queued()
             self._slots.append(slot)
         self._weights.remove(block)
         for key in {id(self._weights.hollow(name)) for name in self._weights.names(block)}:
@@ -169,9 +167,16 @@ class FileStore:
         if len(self._in_use) >= self._buffers:
             return None
         host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._stream is not None)
-        return _Slot(
-            host if self._device.type == "cpu" else torch.empty_like(host, device=self._device), host
-        )
+        on_cpu = self._device.type == "cpu"
+        return _Slot(host if on_cpu else torch.empty_like(host, device=self._device), host, self._queued())
+
+    def _queued(self) -> torch.Event | None:
+        """Comes when what is queued on the device is done: until then it may use a buffer's memory."""
+        if self._stream is None:
+            return None
+        event = torch.Event(self._device)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
 
     def _read(self, block: str, slot: _Slot) -> dict[str, Tensor]:
         """In the reader's thread: from the files to the device."""

@@ -148,14 +148,15 @@ def _backward(run: Pass, groups: Sequence[range], number: int, world: World, upd
         for index in range(len(run.batches)):
             world.monitor.phase("backward", run.batches[index].input_ids.numel())
             _set_random_state(run.top.chain.device, run.random.pop((group[0], index)))
-            hidden = scratch[f"input/{group[0]}/{index}"].detach().requires_grad_(below)
+            kept = scratch[f"input/{group[0]}/{index}"].to(run.top.chain.device)
+            hidden = kept.detach().requires_grad_(below)
             scratch.drop(f"input/{group[0]}/{index}")
             with torch.enable_grad():
                 out = run.run(group, index, hidden)
             out.backward(run.flowing[index])
             if hidden.grad is not None:
                 run.flowing[index] = hidden.grad
-            del hidden, out
+            del kept, hidden, out
     trained.clear()
     for layer in reversed(group):
         updates.block(f"layer {layer}")

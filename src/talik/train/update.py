@@ -5,7 +5,8 @@ Like the step that calls it, nothing in here reads a tensor's value or branches 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -56,27 +57,40 @@ def update(
     fp32 and rounded at random. fp32: in place.
     """
     optimizer, now = optimizer_of(name, parameter.shape, recipe), Now(step, learning_rate, recipe)
-    gradient = scratch[f"gradient/{name}"]
+    gradient, device = scratch[f"gradient/{name}"], parameter.device
     state = [scratch[f"{kind}/{name}"] for kind in optimizer.state]
     if scale is not None:
         gradient.mul_(scale)
     if optimizer.direction is not None:
-        optimizer.direction(gradient, *state, now)
+        with _brought(state, device) as near:
+            optimizer.direction(gradient, *near, now)
         state = []  # which has its part in the direction
     master = scratch[f"master/{name}"] if recipe.precision == "bf16" else parameter
     # Its own noise for each parameter, so that it is the same in whatever order parameters are updated.
     seed = fingerprint(str(torch.initial_seed()), str(step), name)
-    noise = torch.Generator(parameter.device).manual_seed(int(seed[:15], 16))
+    noise = torch.Generator(device).manual_seed(int(seed[:15], 16))
     decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
-    for working, exact, *sliced in _slices(parameter, master, gradient, *state):
-        weight = exact.float()  # a copy only for bf16-sr
-        weight.mul_(1 - learning_rate * decay)
-        optimizer.descend(weight, *sliced, now)
-        if recipe.precision == "bf16":
-            working.copy_(weight)
-        elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
-            round_stochastically_(working, weight, noise)
+    for working, *kept in _slices(parameter, master, gradient, *state):
+        with _brought(kept, device) as (exact, *sliced):
+            weight = exact.float()  # a copy only for bf16-sr
+            weight.mul_(1 - learning_rate * decay)
+            optimizer.descend(weight, *sliced, now)
+            if recipe.precision == "bf16":
+                working.copy_(weight)
+            elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
+                round_stochastically_(working, weight, noise)
+            del weight, exact, sliced
     scratch.drop(f"gradient/{name}")
+
+
+@contextmanager
+def _brought(kept: Sequence[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+    """Tensors on the device that computes; what was kept elsewhere is put back there, changed."""
+    near = [tensor.to(device) for tensor in kept]
+    yield near
+    for own, copy in zip(kept, near, strict=True):
+        if copy is not own:
+            own.copy_(copy)
 
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
