@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from talik.model import products
 from talik.model.chain import verify_chain
-from talik.model.products import bf16_as_fp32, fp32_in_use, linear, mm
+from talik.model.products import bf16_as_fp32, fp32_in_use, grouped_mm, linear, mm
 
 
 def half(*shape: int, seed: int = 0) -> Tensor:
@@ -63,9 +63,31 @@ def test_a_linear_layer_has_the_gradients_of_torchs(trained: tuple[bool, bool], 
             assert ours == theirs  # nothing is kept for a gradient that nobody wants
 
 
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_have_the_gradients_of_torchs(trained: tuple[bool, bool], transposed: bool) -> None:
+    """One expert has no rows, one has fewer than are worth it, and a few rows belong to none."""
+    ends, found = torch.tensor([9, 9, 11, 30], dtype=torch.int32), []
+    for function in (grouped_mm, F.grouped_mm):
+        rows = half(34, 16).requires_grad_(trained[0])
+        weights = half(4, 24, 16, seed=1) if transposed else half(4, 16, 24, seed=1)
+        weights.requires_grad_(trained[1])
+        out = function(rows, weights.transpose(1, 2) if transposed else weights, offs=ends)
+        out[:30].backward(half(30, 24, seed=2))
+        found.append((out[:30], rows.grad if rows.grad is None else rows.grad[:30], weights.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-5)
+    assert not grouped_mm(half(34, 16), half(4, 16, 24), offs=ends)[30:].any()
+
+
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: F.linear(x, x),
     "matmul": lambda x: x @ x.T,
+    "experts": lambda x: F.grouped_mm(
+        x[:, :16].clone(), x[:16, :16].repeat(2, 1, 1), offs=torch.tensor([9, 20], dtype=torch.int32)
+    ),
     "addmm": lambda x: torch.addmm(x, x, x.T),
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
     "convolution": lambda x: F.conv1d(x, x[:, :1, None].repeat(1, 20, 1)),
@@ -91,7 +113,7 @@ def test_it_is_what_layers_call_in_there_and_nothing_else(name: str) -> None:
         with Watch():
             out = CALLS[name](half_precise)
         assert out.dtype == torch.bfloat16
-        assert multiplied() == {torch.float32} or [f for f, _ in seen if f == "talik::mm"]
+        assert multiplied() == {torch.float32} or [f for f, _ in seen if f.startswith("talik::")]
         seen.clear()
         single = CALLS[name](half_precise.float())
     assert not fp32_in_use()

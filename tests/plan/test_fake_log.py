@@ -44,6 +44,13 @@ def multiplies_bf16_in_fp32() -> None:
         mm(one, other)
 
 
+def multiplies_by_experts() -> None:
+    rows, experts = torch.ones(900, 300, dtype=torch.bfloat16), torch.ones(3, 300, 70, dtype=torch.bfloat16)
+    ends = torch.arange(3).square() * 225  # 0, 225 and 900: integers that were computed are real
+    out = torch.ops.talik.grouped_mm(rows, experts, ends)
+    torch.ops.talik.grouped_mm(rows.T, out, ends)
+
+
 def multiplies_unlike_dtypes() -> Tensor:
     return torch.ones(COUNT, dtype=torch.bfloat16) * torch.ones(COUNT)
 
@@ -105,6 +112,7 @@ def allocated(work: Callable[[], object]) -> int:
         accumulates_unlike_dtypes,
         accumulates_in_slices,
         multiplies_bf16_in_fp32,
+        multiplies_by_experts,
         multiplies_unlike_dtypes,
         rounds_at_random,
         *(updates_by(optimizer) for optimizer in OPTIMIZERS),

@@ -12,6 +12,7 @@ import torch
 
 from talik.data.labels import Example, Span
 from talik.data.rows import Place
+from talik.model.products import bf16_as_fp32
 from talik.model.weights import Weights
 from talik.plan.account import account
 from talik.plan.simulate import Subject, Work, rehearse, simulate, subject_of
@@ -75,6 +76,17 @@ def test_every_peak_is_that_of_the_run_on_real_tensors(
 ) -> None:
     build_model(kind, **{**SMALL, **changes}).save_pretrained(tmp_path)
     assert_same_peaks(tmp_path, *problem(tmp_path, "fp32", **way))
+
+
+@pytest.mark.parametrize("way", [{}, AGAIN])
+def test_every_peak_is_that_of_the_run_where_bf16_is_multiplied_as_fp32(
+    build_model: Callable[..., Any], tmp_path: Path, way: dict[str, Any]
+) -> None:
+    """Both experts have all rows: the pieces of their products are those of the largest group."""
+    changes = {"num_hidden_layers": 3, "num_local_experts": 2}
+    build_model("mixtral", **SMALL, **changes, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with bf16_as_fp32(True):
+        assert_same_peaks(tmp_path, *problem(tmp_path, "bf16", **way))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ converted piece by piece, and multiplied in the way in which the processor is fa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -27,6 +27,7 @@ FEW = 4  # rows: below it a product reads its weight and does little else, and b
 
 _library = torch.library.Library("talik", "FRAGMENT")
 _library.define("mm(Tensor one, Tensor other, Tensor? bias) -> Tensor")
+_library.define("grouped_mm(Tensor one, Tensor other, Tensor ends) -> Tensor")
 
 
 def bf16_as_fp32(wanted: bool | None = None) -> contextlib.AbstractContextManager[Any]:
@@ -85,16 +86,86 @@ class _Linear(torch.autograd.Function):
         return of_hidden, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
+def grouped_mm(
+    one: BFloat16[Tensor, ...],
+    other: BFloat16[Tensor, ...],
+    offs: Int[Tensor, " groups"] | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch.nn.functional.grouped_mm, by `mm` where rows go through experts: (rows, inner) by (groups, inner,
+    columns), rows up to offs[0] by the first matrix, and so on; those after the last group become 0.
+    """
+    if (one.dim(), other.dim()) != (2, 3) or offs is None or bias is not None or out_dtype is not None:
+        return functional.grouped_mm(one, other, offs=offs, bias=bias, out_dtype=out_dtype)
+    return _GroupedMM.apply(one, other, offs)  # pyright: ignore[reportReturnType]
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        of_rows, of_weights, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weights else None, weights if of_rows else None, ends)
+        return torch.ops.talik.grouped_mm(rows, weights, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,), (rows, weights, ends) = outputs, ctx.saved_tensors
+        multiply = torch.ops.talik.grouped_mm
+        of_rows = None if weights is None else multiply(gradient, weights.transpose(1, 2), ends)
+        of_weights = None if rows is None else multiply(rows.T, gradient, ends)
+        return of_rows, of_weights, None
+
+
+def _grouped_mm(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
+    """Rows of `one` by the matrices of `other`; or of two matrices, for each group of what both have alike.
+
+    As torch's operator of that name does it.
+    """
+    out = _grouped_out(one, other, ends).zero_()
+    for group, place in _groups(ends):
+        if other.dim() == 3:
+            operands = out[place], one[place], other[group]
+        else:
+            operands = out[group], one[:, place], other[place]
+        if len(operands[1]) < FEW:
+            torch.mm(*operands[1:], out=operands[0])
+        else:
+            _multiply(*operands)
+    return out
+
+
+def _grouped_out(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
+    groups = () if other.dim() == 3 else (len(ends),)
+    return one.new_empty(*groups, len(one), other.shape[-1])
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The number of each group that has rows, and which they are."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
+
+
 def _mm(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
     out = one.new_empty(len(one), other.shape[1])
-    added = None if bias is None else bias.float().expand(out.shape)
+    _multiply(out, one, other, None if bias is None else bias.float().expand(out.shape))
+    return out
+
+
+def _multiply(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None = None) -> None:
+    """The product into `out`."""
     if _inner_is_most(one, other):
         _by_inner(out, one, other, added)
     elif len(one) > other.shape[1]:
         _by_columns(out.T, other.T, one.T, None if added is None else added.T)
     else:
         _by_columns(out, one, other, added)
-    return out
 
 
 def _by_inner(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
@@ -130,12 +201,21 @@ def _step(matrix: Tensor, most: int) -> int:
 
 
 def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """What `mm` makes beside its result, but for a bias in fp32; on no device: for who counts memory."""
-    if operator is not torch.ops.talik.mm.default:
-        return []
-    one, other = args[:2]
-    rows, inner, columns = *one.shape, other.shape[1]
-    if _inner_is_most(one, other):
+    """What a product makes beside its result, but for a bias in fp32; on no device: for who counts memory."""
+    if operator is torch.ops.talik.mm.default:
+        rows, inner = args[0].shape
+        return _beside(rows, inner, args[1].shape[1])
+    if operator is torch.ops.talik.grouped_mm.default:
+        one, other, ends = args
+        most = max((place.stop - place.start for _, place in _groups(ends)), default=0)
+        rows, inner = (most, one.shape[1]) if other.dim() == 3 else (len(one), most)
+        return _beside(rows, inner, other.shape[-1])
+    return []
+
+
+def _beside(rows: int, inner: int, columns: int) -> list[Tensor]:
+    """What one `_mm` makes."""
+    if inner > max(rows, columns):
         stays = torch.empty(rows, columns, device="meta")
     else:
         stays = torch.empty(min(rows, columns), inner, device="meta")
@@ -144,6 +224,8 @@ def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 _library.impl("mm", _mm, "CompositeExplicitAutograd")
+_library.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("talik::grouped_mm", _grouped_out, lib=_library)
 
 
 @torch.library.register_fake("talik::mm", lib=_library)
@@ -179,6 +261,7 @@ def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
     functional.linear: linear,
+    torch._grouped_mm: grouped_mm,  # pyright: ignore[reportPrivateImportUsage]
     **{
         func: partial(_in_fp32, func)
         for func in (

@@ -55,6 +55,7 @@ _LEFT_OUT: dict[str, Callable[..., int]] = {
     "aten::scaled_dot_product_attention": _attention,  # nor is this
     "aten::_grouped_mm": _grouped,
     "talik::mm": _mm,
+    "talik::grouped_mm": _grouped,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
