@@ -12,7 +12,7 @@ from typing import Any
 from talik import files
 from talik.errors import SourceError, TalikError
 from talik.model.libraries import need_packages, one_line
-from talik.system import home_folder
+from talik.system import give_back_memory, home_folder
 
 
 def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Path:
@@ -34,6 +34,7 @@ def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Pat
             progress(f"reading {file.name} ({files.in_words(stat.st_size)}), once")
             with files.finished_folder(folder) as part, _reading_once():
                 _convert(file, part, weights)
+            give_back_memory()  # a plan would count what is free as held
     return folder
 
 

@@ -92,8 +92,6 @@ def target_of(
         raise UsageError(
             f"a run on {machine.device!r} cannot be planned yet", remedy="Plan for a CPU or for CUDA."
         )
-    if here:
-        give_back_memory()  # reading data and converting a model leave much that is free
     taken = anonymous_bytes() if here else 0
     program = taken + LIBRARIES if here else PROGRAM[kind]
     free = machine.ram_free + taken
