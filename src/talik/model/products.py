@@ -160,7 +160,7 @@ def _mm(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
 
 def _multiply(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None = None) -> None:
     """The product into `out`."""
-    if _inner_is_most(one, other):
+    if _inner_is_most(len(one), one.shape[1], other.shape[1]):
         _by_inner(out, one, other, added)
     elif len(one) > other.shape[1]:
         _by_columns(out.T, other.T, one.T, None if added is None else added.T)
@@ -191,8 +191,8 @@ def _by_columns(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -
         out[:, place] = product if added is None else product.add_(added[:, place])
 
 
-def _inner_is_most(one: Tensor, other: Tensor) -> bool:
-    return one.shape[1] > max(len(one), other.shape[1])
+def _inner_is_most(rows: int, inner: int, columns: int) -> bool:
+    return inner > max(rows, columns)
 
 
 def _step(matrix: Tensor, most: int) -> int:
@@ -215,7 +215,7 @@ def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 def _beside(rows: int, inner: int, columns: int) -> list[Tensor]:
     """What one `_mm` makes."""
-    if inner > max(rows, columns):
+    if _inner_is_most(rows, inner, columns):
         stays = torch.empty(rows, columns, device="meta")
     else:
         stays = torch.empty(min(rows, columns), inner, device="meta")

@@ -103,8 +103,20 @@ class Search:
         return max(example.length for example in self.examples)
 
     def ram(self, plan: Plan) -> int:
-        """What a way takes of the RAM beside an accelerator, in bytes, about."""
-        return _ram(self.subject, plan, self.target, self.longest)
+        """Bytes of RAM that a way takes beside an accelerator, about.
+
+        The program, what passes through to the device, what is kept here. Pinned memory, two layers of it,
+        comes in powers of two (ATen/core/CachingHostAllocator.h).
+        """
+        recipe, chain = self.subject.recipe, self.subject.chain
+        layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in chain.layers)
+        size = self.target.program + max(weight.nbytes for weight in chain.model.parameters())
+        if "streamed" in (plan.trunk, plan.top):
+            size += 2 * (1 << (max(layers) - 1).bit_length())
+        if plan.state == "ram":
+            bytes_of = state_bytes if plan.top == "resident" else scratch_bytes
+            size += bytes_of(trained_parameters(chain.model), recipe)
+        return size + (_inputs(self.subject, plan, self.longest) if plan.inputs == "ram" else 0)
 
     def run(self) -> Tried:
         """The first way that fits; else the one that takes least."""
@@ -169,15 +181,14 @@ class Search:
             self.refused.append(Refusal(way, least, reason, f"--ram {in_mebibytes(ram)}", simulated=False))
             return False
         self.notify(Said("plan", f"simulating {ways.in_words(way)}"))
-        whole = plan.top == "resident"
-        while True:
-            tried = self.try_plan(plan, whole=whole)
+        tried = self.try_plan(plan, whole=plan.top == "resident")
+        self._tried.append(tried)
+        if not (tried.breaks or tried.whole):
+            tried = self.try_plan(plan)
             self._tried.append(tried)
-            if tried.breaks:
-                self._refuse(way, tried, tried.breaks)
-            if tried.breaks or tried.whole:
-                return tried.breaks is None
-            whole = True
+        if tried.breaks:
+            self._refuse(way, tried, tried.breaks)
+        return tried.breaks is None
 
     def _refuse(self, way: dict[str, Any], tried: Tried, broken: Break) -> None:
         peak = tried.peak.bytes
@@ -238,23 +249,6 @@ def _inputs(subject: Subject, plan: Plan, longest: int) -> int:
     """Bytes of what goes into the layers of a streamed step, of which one example may be all."""
     step = max(subject.recipe.batch_tokens, longest)
     return step * token_bytes(subject, plan) * (plan.layers - plan.cut)
-
-
-def _ram(subject: Subject, plan: Plan, target: Target, longest: int) -> int:
-    """RAM beside an accelerator, about: the program, what passes through to the device, what is kept here.
-
-    Pinned memory, two layers of it, comes in powers of two (ATen/core/CachingHostAllocator.h).
-    """
-    layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in subject.chain.layers)
-    tensors = (weight.nbytes for weight in subject.chain.model.parameters())
-    trained = trained_parameters(subject.chain.model)
-    size = target.program + max(tensors)
-    if "streamed" in (plan.trunk, plan.top):
-        size += 2 * (1 << (max(layers) - 1).bit_length())
-    if plan.state == "ram":
-        bytes_of = state_bytes if plan.top == "resident" else scratch_bytes
-        size += bytes_of(trained, subject.recipe)
-    return size + (_inputs(subject, plan, longest) if plan.inputs == "ram" else 0)
 
 
 def _why(broken: Break) -> str:

@@ -66,7 +66,7 @@ class _Slot:
 
     device: Tensor
     host: Tensor
-    free: torch.Event | None = None
+    free: torch.Event | None
 
 
 class FileStore:

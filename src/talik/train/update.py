@@ -79,7 +79,7 @@ def update(
                 working.copy_(weight)
             elif recipe.precision == "bf16-sr" and parameter.dtype == torch.bfloat16:
                 round_stochastically_(working, weight, noise)
-            del weight, exact, sliced
+            del weight, exact, sliced  # before the next ones are brought
     scratch.drop(f"gradient/{name}")
 
 
