@@ -205,6 +205,21 @@ def test_every_wrong_field_at_once(model_folder: Path, rows: Path, refused: Refu
     assert_says(message, "datta: there is no such field", "held_out: 2.0:", "learning_rate: -1.0:", "--help")
 
 
+def test_what_is_wrong_in_different_places_is_said_at_once(
+    model_folder: Path, refused: Refused, run: Path
+) -> None:
+    plan = ["--memory", "lots", "--ram", "1 sack", "--top-layers", "0", "--picture", "x.pdf"]
+    message = refused("plan", model_folder, *plan, "--device", "cpu", "--machine", "RTX 4090")
+    assert_says(message, "5 problems:", "top_layers: 0:", "--machine", "x.pdf", "--memory: 'lots' is no size")
+    assert_says(message, "--ram: '1 sack' is no size")
+    options = ["--memory", "lots", "--epochs", "0"]
+    assert_says(
+        refused("train", model_folder, "a", "-o", "b", *options), "2 problems:", "epochs: 0:", "'lots'"
+    )
+    message = refused("train", model_folder, "a.jsonl", "-o", run, "--eval-data", "b.jsonl")
+    assert_says(message, "3 problems:", "exists already", "a.jsonl: there is no", "b.jsonl: there is no")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

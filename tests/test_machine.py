@@ -21,7 +21,14 @@ from talik import cli, machine_rates, system
 from talik.errors import NoRoomError, UsageError
 from talik.events import Said
 from talik.files import parse_size
-from talik.machine import Machine, described_machine, matmul_rate, save_machine, this_machine
+from talik.machine import (
+    Machine,
+    choose_device,
+    described_machine,
+    matmul_rate,
+    save_machine,
+    this_machine,
+)
 from talik.machine_table import GPUS, find_gpu
 
 Run = Callable[..., tuple[int, str, str]]
@@ -142,6 +149,23 @@ def test_products_are_made_smaller_where_they_are_slow(monkeypatch: pytest.Monke
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     assert matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(5e9, rel=1e-6)
     assert max(sizes) == 512 and clock[0] < 1
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("cuda", "cuda"), ("mps", "cpu"), (None, "cpu")])
+def test_the_device_is_one_that_can_be_planned_for(
+    kind: str | None, chosen: str, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = torch.device(kind) if kind else None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    assert choose_device("auto").type == chosen
+    if found is not None:
+        assert choose_device(found.type) == found
+    if chosen == "cpu":
+        said: list[Any] = []
+        this_machine(notify=said.append)
+        notes = [event.text for event in said if isinstance(event, Said) and event.topic == "note"]
+        assert notes == (["a run on mps cannot be planned yet: cpu is chosen"] if found else [])
 
 
 def test_a_full_disk_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

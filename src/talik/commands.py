@@ -27,9 +27,8 @@ ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the di
 
 def train_command(argv: list[str]) -> None:
     """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
-    from talik.errors import UsageError
-    from talik.files import parse_size
-    from talik.recipe import Recipe, check, read_fields, read_plan
+    from talik.errors import together
+    from talik.recipe import Recipe, check, read_fields
 
     first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config")
@@ -56,13 +55,7 @@ def train_command(argv: list[str]) -> None:
     del parsed["config"]
     defaults = {name: field.default for name, field in Recipe.model_fields.items()} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
-    recipe = check({**written, **given}, config)
-    if plan and memory:
-        raise UsageError("--plan and --memory: a plan says what it takes; name one")
-    limits = {
-        "plan": read_plan(Path(plan)) if plan else None,
-        "memory": parse_size(memory) if memory else None,
-    }
+    recipe, limits = together(lambda: check({**written, **given}, config), lambda: _limits(plan, memory))
 
     from talik import show
     from talik.run import train
@@ -72,6 +65,20 @@ def train_command(argv: list[str]) -> None:
     with show.Watch() as watch:
         result = train(recipe, run, **limits, enforce=enforce, notify=watch)
     _show_result(result, as_json)
+
+
+def _limits(plan: str | None, memory: str | None) -> dict[str, Any]:
+    """What says how much a run may take: a plan, or bytes."""
+    from talik.errors import UsageError
+    from talik.files import parse_size
+    from talik.recipe import read_plan
+
+    if plan and memory:
+        raise UsageError("--plan and --memory: a plan says what it takes; name one")
+    return {
+        "plan": read_plan(Path(plan)) if plan else None,
+        "memory": parse_size(memory, "--memory") if memory else None,
+    }
 
 
 def _show_recipe(recipe: Any) -> None:

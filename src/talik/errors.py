@@ -6,7 +6,8 @@
     │   ├── SourceError                     the model cannot be found, read or used
     │   ├── DataError                       a row, a file of rows, an example
     │   ├── RunError                        a run folder that is missing, taken or of another recipe
-    │   └── NoRoomError                     not enough room on the disk
+    │   ├── NoRoomError                     not enough room on the disk
+    │   └── Problems                        several of these that have nothing to do with each other
     ├── DoesNotFitError            exit 3   more memory than there is
     ├── ChainError                 exit 1   the chain does not give what the model's own forward gives
     ├── NonFiniteError             exit 1   a loss or a gradient that is not a number
@@ -16,6 +17,9 @@ An error says what happened, where (file, line, field), the number, and the reme
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 
 class TalikError(Exception):
@@ -55,6 +59,15 @@ class NoRoomError(UsageError):
     """Not enough room on the disk for what is about to be written."""
 
 
+class Problems(UsageError):
+    """Several mistakes that have nothing to do with each other; `errors` are they."""
+
+    def __init__(self, errors: list[UsageError]) -> None:
+        self.errors = errors
+        shown = "\n".join(str(error) for error in errors).replace("\n", "\n  ")
+        super().__init__(f"{len(errors)} problems:\n  {shown}")
+
+
 class DoesNotFitError(TalikError):
     """The run needs more memory than there is."""
 
@@ -71,3 +84,17 @@ class NonFiniteError(TalikError):
 
 class Interrupted(TalikError):
     """Stopped by Ctrl-C after saving."""
+
+
+def together(*parts: Callable[[], Any]) -> list[Any]:
+    """What each part returns. UsageError if one of them raises it: that one, or Problems with all of them."""
+    results: list[Any] = []
+    errors: list[UsageError] = []
+    for part in parts:
+        try:
+            results.append(part())
+        except UsageError as error:
+            errors += error.errors if isinstance(error, Problems) else [error]
+    if errors:
+        raise errors[0] if len(errors) == 1 else Problems(errors)
+    return results

@@ -138,11 +138,16 @@ def in_words(size: int | float) -> str:
     return f"{size:.2f} TiB"
 
 
-def parse_size(text: str | int | float) -> int:
-    """Bytes: 1536, "1536", "24GiB" (2^30 each), "24 GB" (10^9 each), "1.5TB"; UsageError for all else."""
+def parse_size(text: str | int | float, option: str | None = None) -> int:
+    """Bytes: 1536, "1536", "24GiB" (2^30 each), "24 GB" (10^9 each), "1.5TB"; UsageError for all else.
+
+    The error names the `option` that it came from.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise UsageError(
-            f"{text!r} is no size", remedy="Write it as 24GiB (2^30 bytes each), 24GB (10^9) or 25769803776."
+            f"{text!r} is no size",
+            where=option,
+            remedy="Write it as 24GiB (2^30 bytes each), 24GB (10^9) or 25769803776.",
         )
     return int(Decimal(match[1]) * _UNITS[match[2]])

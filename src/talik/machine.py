@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from talik.errors import UsageError
-from talik.events import Notify, silent
+from talik.events import Notify, Said, silent
 from talik.files import in_words, write_text
 from talik.machine_description import complete_rates, described_fields
 from talik.machine_rates import Rates, kept_file, matmul_rate, rates_here
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 HERE = "this machine"
+PLANNED = ("cpu", "cuda")  # kinds of device for which the memory of a run can be planned
 _SAVED = """# A machine, for --machine FILE. Sizes in bytes, or as 24GiB or 24GB; rates in FLOP/s and bytes/s.
 # Only device and memory must be there; what is left out is assumed, and said.
 """
@@ -82,10 +83,10 @@ def without_bf16() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" the accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    """The device called `name`; for "auto" the accelerator if a run on it can be planned, else the CPU."""
+    accelerator = _accelerator()
     if name == "auto":
-        return accelerator or torch.device("cpu")
+        return accelerator if accelerator and accelerator.type in PLANNED else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -96,6 +97,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def this_machine(
     device: str = "auto", *, measure: bool = True, anew: bool = False, notify: Notify = silent
 ) -> Machine:
@@ -104,7 +109,9 @@ def this_machine(
     `anew` measures in any case; without `measure` nothing is, and rates that are not kept are assumed.
     What is free is looked up now.
     """
-    chosen = choose_device(device)
+    chosen, there = choose_device(device), _accelerator()
+    if device == "auto" and there is not None and chosen.type != there.type:
+        notify(Said("note", f"a run on {there} cannot be planned yet: {chosen} is chosen"))
     processor = _processor(chosen)
     rates = rates_here(chosen, processor, measure=measure, anew=anew, notify=notify)
     free, memory = _device_memory(chosen)

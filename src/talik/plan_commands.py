@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,20 +63,11 @@ def plan_command(argv: list[str]) -> None:
     )
     parsed = vars(parse("plan", wanted, argv, "What a run will take, before a weight is loaded."))
     from talik import show
-    from talik.errors import DoesNotFitError, UsageError
-    from talik.plan.picture import picture_kind, write_picture
+    from talik.errors import DoesNotFitError
+    from talik.plan.picture import write_picture
     from talik.plan.report import plan_text
-    from talik.recipe import check
 
-    if parsed["machine"] and parsed["device"] != "auto":
-        raise UsageError("--machine describes another computer: leave out --device")
-    if parsed["picture"]:
-        picture_kind(Path(parsed["picture"]))
-    sizes = _sizes(parsed)
-    if parsed["thaw"] and parsed["top_layers"] == "auto":
-        raise UsageError("--thaw and --top-layers auto are two ways to say what is trained: name one")
-    fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
-    recipe = check({"model": parsed["model"], "data": parsed["data"] or "-", **fields})
+    recipe, sizes = _asked(parsed)
     with show.Watch() as watch:
         planned = _planned(recipe, parsed, sizes, watch)
     if parsed["picture"]:
@@ -152,11 +144,32 @@ def _explain_refused(file: Path, as_json: bool) -> None:
     show.result_json(planned.as_dict()) if as_json else show.result(plan_text(planned))
 
 
-def _sizes(parsed: dict[str, Any]) -> dict[str, int | None]:
-    """The limits that were named, in bytes."""
+def _asked(parsed: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
+    """The recipe, and the limits that were named, in bytes; one error with all that is wrong."""
+    from talik.errors import together
     from talik.files import parse_size
+    from talik.plan.picture import picture_kind
+    from talik.recipe import check
 
-    return {n: parse_size(parsed[n]) if parsed[n] else None for n in ("memory", "ram", "disk")}
+    named = [name for name in ("memory", "ram", "disk") if parsed[name]]
+    fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
+    recipe, _, _, *sizes = together(
+        lambda: check({"model": parsed["model"], "data": parsed["data"] or "-", **fields}),
+        partial(_check_two_ways, parsed),
+        lambda: picture_kind(Path(parsed["picture"])) if parsed["picture"] else None,
+        *(partial(parse_size, parsed[name], f"--{name}") for name in named),
+    )
+    return recipe, dict(zip(named, sizes, strict=True))
+
+
+def _check_two_ways(parsed: dict[str, Any]) -> None:
+    """UsageError for options of which one says what another says, too."""
+    from talik.errors import UsageError
+
+    if parsed["machine"] and parsed["device"] != "auto":
+        raise UsageError("--machine describes another computer: leave out --device")
+    if parsed["thaw"] and parsed["top_layers"] == "auto":
+        raise UsageError("--thaw and --top-layers auto are two ways to say what is trained: name one")
 
 
 def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None], watch: Any) -> Any:

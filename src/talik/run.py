@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from talik.data.dataset import Data, check_positions, examples_fingerprint, read_sets
-from talik.errors import DoesNotFitError, NoRoomError, UsageError
+from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, read_sets
+from talik.errors import DoesNotFitError, NoRoomError, UsageError, together
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, read_json, write_json
 from talik.machine import Machine, hard_limit, this_machine
@@ -91,7 +91,7 @@ def train(
     """
     settle_allocators()
     folder = Path(run)
-    check_new(folder)
+    together(partial(check_new, folder), partial(check_files, recipe))
     source = find_model(
         recipe.model, revision=recipe.revision, progress=lambda text: notify(Said("model", text))
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from talik.data.batches import split_held_out
 from talik.data.formats import Conversation, conversations
 from talik.data.labels import Example, Report, make_examples
 from talik.data.preview import length_histogram, preview_text
-from talik.data.rows import read_rows
-from talik.errors import DataError, UsageError
+from talik.data.rows import check_file, read_rows
+from talik.errors import DataError, UsageError, together
 from talik.files import fingerprint
 from talik.recipe import Recipe, check
 
@@ -42,6 +43,11 @@ def read_all(recipe: Recipe, path: str | Path, tokenizer: Any, use: str) -> Data
     """All rows of one file, by the recipe's options."""
     form, found = conversations(read_rows(Path(path)), recipe.input_field, recipe.output_field)
     return _make(recipe, path, form, found, tokenizer, use)
+
+
+def check_files(recipe: Recipe) -> None:
+    """DataError for files of rows that are not there: what can be said before anything is read."""
+    together(*(partial(check_file, Path(path)) for path in (recipe.data, recipe.eval_data) if path))
 
 
 def read_sets(recipe: Recipe, tokenizer: Any) -> tuple[Data, Data | None]:

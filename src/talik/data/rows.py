@@ -89,13 +89,18 @@ def describe(value: Any) -> str:
     return f"{kinds[type(value)]} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 
-def _read_text(path: Path) -> str:
+def check_file(path: Path) -> None:
+    """DataError if there is no such file."""
     if path.is_dir():
         raise DataError("this is a folder; a file of rows is needed", where=path)
+    if not path.exists():
+        raise DataError("there is no such file", where=path)
+
+
+def _read_text(path: Path) -> str:
+    check_file(path)
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError("there is no such file", where=path) from None
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", where=path) from None
     if not raw.strip():

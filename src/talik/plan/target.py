@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from talik.errors import UsageError
-from talik.machine import HERE, Machine
+from talik.machine import HERE, PLANNED, Machine
 from talik.model.products import bf16_as_fp32
 from talik.plan import cuda
 from talik.plan.account import Break, Peak, Simulation
@@ -88,7 +88,7 @@ def target_of(
     On a CPU memory and RAM are one: the smaller counts. UsageError for a device that cannot be planned for.
     """
     kind, here = machine.device.partition(":")[0], machine.name == HERE
-    if kind not in PROGRAM:
+    if kind not in PLANNED:
         raise UsageError(
             f"a run on {machine.device!r} cannot be planned yet", remedy="Plan for a CPU or for CUDA."
         )
