@@ -207,8 +207,8 @@ def main(only: str | None, folder: Path, layers: int) -> None:
             row["share_of_rate"] = row["flops"] / row["compute_seconds"] / row["rate"]
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "plan"}, indent=1), file=sys.stderr)
-    if layers == 28 and only is None:
-        record("seven-billion", {"lengths": LENGTHS, "rows": rows})
+    if layers == 28:
+        record(f"seven-billion-{only}" if only else "seven-billion", {"lengths": LENGTHS, "rows": rows})
 
 
 if __name__ == "__main__":
