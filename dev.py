@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -60,7 +61,7 @@ def install(extra: str, without_dependencies: list[str]) -> None:
         return
     if not PYTHON.exists():
         print(f"making {VENV}", file=sys.stderr)
-        venv.create(VENV, with_pip=True)
+        make_environment()
     print(f"installing what `{extra}` needs; this happens once", file=sys.stderr)
     pip = (PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     must(*pip, pinned("torch"))
@@ -68,6 +69,15 @@ def install(extra: str, without_dependencies: list[str]) -> None:
     if without_dependencies:
         must(*pip, "--no-deps", *(pinned(package) for package in without_dependencies))
     stamp.touch()
+
+
+def make_environment() -> None:
+    """Makes .venv, or nothing: a half-made one would be taken for whole the next time."""
+    try:
+        venv.create(VENV, with_pip=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        shutil.rmtree(VENV, ignore_errors=True)
+        sys.exit(f"{VENV} cannot be made: {error}\nOn Debian and Ubuntu: apt install python3-venv")
 
 
 def check() -> int:

@@ -376,7 +376,7 @@ def no_room_in(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [("home", "the trunk's cache: 1"), ("run", "the run's checkpoints: ")]
+    ("where", "what"), [("home", "the trunk's cache: 1"), ("run", "the run's checkpoints and working")]
 )
 def test_no_room_to_train(
     where: str,

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import talik
@@ -165,3 +166,22 @@ def test_adapters_merged_and_by_themselves(
 def test_a_run_without_adapters_has_none_to_export(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="trained no adapters"):
         talik.export(run_folder, tmp_path / "out", adapter=True)
+
+
+@pytest.mark.parametrize("names", [("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight")])
+def test_a_tied_matrix_under_each_name_that_the_file_has(
+    names: tuple[str, ...], build_model: Callable[..., Any], tokenizer: Any, rows: Path, tmp_path: Path
+) -> None:
+    """Transformers would load two that differ as two."""
+    build_model("qwen2", tie_word_embeddings=True, eos_token_id=2).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    weights = load_file(file)
+    table = weights.pop("model.embed_tokens.weight")
+    save_file({**weights, **{name: table.clone() for name in names}}, file, {"format": "pt"})
+    changes = {"top_layers": 5, "thaw": "all", "precision": "fp32"}
+    run = trained(tmp_path / "source", rows, tmp_path / "run", **changes)
+    assert "logits equal" in exported(run, tmp_path / "out")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, table)

@@ -158,9 +158,12 @@ def test_the_device_is_one_that_can_be_planned_for(
     found = torch.device(kind) if kind else None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
-    assert choose_device("auto").type == chosen
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert choose_device("auto").type == chosen and choose_device("cpu:0") == torch.device("cpu")
     if found is not None:
         assert choose_device(found.type) == found
+        with pytest.raises(UsageError, match="no device"):
+            choose_device(f"{found.type}:3")
     if chosen == "cpu":
         said: list[Any] = []
         this_machine(notify=said.append)

@@ -28,7 +28,8 @@ def load_for_chat(
     """The model to talk to and its tokenizer: any model, or a run with what it trained (unless `base`)."""
     if is_run(target):
         run = open_run(target, notify)
-        model, top = load_whole(run.recipe, run.plan, run.source.folder)
+        plan = run.plan.model_copy(update={"device": str(choose_device("auto"))})
+        model, top = load_whole(run.recipe, plan, run.source.folder)
         if not base:
             load_weights(result_checkpoint(run.folder), dict(top.parameters()))
         return model, load_tokenizer(run.source.folder)

@@ -88,7 +88,9 @@ def _guarded(command: str, argv: list[str]) -> int:
 def _of_the_disk(error: Exception) -> TalikError | None:
     """The user's side of a disk that is full or a place that is closed; None for every other error."""
     number, where = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number == errno.ENOSPC or re.search(r"os error (28|112)\)", str(error)):  # safetensors' own class
+    if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)) or re.search(
+        r"os error (28|112)\)", str(error)
+    ):  # safetensors' own class
         remedy = "Make room; a run goes on with: talik resume RUN"
         return NoRoomError("the disk is full; nothing was left half-written", where=where, remedy=remedy)
     places = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)

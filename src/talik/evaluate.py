@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from talik.data.dataset import read_all
+from talik.data.dataset import check_positions, read_all
 from talik.events import Notify, Said, silent
+from talik.machine import choose_device
 from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
 from talik.model.working_copy import Saved
@@ -35,6 +36,7 @@ def evaluate(
     if is_run(target):
         run = open_run(target, notify)
         recipe, plan, folder = run.recipe, run.plan, run.source.folder
+        choose_device(plan.device)
         recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder)
     else:
         folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
@@ -45,6 +47,7 @@ def evaluate(
         plan = choose(recipe, folder, notify)
     found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
     notify(found)
+    check_positions(AutoConfig.from_pretrained(folder, local_files_only=True), found)
     torch.set_num_threads(plan.threads)
     loaded = load(recipe, plan, folder)
     with bf16_as_fp32(), trunk_states(loaded, [found.examples], recipe, notify) as [states]:

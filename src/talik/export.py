@@ -33,7 +33,7 @@ from talik.model.checkpoint import (
     tensor_bytes,
     write_tensors,
 )
-from talik.model.conversion import checkpoint_names
+from talik.model.conversion import in_checkpoint
 from talik.train.loading import working_dtype
 from talik.train.run_folder import Run, load_tokenizer, open_run, result_checkpoint
 
@@ -141,7 +141,7 @@ def export_folder(
     known = {name for table in tables.values() for name in table}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    delta = trained(lambda tensors: _delta(model, tensors, known))
+    delta = trained(lambda tensors: in_checkpoint(model, tensors, known, source))
     head = parts_of(model).head
     added = {name: delta[name] for name in delta.keys() - known}
     if strange := sorted(added.keys() - ({f"{head}.weight"} if untied else set())):
@@ -157,19 +157,6 @@ def export_folder(
         _write_index(folder, tables, added)
         _write_rest(source, folder, config, card)
         return _verify(folder, tables, delta, dtypes, out)
-
-
-def _delta(model: PreTrainedModel, trained: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
-    """The trained tensors under the names that the checkpoint uses, in the dtypes they were trained in.
-
-    Checkpoints saved from the bare model (GPT-2's, Bloom's) lack its prefix.
-    """
-    prefix = f"{model.base_model_prefix}."
-    named = checkpoint_names(model, trained)
-    return {
-        bare if name not in known and (bare := name.removeprefix(prefix)) in known else name: tensor
-        for name, tensor in named.items()
-    }
 
 
 class Dtypes:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from talik.errors import TalikError
 from talik.files import in_words
+from talik.machine import device_memory
 from talik.model.adapters import load_adapter_folder, merge_adapters
 from talik.model.chain import load_model
+from talik.system import free_memory
 from talik.train.loading import load_whole, working_dtype
 from talik.train.resume import load_weights
 from talik.train.run_folder import Run, load_tokenizer
@@ -24,7 +25,7 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
 
     `size` is that of a whole model in bytes; `adapter`: the folder is one of PEFT. TalikError if they differ.
     """
-    free = psutil.virtual_memory().available
+    free = min(free_memory(), device_memory(torch.device(run.plan.device))[0])
     if size * 1.5 > free:
         return f"logits not compared: loading it takes {in_words(size * 1.5)} and {in_words(free)} are free"
     source = run.source.folder

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "Rates",
     "choose_device",
     "described_machine",
+    "device_memory",
     "hard_limit",
     "machine_text",
     "matmul_rate",
@@ -92,9 +94,10 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     kinds = ["cpu"] + ([accelerator.type] if accelerator else [])
-    if device is None or device.type not in kinds:
+    count = torch.accelerator.device_count() if device and device.type != "cpu" else 1
+    if device is None or device.type not in kinds or (device.index or 0) >= count:
         raise UsageError(f"there is no device {name!r} here", remedy=f"There is: {', '.join(kinds)}.")
-    return device
+    return device if device.type != "cpu" else torch.device("cpu")  # cpu:0 is the same
 
 
 def _accelerator() -> torch.device | None:
@@ -114,7 +117,7 @@ def this_machine(
         notify(Said("note", f"a run on {there} cannot be planned yet: {chosen} is chosen"))
     processor = _processor(chosen)
     rates = rates_here(chosen, processor, measure=measure, anew=anew, notify=notify)
-    free, memory = _device_memory(chosen)
+    free, memory = device_memory(chosen)
     threads, notes = torch.get_num_threads(), []
     if rates is None:
         fields: dict[str, Any] = {}
@@ -148,7 +151,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _device_memory(device: torch.device) -> tuple[int, int]:
+def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes free and in all; a CPU and Apple's GPUs use the RAM."""
     if device.type in ("cpu", "mps"):
         return free_memory(), total_memory()
@@ -217,7 +220,7 @@ def hard_limit(device: torch.device, most: int) -> contextlib.AbstractContextMan
     such limit.
     """
     if device.type == "cuda":
-        return _limited_share(min(1.0, most / torch.accelerator.get_memory_info(device)[1]))
+        return _limited_share(min(1.0, most / torch.accelerator.get_memory_info(device)[1]), device.index)
     if device.type == "cpu" and sys.platform == "linux":
         return limited_memory(most)
     raise UsageError(
@@ -226,12 +229,12 @@ def hard_limit(device: torch.device, most: int) -> contextlib.AbstractContextMan
 
 
 @contextlib.contextmanager
-def _limited_share(share: float) -> Iterator[Callable[[], None]]:
-    torch.cuda.set_per_process_memory_fraction(share)
+def _limited_share(share: float, index: int | None) -> Iterator[Callable[[], None]]:
+    torch.cuda.set_per_process_memory_fraction(share, index)
     try:
         yield lambda: None
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 class PeakMemory:
@@ -260,8 +263,11 @@ class PeakMemory:
             self._thread.join()
 
     def _sample(self) -> None:
-        while not self._stop.wait(self._seconds):
+        pause = self._seconds
+        while not self._stop.wait(pause):
+            start = time.perf_counter()
             self._sampled = max(self._sampled, anonymous_bytes())
+            pause = max(self._seconds, 20 * (time.perf_counter() - start))  # where the system takes its time
 
     def phase(self, name: str) -> int:
         """A phase begins, and the one before it ends, whose peak this returns."""

@@ -13,7 +13,7 @@ from talik.options import arg, options, parse, positional, recipe_fields
 PLANNED = (
     *("input_field", "output_field", "train_on", "max_length", "too_long", "eval_data", "held_out"),
     *("top_layers", "thaw", "lora", "precision", "optimizer", "clip", "epochs", "steps", "batch_tokens"),
-    *("seed", "trunk", "device"),
+    *("momentum", "eval_every", "seed", "trunk", "device", "revision"),
 )
 
 
@@ -71,7 +71,7 @@ def plan_command(argv: list[str]) -> None:
     with show.Watch() as watch:
         planned = _planned(recipe, parsed, sizes, watch)
     if parsed["picture"]:
-        program = planned.target.program
+        program = planned.target.program if planned.target.on_cpu else 0
         write_picture(
             planned.simulation, Path(parsed["picture"]), budget=planned.target.memory, program=program
         )
@@ -177,10 +177,10 @@ def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None
     from transformers import AutoConfig
 
     from talik.data.dataset import check_positions
-    from talik.machine import described_machine, this_machine
+    from talik.machine import described_machine
     from talik.plan.changes import most_layers, smallest_changes
     from talik.plan.solve import plan_run
-    from talik.plan.target import target_of
+    from talik.plan.target import machine_here, target_of
 
     folder, read = _model_and_data(recipe, parsed["data"], watch)
     sets = (read[0].examples if read[0] else None, read[1].examples if read[1] else ())
@@ -193,7 +193,7 @@ def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None
             update={"max_length": min(recipe.max_length, positions or recipe.max_length)}
         )
     named = parsed["machine"]
-    machine = described_machine(named) if named else this_machine(recipe.device, notify=watch)
+    machine = described_machine(named) if named else machine_here(recipe.device, watch)
     target = target_of(machine, **sizes)
     if parsed["top_layers"] == "auto":
         layers = most_layers(recipe, folder, sets, target, watch)
@@ -211,7 +211,7 @@ def _model_and_data(recipe: Any, data: str | None, notify: Any) -> tuple[Path, A
     from talik.model.source import find_model
     from talik.train.run_folder import load_tokenizer
 
-    folder = find_model(recipe.model, weights=False).folder
+    folder = find_model(recipe.model, revision=recipe.revision, weights=False).folder
     if data is None:
         return folder, (None, None)
     sets = read_sets(recipe, load_tokenizer(folder))

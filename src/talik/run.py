@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import torch
 from transformers import AutoConfig
 
 from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, read_sets
-from talik.errors import DoesNotFitError, NoRoomError, UsageError, together
+from talik.errors import DoesNotFitError, UsageError, together
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, read_json, write_json
-from talik.machine import Machine, hard_limit, this_machine
+from talik.machine import choose_device, hard_limit
 from talik.model.adapters import idle_adapters
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
@@ -28,9 +28,9 @@ from talik.model.products import bf16_as_fp32
 from talik.model.source import Source, find_model
 from talik.plan.explain_run import BROKEN
 from talik.plan.promise import Promise, broken_fields
-from talik.plan.report import short_text
+from talik.plan.report import short_text, slow_precision
 from talik.plan.solve import plan_run
-from talik.plan.target import slack_of, target_of
+from talik.plan.target import machine_here, slack_of, target_of
 from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits, settle_allocators
@@ -90,6 +90,8 @@ def train(
     raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
     """
     settle_allocators()
+    if plan is not None and memory is not None:
+        raise UsageError("a plan says what a run takes: give either plan or memory")
     folder = Path(run)
     together(partial(check_new, folder), partial(check_files, recipe))
     source = find_model(
@@ -115,6 +117,7 @@ def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -
     """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
     settle_allocators()
     opened = open_run(run, notify)
+    choose_device(opened.plan.device)
     sets = _read_sets(opened.recipe, opened.source.folder, notify)
     check_same_data(opened, examples_fingerprint(*sets))
     return _carry_out(opened, *sets, enforce, notify)
@@ -129,20 +132,18 @@ def _planned(
     notify: Notify,
 ) -> Plan:
     """The plan that was chosen; a refusal stays in the run's folder for `talik explain`."""
-    try:
-        machine = this_machine(recipe.device, notify=notify)
-    except NoRoomError:  # to measure the disk, which a run can do without
-        machine = this_machine(recipe.device, measure=False)
+    machine = machine_here(recipe.device, notify)
     examples, evaluated = (data.examples if data else [] for data in sets)
-    target = target_of(machine, memory=memory)
+    target = replace(target_of(machine, memory=memory), disk=None)  # asked for below, where it will be
     planned = plan_run(recipe, source.folder, examples, evaluated, target=target, notify=notify)
     for line in short_text(planned):
         notify(Said("plan", line))
-    if planned.breaks:
+    if not planned.fits:
         refuse_run(folder, _findable(recipe, source), planned.as_dict())
         raise DoesNotFitError(planned.problem, remedy=f"See why, and what would fit: talik explain {folder}")
-    need_room(folder, planned.disk["checkpoints"], "the run's checkpoints")
-    _note_slow_precision(recipe, machine, notify)
+    need_room(folder, planned.disk_bytes - planned.disk["cache"], "the run's checkpoints and working files")
+    if note := slow_precision(recipe, machine):
+        notify(Said("note", note))
     return planned.plan
 
 
@@ -159,23 +160,6 @@ def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data
         if data is not None:
             notify(data)
     return sets
-
-
-def _note_slow_precision(recipe: Recipe, machine: Machine, notify: Notify) -> None:
-    """Says so where this machine computes bf16 much slower than fp32; the recipe is followed all the same."""
-    slow, fast = (machine.rates.matmul[precision] / 1e9 for precision in ("bf16", "fp32"))
-    if recipe.precision == "fp32" or not (machine.without_bf16 or slow < fast / 2):
-        return
-    text = (
-        f"this machine multiplies bf16 matrices at {slow:.0f} GFLOP/s and fp32 ones at {fast:.0f}: "
-        "--precision fp32 would be faster, with twice the memory for the weights"
-    )
-    if machine.without_bf16:
-        text = (
-            f"this processor has no instructions for bf16 ({slow:.0f} GFLOP/s): bf16 matrices are "
-            f"multiplied as fp32 ones ({fast:.0f})"
-        )
-    notify(Said("note", text))
 
 
 def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:

@@ -41,10 +41,13 @@ def home_folder() -> Path:
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs: anonymous and shared anonymous pages.
 
-    Linux: RssAnon + RssShmem. Elsewhere the memory that only this process holds (psutil's `uss`).
+    Linux: RssAnon + RssShmem. Windows: what is committed to this process alone, which is cheap to ask for.
+    Elsewhere the memory that only this process holds (psutil's `uss`).
     """
     if sys.platform == "linux":
         return _resident("RssAnon", "RssShmem")
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().private  # pyright: ignore[reportAttributeAccessIssue]
     return psutil.Process().memory_full_info().uss
 
 

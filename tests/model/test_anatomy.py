@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from talik.errors import SourceError
 from talik.model.anatomy import Parts, anatomy_of, parts_of
+from talik.model.freeze import freeze
 
 SMALL = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner"], 64),
@@ -171,3 +173,16 @@ def test_counts_by_part() -> None:
         "other",
     ]
     assert (own.facts["hidden_size"], own.facts["num_hidden_layers"]) == (64, 4), "n_embd and n_layer"
+
+
+def test_a_tower_beside_the_language_model_is_never_trained() -> None:
+    """Its norms are not the model's: text does not go through them."""
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = {**text, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    text |= {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    assert "beside" in parts_of(model).pieces.values()
+    for line in ("top.1,norm", "all"):
+        trained = freeze(model, line)
+        assert trained and all(name.startswith("model.language_model.") for name in trained), line
+    assert sum(anatomy_of(model).parts.values()) == sum(weight.numel() for weight in model.parameters())

@@ -85,3 +85,9 @@ def test_layers_before_the_last_are_run_whole() -> None:
     with torch.no_grad():
         whole, some = (chain.layer(0, skeleton.embedded, skeleton.calls[0], rows) for rows in (None, ROWS))
     assert torch.equal(whole, some)
+
+
+def test_what_chooses_keys_is_run_at_all_positions() -> None:
+    """However few tokens are looked at: of so few sparse attention's indexer chooses all."""
+    alone = Chain(tiny_model("deepseek_v32", index_topk=64))._facts.alone
+    assert alone and not [name for name in alone if "indexer" in name]

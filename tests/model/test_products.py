@@ -89,6 +89,8 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
         x[:, :16].clone(), x[:16, :16].repeat(2, 1, 1), offs=torch.tensor([9, 20], dtype=torch.int32)
     ),
     "addmm": lambda x: torch.addmm(x, x, x.T),
+    "addmm with a bias": lambda x: torch.addmm(x[0], x, x.T),
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x, x),
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0],
     "convolution": lambda x: F.conv1d(x, x[:, :1, None].repeat(1, 20, 1)),
 }

@@ -28,7 +28,7 @@ from talik.lora import Lora, read_lora
 from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths
 from talik.model.chain import Chain
 from talik.model.freeze import thaw
-from talik.plan.ways import choose
+from talik.plan.ways import check_plan, choose
 from talik.recipe import Recipe, check
 from talik.train.loading import load, load_whole
 from talik.train.loop import StepDone
@@ -307,3 +307,34 @@ def test_without_peft_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"adapters need PEFT(.|\n)*pip install \"talik\[peft\]\""):
         thaw(build_model("qwen2"), Recipe(model="-", data="-", lora="rank=4", top_layers=2))
+
+
+@pytest.mark.whole_run
+def test_a_lowest_layer_without_adapters(
+    build_model: Callable[..., Any], tokenizer: Any, rows: Path, tmp_path: Path
+) -> None:
+    """No gradient reaches it, streamed or not."""
+    types = ["conv", "full_attention", "conv", "full_attention"]
+    build_model("lfm2", layer_types=types, eos_token_id=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = recipe_for(
+        tmp_path / "model", rows, thaw="layers.0-3", lora="rank=4,targets=q_proj", steps=2, top_layers=5
+    )
+    weights = []
+    for top in ("resident", "streamed"):
+        plan = choose(recipe, tmp_path / "model").model_copy(update={"top": top, "recompute": True})
+        talik.train(recipe, tmp_path / top, plan=plan)
+        checkpoint = latest_checkpoint(tmp_path / top)
+        assert checkpoint is not None
+        weights.append(load_file(checkpoint / "weights.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert any(tensor.any() for name, tensor in weights[1].items() if "lora_B" in name)
+
+
+def test_a_plan_for_frozen_embeddings_is_not_one_for_trained_ones(model_folder: Path) -> None:
+    """What the trunk handed on would be read from the cache, though the embeddings change."""
+    fields = {"model": str(model_folder), "data": "-"}
+    plan = choose(check({**fields, "thaw": "layers.0-3"}), model_folder)
+    with pytest.raises(UsageError, match="embeddings are not trained"):
+        check_plan(plan, check({**fields, "thaw": "all"}), model_folder)

@@ -15,9 +15,11 @@ from talik.events import silent
 from talik.train.evaluation import evaluate_top
 from talik.train.feed import run_step
 from talik.train.loop import ScalarMonitor
+from talik.train.scratch import TieredScratch
 from talik.train.step import prepare_top
 from talik.train.top import World
 from talik.train.trunk import trunk_states
+from talik.train.update import prepare
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -195,3 +197,31 @@ def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any],
         assert loaded.store.traffic.written > 0
     assert len(reads) == 2 and len(set(reads.values())) == 1
     assert all(a != b for a, b in itertools.combinations(reads, 2))
+
+
+@pytest.mark.parametrize("plan", [{"top": "streamed"}, {"recompute": True}])
+def test_a_head_alone(build_model: Callable[..., Any], tmp_path: Path, plan: dict[str, Any]) -> None:
+    """There is no layer above the cut then."""
+    model = build_model("qwen2", tie_word_embeddings=False)
+    recipe = make_recipe(precision="fp32", thaw="norm,head")
+    resident = trained(model, tmp_path / "resident", recipe)
+    assert_same(trained(model, tmp_path / "streamed", recipe, **plan), resident)
+
+
+def test_a_weight_that_is_kept_in_fp32_has_a_master_of_its_own(tmp_path: Path) -> None:
+    """A streamed weight's memory is another layer's next."""
+    weight = torch.nn.Parameter(torch.arange(4.0))
+    scratch = TieredScratch(torch.device("cpu"), tmp_path, lambda kind: "memory")
+    prepare([("a", weight)], make_recipe(precision="bf16"), scratch)
+    with torch.no_grad():
+        weight.zero_()
+    assert scratch["master/a"].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_what_goes_into_a_layer_gives_its_room_back(tmp_path: Path) -> None:
+    scratch = TieredScratch(torch.device("cpu"), tmp_path, lambda kind: "disk")
+    for size in (3, 7, 2):
+        scratch["input/0/1"] = torch.full((size,), float(size))
+        assert scratch["input/0/1"].tolist() == [size] * size
+        scratch.drop("input/0/1")
+        assert not (tmp_path / "input" / "0" / "1").exists()

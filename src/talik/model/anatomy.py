@@ -38,7 +38,10 @@ class Parts:
     pieces: dict[str, str]
 
     def part(self, parameter: str) -> str:
-        """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head' or 'other'."""
+        """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head', 'other' or 'beside'.
+
+        'beside': not of the language model, as a tower for images is; text does not go through it.
+        """
         if parameter.startswith(self.layers + "."):
             return f"layer {parameter[len(self.layers) + 1 :].split('.')[0]}"
         steps = parameter.split(".")
@@ -66,6 +69,10 @@ def parts_of(model: torch.nn.Module) -> Parts:
         for name in owners
         if not f"{name}.".startswith(f"{prefix}.")
     }
+    decoder = names.get(id(getattr(model, "get_decoder", lambda: None)()), "")
+    if prefix.startswith(f"{decoder}."):
+        outside = [name for name in pieces if not f"{name}.".startswith(f"{decoder}.")]
+        pieces |= {name: "beside" for name in outside if pieces[name] != "head"}
     pieces[names[id(embedding)]] = "embeddings"
     if head is not None:
         pieces[names[id(head)]] = "head"
@@ -188,7 +195,8 @@ def anatomy_of(model: torch.nn.Module) -> Anatomy:
         "other": 0,
     }
     for name, weight in model.named_parameters():
-        counts[parts.part(name)] += weight.numel()
+        part = parts.part(name)
+        counts["other" if part == "beside" else part] += weight.numel()
     facts = {name: _value(config, name) for name in FACTS}
     dtype = facts["dtype"] = str(facts["dtype"]).removeprefix("torch.") if facts["dtype"] else None
     return Anatomy(

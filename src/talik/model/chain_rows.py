@@ -22,14 +22,17 @@ def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
     """Names of the outermost modules that work on each token by itself, and that no other token needs.
 
     Of those with a matrix. Found by trying: `run` is a forward of the layer over a few tokens, and what it
-    gives, (batch, sequence, width), must stay the same at some of them where a module is run at these alone.
+    gives, (batch, sequence, width), must stay the same at some of them where a module is run at these alone,
+    and change there where it is run at the others: what sparse attention's indexer chooses keys by changes
+    nothing as long as there are few.
     """
     whole = run()
-    rows = torch.arange(1, whole[..., 0].numel(), 2, device=whole.device)
+    every = torch.arange(whole[..., 0].numel(), device=whole.device)
+    rows, others = every[1::2], every[::2]
 
-    def same(names: Iterable[str]) -> bool:
+    def same(names: Iterable[str], where: Tensor = rows) -> bool:
         try:
-            with at_rows(layer, names, rows) as calls:
+            with at_rows(layer, names, where) as calls:
                 part = run()
         except Exception:  # whatever a module says that is given other shapes than it wants
             return False
@@ -39,7 +42,7 @@ def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
     for name, module in layer.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         matrices = any(parameter.dim() > 1 for parameter in module.parameters())
-        if name and matrices and not inside and same([name]):
+        if name and matrices and not inside and same([name]) and not same([name], others):
             found.append(name)
     return tuple(found) if found and same(found) else ()
 

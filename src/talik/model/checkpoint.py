@@ -50,6 +50,15 @@ class Entry:
         self.read_into(tensor_bytes(tensor))
         return tensor
 
+    @torch.no_grad()
+    def read_to(self, tensor: Tensor) -> None:
+        """Into a tensor that is like it, with nothing beside where that is on the CPU."""
+        like = (tensor.dtype, tuple(tensor.shape)) == (self.dtype, self.shape)
+        if like and tensor.device.type == "cpu" and tensor.is_contiguous():
+            self.read_into(tensor_bytes(tensor))
+        else:
+            tensor.copy_(self.read())
+
     def read_into(self, place: memoryview, *, forget: bool = False) -> None:
         """The tensor's bytes into memory of `size` bytes. SourceError if the file ends before.
 

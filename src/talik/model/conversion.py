@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
 from talik.errors import SourceError
 from talik.model.adapters import base_tensors
 from talik.model.checkpoint import Entry
+from talik.model.digests import tensor_digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +106,37 @@ def _tried_out(
 def checkpoint_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: tensors under the names, and in the shapes, that the model's checkpoints have."""
     return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def in_checkpoint(
+    model: PreTrainedModel, trained: dict[str, Tensor], known: set[str], source: Path
+) -> dict[str, Tensor]:
+    """The trained tensors under the names that the checkpoint uses, in the dtypes they were trained in.
+
+    Checkpoints saved from the bare model (GPT-2's, Bloom's) lack its prefix. A tied matrix goes under each of
+    its names that the checkpoint has: two that differ would be loaded as two.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            bare if name not in known and (bare := name.removeprefix(prefix)) in known else name: tensor
+            for name, tensor in checkpoint_names(model, tensors).items()
+        }
+
+    delta = named(trained)
+    tied = list(getattr(model, "all_tied_weights_keys", {}).items())
+    for one, other in [*tied, *((twin, name) for name, twin in tied)]:
+        if one in trained and other not in trained:
+            (own,), (twin,) = (named({name: trained[one]}) for name in (one, other))
+            if twin in known and (own not in known or _alike(source, own, twin)):
+                delta[twin] = trained[one]
+                if own not in known:
+                    del delta[own]
+    return delta
+
+
+def _alike(source: Path, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint have the same bytes: else they were two while the run went on."""
+    digests = tensor_digests(source)
+    return digests[one] == digests[other]

@@ -240,7 +240,7 @@ class _AsFp32(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         replacement = _REPLACED.get(func)
-        if replacement is None or not (args and _bf16_on_cpu(args[0]) and _rows(args[0]) >= FEW):
+        if replacement is None or not _worth_it(args):
             replacement = func
         return replacement(*args, **kwargs or {})
 
@@ -249,8 +249,11 @@ def _bf16_on_cpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
 
 
-def _rows(matrices: Tensor) -> int:
-    return matrices.shape[-2] if matrices.dim() > 1 else 1
+def _worth_it(args: tuple[Any, ...]) -> bool:
+    """Whether the first matrix, behind a bias or an equation, is of bf16 and has rows enough."""
+    matrices = (arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1)
+    first = next(matrices, None)
+    return first is not None and _bf16_on_cpu(first) and first.shape[-2] >= FEW
 
 
 def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -88,6 +88,8 @@ def _candidates(
     """Changed recipes: the options, the recipe, and what it means for the data."""
     if lighter := LIGHTER.get(recipe.precision):
         yield f"--precision {lighter}", _with(recipe, precision=lighter), ""
+    if recipe.trunk == "resident":
+        yield "--trunk streamed", _with(recipe, trunk="streamed"), ""
     if recipe.optimizer == "adamw":
         yield "--optimizer adamw-8bit", _with(recipe, optimizer="adamw-8bit"), ""
     if "head" in wanted.parts and (wanted.layers or len(wanted.parts) > 1):

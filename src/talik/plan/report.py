@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from talik.files import in_words
+from talik.machine import Machine
 from talik.plan import ways
 from talik.plan.planned import Planned
 from talik.plan.target import slack_of
+from talik.recipe import Recipe
 
 WIDTH = 40  # characters of a bar that stands for the whole budget
 
@@ -21,6 +23,22 @@ def plan_text(planned: Planned) -> str:
 def short_text(planned: Planned) -> list[str]:
     """The verdict and the way chosen."""
     return [next(_verdict(planned)), next(_ways(planned)), *_costs(planned)]
+
+
+def slow_precision(recipe: Recipe, machine: Machine) -> str | None:
+    """What is to be known where a machine computes a recipe's bf16 much slower than fp32."""
+    slow, fast = (machine.rates.matmul[precision] / 1e9 for precision in ("bf16", "fp32"))
+    if recipe.precision == "fp32" or not (machine.without_bf16 or slow < fast / 2):
+        return None
+    if machine.without_bf16:
+        return (
+            f"this processor has no instructions for bf16 ({slow:.0f} GFLOP/s): bf16 matrices are "
+            f"multiplied as fp32 ones ({fast:.0f})"
+        )
+    return (
+        f"this machine multiplies bf16 matrices at {slow:.0f} GFLOP/s and fp32 ones at {fast:.0f}: "
+        "--precision fp32 would be faster, with twice the memory for the weights"
+    )
 
 
 def _verdict(planned: Planned) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from talik.plan.account import Simulation
 from talik.plan.simulate import Subject, Work, enough_layers
 from talik.recipe import Plan
 from talik.train.resume import scratch_bytes, state_bytes
+from talik.train.top import make_top
 from talik.train.update import gradients_wait
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
@@ -20,7 +22,7 @@ PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The pass of the trunk, one epoch with its evaluation, and all of the run; starting up left out."""
+    """The pass of the trunk, one epoch with its evaluations, and all of the run; starting up left out."""
 
     trunk: float
     epoch: float
@@ -62,27 +64,39 @@ def seconds_of(
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
     if plan.state == "ram":  # there and back, in the update, which waits for it
-        of_state = state_bytes(trained_parameters(subject.chain.model), recipe)
-        epoch += steps * 2 * of_state / rates.to_device
+        epoch += steps * 2 * _state(subject, plan) / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
+    epoch += evaluation * (steps / recipe.eval_every if recipe.eval_every else 1)
     epochs = recipe.epochs if recipe.steps is None else recipe.steps / steps
-    return Seconds(trunk, epoch + evaluation, trunk + epochs * (epoch + evaluation) + evaluation)
+    return Seconds(trunk, epoch, trunk + epochs * epoch + evaluation)
 
 
 def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
     """Seconds in which one step of a streamed top reads its weights and writes what changed."""
-    recipe, model = subject.recipe, subject.chain.model
-    passes = 3 if gradients_wait(recipe) else 2  # the last is the update by the norm of all
-    trained = trained_parameters(model)
-    whole = sum(weight.nbytes for weight in model.parameters())
-    read = passes * (whole - _file_bytes(subject, plan.cut))
-    written = sum(weight.nbytes for weight in trained.values())
+    recipe, chain = subject.recipe, subject.chain
+    top, sizes = make_top(chain, trained_parameters(chain.model), plan.cut), Counter[str]()
+    for name, own in chain.model.named_parameters(remove_duplicate=False):  # a tied head is the tail's, too
+        part = chain.parts.part(name)
+        sizes[part if part == "embeddings" or part.startswith("layer ") else "tail"] += own.nbytes
+    read = written = 0
+    for block in dict.fromkeys([*top.blocks, "tail"]):
+        # Forward and back, and once more in the update by the norm of all; adapters are always there.
+        times = (1 if block == "tail" else 2) + bool(
+            gradients_wait(recipe) and recipe.lora is None and top.blocks.get(block)
+        )
+        read += times * sizes[block]
+        written += sum(own.nbytes for name, own in top.of(block) if top.last_block(name) == block)
     if plan.state == "disk":
-        state = scratch_bytes(trained, recipe)
-        read, written = read + state, written + state
+        read, written = read + _state(subject, plan), written + _state(subject, plan)
     return read / min(rates.disk_read, rates.to_device) + written / rates.disk_write
+
+
+def _state(subject: Subject, plan: Plan) -> int:
+    """Bytes of the optimizer's state, and of gradients that wait beside it, where they are apart."""
+    bytes_of = scratch_bytes if plan.top == "streamed" else state_bytes
+    return bytes_of(trained_parameters(subject.chain.model), subject.recipe)
 
 
 def token_bytes(subject: Subject, plan: Plan) -> int:

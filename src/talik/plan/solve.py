@@ -10,7 +10,6 @@ from typing import Any
 from talik.data.labels import Example
 from talik.events import Notify, Said, silent
 from talik.files import in_words
-from talik.machine import this_machine
 from talik.model.freeze import trained_parameters
 from talik.plan import ways
 from talik.plan.account import Break, Peak, Simulation
@@ -18,8 +17,8 @@ from talik.plan.fake_log import Routing
 from talik.plan.planned import Planned, Refusal
 from talik.plan.seconds import seconds_of, token_bytes
 from talik.plan.simulate import Subject, Work, simulate, subject_of
-from talik.plan.target import Target, target_of
-from talik.plan.work import assumed_examples, glimpse_of, work_of
+from talik.plan.target import Target, machine_here, target_of
+from talik.plan.work import assumed_examples, glimpse_of, padded_tokens, work_of
 from talik.recipe import Plan, Recipe
 from talik.train.resume import checkpoint_bytes, scratch_bytes, state_bytes
 
@@ -41,7 +40,7 @@ def plan_run(
     as long as the recipe allows. The folder needs no weights. Raises UsageError and ChainError for models
     that cannot be trained.
     """
-    target = target or target_of(this_machine(recipe.device, notify=notify))
+    target = target or target_of(machine_here(recipe.device, notify))
     assumed = None
     if examples is None:
         examples, assumed = assumed_examples(recipe)
@@ -52,7 +51,8 @@ def plan_run(
     plan, result, target = done.plan, done.result, search.target.now()
     phases, breaks = target.account(result)
     least = search.least(done) if result.routed else None
-    promised = {"program": target.program, **{peak.phase: peak.bytes for peak in phases}}
+    promised = {"program": target.program} if target.on_cpu else {}  # elsewhere it is not in that memory
+    promised |= {peak.phase: peak.bytes for peak in phases}
     return Planned(
         plan=plan.model_copy(update={"promised": promised}),
         target=target,
@@ -116,7 +116,7 @@ class Search:
         if plan.state == "ram":
             bytes_of = state_bytes if plan.top == "resident" else scratch_bytes
             size += bytes_of(trained_parameters(chain.model), recipe)
-        return size + (_inputs(self.subject, plan, self.longest) if plan.inputs == "ram" else 0)
+        return size + (_inputs(self.subject, plan, self.examples) if plan.inputs == "ram" else 0)
 
     def run(self) -> Tried:
         """The first way that fits; else the one that takes least."""
@@ -237,7 +237,7 @@ def _disk(
     if plan.state == "disk":
         work["optimizer state"] = scratch_bytes(trained, subject.recipe)
     if plan.inputs == "disk":
-        work["inputs"] = _inputs(subject, plan, max(example.length for example in examples))
+        work["inputs"] = _inputs(subject, plan, examples)
     return {
         "cache": 0 if plan.cache == "none" else tokens * token_bytes(subject, plan),
         "checkpoints": checkpoint_bytes(trained, subject.recipe),
@@ -245,10 +245,10 @@ def _disk(
     }
 
 
-def _inputs(subject: Subject, plan: Plan, longest: int) -> int:
-    """Bytes of what goes into the layers of a streamed step, of which one example may be all."""
-    step = max(subject.recipe.batch_tokens, longest)
-    return step * token_bytes(subject, plan) * (plan.layers - plan.cut)
+def _inputs(subject: Subject, plan: Plan, examples: Sequence[Example]) -> int:
+    """Bytes of what goes into the layers of a streamed step, about."""
+    tokens = padded_tokens(examples, plan, subject.recipe, subject.chain)
+    return tokens * token_bytes(subject, plan) * (plan.layers - plan.cut)
 
 
 def _why(broken: Break) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from talik.errors import UsageError
-from talik.machine import HERE, PLANNED, Machine
+from talik.errors import NoRoomError, UsageError
+from talik.events import Notify, silent
+from talik.machine import HERE, PLANNED, Machine, this_machine
 from talik.model.products import bf16_as_fp32
 from talik.plan import cuda
 from talik.plan.account import Break, Peak, Simulation
@@ -78,6 +79,14 @@ class Target:
     def needed(self, promise: int) -> int:
         """The memory with which a promise fits."""
         return promise + slack_of(promise) + 1
+
+
+def machine_here(device: str, notify: Notify = silent) -> Machine:
+    """This machine; not measured where the disk has no room for that, which a plan can do without."""
+    try:
+        return this_machine(device, notify=notify)
+    except NoRoomError:
+        return this_machine(device, measure=False)
 
 
 def target_of(

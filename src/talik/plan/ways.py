@@ -83,12 +83,16 @@ def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
     thaw(model, recipe)  # says what cannot be trained
     chain = Chain(model, "cpu")
     cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
+    remedy = "Leave --plan out, or name the plan.json of a run with this model that trains the same."
     if (plan.layers, plan.cut) != (len(chain.layers), cut):
         raise UsageError(
             f"the plan is for {plan.layers} layers cut at {plan.cut}, and this run has {len(chain.layers)} "
             f"layers cut at {cut}",
-            remedy="Leave --plan out, or name the plan.json of a run with this model that trains the same.",
+            remedy=remedy,
         )
+    if (plan.cache == "none") != ("embeddings" in recipe.thawed(plan.layers).parts):
+        whose = "are not" if plan.cache == "disk" else "are"
+        raise UsageError(f"the plan is for a run whose embeddings {whose} trained", remedy=remedy)
 
 
 def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: Notify = silent) -> Plan:

@@ -84,7 +84,7 @@ def _largest_steps(
     """Of each step that is simulated the examples of its largest micro-batches, and those that wait."""
     lengths = [example.length for example in examples]
     steps = _all_steps(lengths, recipe)
-    fullest = sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
+    fullest = _fullest(steps, lengths)
     longest = max(steps, key=lambda step: max(lengths[i] for i in step))
     split = [_batches(step, examples, plan, chain) for step in (longest, *fullest)]
     largest = max(split[1:], key=lambda batches: _size(batches[0], examples, plan))
@@ -99,6 +99,19 @@ def _largest_steps(
     if rows(batches[0]) > max(map(rows, (*split[0][:BATCHES], *largest[:BATCHES]))):
         found.append((batches[0], _joined(batches[1:])))
     return found
+
+
+def padded_tokens(examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain) -> int:
+    """Tokens of a step's micro-batches with their padding, the most of the steps that have most tokens."""
+    lengths = [example.length for example in examples]
+    return max(
+        sum(len(batch) * max(lengths[i] for i in batch) for batch in _batches(step, examples, plan, chain))
+        for step in _fullest(_all_steps(lengths, recipe), lengths)
+    )
+
+
+def _fullest(steps: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    return sorted(steps, key=lambda step: -sum(lengths[i] for i in step))[:LOOKED_AT]
 
 
 def _all_steps(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from talik.recipe import Recipe
 from talik.train.operators import accumulate_
 from talik.train.scratch import Scratch
+from talik.train.store import Store
 from talik.train.top import Top, World
 from talik.train.update import gradients_wait, update
 
@@ -50,6 +51,17 @@ def bring_back(name: str, scratch: Scratch) -> None:
     """The reverse of `keep`."""
     scratch[f"gradient/{name}"] = scratch[f"kept/{name}"]
     scratch.drop(f"kept/{name}")
+
+
+@contextmanager
+def loaded(store: Store, top: Top, block: str) -> Iterator[None]:
+    """Inside, what is trained of a block is in memory: what adapters stand beside need not be read for it."""
+    away = top.away(block)
+    if away:
+        store.get(block)
+    yield
+    if away:
+        store.release(block)
 
 
 class Updates:
@@ -91,9 +103,8 @@ class Updates:
         if self._waits:
             self._scale = _scale(self._recipe.max_norm, norm)
             for block in self._top.blocks:
-                self._world.store.get(block)
-                self._update(block)
-                self._world.store.release(block)
+                with loaded(self._world.store, self._top, block):
+                    self._update(block)
         return norm
 
     def _update(self, block: str) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talik.errors import RunError
 from talik.files import finished_folder, need_room, read_json, write_json
-from talik.model.checkpoint import tensor_bytes, write_tensors
+from talik.model.checkpoint import read_header, tensor_bytes, write_tensors
 from talik.recipe import Recipe
+from talik.train.gradients import loaded
 from talik.train.scratch import Scratch
 from talik.train.store import Store
 from talik.train.top import Top
@@ -115,10 +114,9 @@ def _trained(top: Top, store: Store) -> Iterator[Tensor]:
     """The trained weights in the order of `top.parameters`, each block loaded while it is asked for."""
     seen: set[str] = set()
     for block in top.blocks:
-        store.get(block)
-        yield from (own for name, own in top.of(block) if name not in seen)
+        with loaded(store, top, block):
+            yield from (own for name, own in top.of(block) if name not in seen)
         seen.update(name for name, _ in top.of(block))
-        store.release(block)
 
 
 def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
@@ -127,21 +125,22 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
     Weights that are streamed are read from it when they are wanted (`Loaded.working`).
     """
     load_weights(path, dict(top.parameters()))
-    with safe_open(path / "optimizer.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary
-            scratch[name].copy_(file.get_tensor(name))
+    for name, entry in read_header(path / "optimizer.safetensors").items():
+        entry.read_to(scratch[name])
     return State(**read_json(path / "state.json"))
 
 
-@torch.no_grad()
 def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copies a checkpoint's trained weights into the parameters of the same names, but for hollow ones."""
-    weights = load_file(path / "weights.safetensors")
+    """Reads a checkpoint's trained weights into the parameters of the same names, but for hollow ones.
+
+    Byte range by byte range: a mapped file would count against a hard limit.
+    """
+    weights = read_header(path / "weights.safetensors")
     if weights.keys() != parameters.keys():
         raise RunError("the checkpoint was made with other trained layers", where=path)
-    for name, tensor in weights.items():
+    for name, entry in weights.items():
         if not parameters[name].is_meta:
-            parameters[name].copy_(tensor)
+            entry.read_to(parameters[name])
 
 
 def latest_checkpoint(run: Path) -> Path | None:

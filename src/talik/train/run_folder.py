@@ -58,9 +58,10 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
         "weights": weights_fingerprint(source.folder),
         "data": data,
     }
+    check_new(folder)  # once more: another run may have begun in it while this one was planned
     (folder / REFUSED).unlink(missing_ok=True)
     if folder.exists():
-        folder.rmdir()  # it is empty, or another run has begun in it since that was checked
+        folder.rmdir()
     with finished_folder(folder) as part:
         write_json(part / "source.json", known)
         write_json(part / "plan.json", plan.model_dump())

@@ -68,7 +68,8 @@ class TieredScratch(MemoryScratch):
     """Tensors in the device's memory, but those of some kinds in RAM beside it or in a folder of files.
 
     `tier` says of a kind where it is kept. A file is mapped and changed in place; its room is taken when it
-    is made (NoRoomError, OSError). Where a tensor was that is dropped, the next of its name will be.
+    is made (NoRoomError, OSError). Where a tensor was that is dropped, the next of its name will be; but what
+    goes into layers is of another size in each step, and gives its room back.
     """
 
     def __init__(self, device: torch.device, folder: Path, tier: Callable[[str], Tier]) -> None:
@@ -93,6 +94,11 @@ class TieredScratch(MemoryScratch):
             tensor = tensor.to(self._device, copy=True)
         super().__setitem__(name, tensor)
 
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        if name.startswith("input/"):
+            self._give_up(name)
+
     def values(self) -> Iterable[Tensor]:
         return [tensor for name, tensor in self._tensors.items() if not self._apart(name)]
 
@@ -112,8 +118,14 @@ class TieredScratch(MemoryScratch):
         """The tensor that is apart under a name; a place that is too small is made anew."""
         size = shape.numel() * dtype.itemsize
         if name not in self._places or self._places[name].nbytes < size:
+            self._give_up(name)
             self._places[name] = self._make(name, size)
         return self._places[name][:size].view(dtype).view(shape)
+
+    def _give_up(self, name: str) -> None:
+        """No place is kept for a name. Its map goes first: Windows deletes no file that is mapped."""
+        if self._places.pop(name, None) is not None and self._tier(name) == "disk":
+            (self._folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, place: Tensor, tensor: Tensor) -> None:
         if self._tier(name) == "ram":
@@ -129,7 +141,6 @@ class TieredScratch(MemoryScratch):
             return torch.zeros(size, dtype=torch.uint8)
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         need_room(path, size, "optimizer state and what goes into layers")
         with path.open("xb", buffering=0) as file:
             reserve(file.fileno(), size)

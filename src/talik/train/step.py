@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from talik.model.chain import run_layers
 from talik.model.products import for_recompute
 from talik.recipe import Plan, Recipe
-from talik.train.gradients import Updates, accumulated, make_gradients
+from talik.train.gradients import Updates, accumulated, loaded, make_gradients
 from talik.train.loss import loss_backward
 from talik.train.scratch import Scratch
 from talik.train.store import Store
@@ -57,9 +57,8 @@ def prepare_top(top: Top, recipe: Recipe, store: Store, scratch: Scratch) -> Non
     if recipe.clip == "last":
         scratch.zeros("norm", torch.Size(()), torch.float32)
     for block in top.blocks:
-        store.get(block)
-        prepare(top.of(block), recipe, scratch)
-        store.release(block)
+        with loaded(store, top, block):
+            prepare(top.of(block), recipe, scratch)
 
 
 def forward_backward(

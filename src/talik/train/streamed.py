@@ -150,13 +150,14 @@ def _backward(run: Pass, groups: Sequence[range], number: int, world: World, upd
             _set_random_state(run.top.chain.device, run.random.pop((group[0], index)))
             kept = scratch[f"input/{group[0]}/{index}"].to(run.top.chain.device)
             hidden = kept.detach().requires_grad_(below)
-            scratch.drop(f"input/{group[0]}/{index}")
             with torch.enable_grad():
                 out = run.run(group, index, hidden)
-            out.backward(run.flowing[index])
+            if out.requires_grad:  # not so in a lowest layer without adapters
+                out.backward(run.flowing[index])
             if hidden.grad is not None:
                 run.flowing[index] = hidden.grad
             del kept, hidden, out
+            scratch.drop(f"input/{group[0]}/{index}")
     trained.clear()
     for layer in reversed(group):
         updates.block(f"layer {layer}")

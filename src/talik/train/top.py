@@ -68,6 +68,10 @@ class Top:
         for name, place in self.blocks.get(block, {}).items():
             yield name, self.chain.model.get_parameter(place)
 
+    def away(self, block: str) -> bool:
+        """Whether a block must be loaded to read or change what is trained of it; adapters never are."""
+        return any(parameter.is_meta for _, parameter in self.of(block))
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trained parameter once."""
         seen: set[str] = set()
@@ -88,7 +92,7 @@ class Top:
         """The layers from the cut on, in groups that share what they do not hand on; mostly one each."""
         count = len(self.chain.layers)
         starts = [i for i in range(self.cut, count) if self.chain.lowest_cut(i)[0] == i]
-        return [range(*bounds) for bounds in zip(starts, [*starts[1:], count], strict=True)]
+        return [range(*bounds) for bounds in zip(starts, [*starts, count][1:], strict=True)]
 
     def train_mode(self, on: bool) -> None:
         """Dropout in the top is on while a step runs, and off otherwise; the trunk never has any."""

@@ -36,7 +36,8 @@ def prepare(parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, scra
     for name, parameter in parameters:
         for key, (shape, dtype) in kept(name, parameter, recipe).items():
             if key == f"master/{name}":
-                scratch[key] = parameter.detach().float()
+                # A copy where it is fp32 already, too: a streamed parameter's memory is another's soon.
+                scratch[key] = parameter.detach().to(torch.float32, copy=True)
             else:
                 scratch.zeros(key, shape, dtype)
 
