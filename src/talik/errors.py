@@ -64,8 +64,7 @@ class Problems(UsageError):
 
     def __init__(self, errors: list[UsageError]) -> None:
         self.errors = errors
-        shown = "\n".join(str(error) for error in errors).replace("\n", "\n  ")
-        super().__init__(f"{len(errors)} problems:\n  {shown}")
+        super().__init__(listed([str(error).replace("\n", "\n  ") for error in errors]))
 
 
 class DoesNotFitError(TalikError):
@@ -84,6 +83,11 @@ class NonFiniteError(TalikError):
 
 class Interrupted(TalikError):
     """Stopped by Ctrl-C after saving."""
+
+
+def listed(problems: list[str]) -> str:
+    """One problem as it is; more with their number, one a line."""
+    return "\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems:", *problems])
 
 
 def together(*parts: Callable[[], Any]) -> list[Any]:

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 
 from talik.data.dataset import check_positions, read_all
 from talik.events import Notify, Said, silent
-from talik.machine import choose_device
 from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
 from talik.model.working_copy import Saved
@@ -36,7 +35,6 @@ def evaluate(
     if is_run(target):
         run = open_run(target, notify)
         recipe, plan, folder = run.recipe, run.plan, run.source.folder
-        choose_device(plan.device)
         recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder)
     else:
         folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder

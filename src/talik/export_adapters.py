@@ -9,7 +9,6 @@ from torch import Tensor
 
 from talik.card import base_name
 from talik.files import finished_folder, need_room, write_text
-from talik.machine import choose_device
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
 from talik.model.freeze import thaw, trained_parameters
 from talik.model.hollow import hollow_model
@@ -29,7 +28,6 @@ class Merged(Mapping[str, Tensor]):
 
     def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
         plan = run.plan.model_copy(update={"trunk": "resident"})
-        choose_device(plan.device)
         self._loaded, self._named = load(run.recipe, plan, run.source.folder), named
         load_weights(checkpoint, trained_parameters(self._loaded.chain.model))
         self._layer_of = {

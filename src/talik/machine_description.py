@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from talik.errors import UsageError
+from talik.errors import UsageError, listed
 from talik.files import in_words, parse_size
 from talik.machine_table import GPUS, find_gpu
 
@@ -192,8 +192,7 @@ def _read(path: Path) -> Description:
         return Description.model_validate({str(name): value for name, value in fields.items()})
     except ValidationError as error:
         problems = [_problem(one) for one in error.errors()]
-        count = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "
-        raise UsageError(count + "\n  ".join(problems), where=path, remedy=REMEDY) from None
+        raise UsageError(listed(problems), where=path, remedy=REMEDY) from None
 
 
 def _problem(error: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talik.errors import RecipeError, UsageError
+from talik.errors import RecipeError, UsageError, listed
 from talik.files import read_json, write_text
 from talik.lora import read_lora
 from talik.thaw import PARTS, Thawed, check_thaw, thawed
@@ -229,10 +229,8 @@ def check(given: dict[str, Any], where: object = None) -> Recipe:
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
-        problems = [_in_words(problem) for problem in error.errors()]
-        count = "" if len(problems) == 1 else f"{len(problems)} problems:\n  "
         raise RecipeError(
-            count + "\n  ".join(problems),
+            listed([_in_words(problem) for problem in error.errors()]),
             where=where,
             remedy="`talik train --help` lists every field with its default.",
         ) from None

@@ -64,7 +64,7 @@ def seconds_of(
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
     if plan.state == "ram":  # there and back, in the update, which waits for it
-        epoch += steps * 2 * _state(subject, plan) / rates.to_device
+        epoch += steps * 2 * state_apart(subject, plan) / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
@@ -89,11 +89,11 @@ def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
         read += times * sizes[block]
         written += sum(own.nbytes for name, own in top.of(block) if top.last_block(name) == block)
     if plan.state == "disk":
-        read, written = read + _state(subject, plan), written + _state(subject, plan)
+        read, written = read + state_apart(subject, plan), written + state_apart(subject, plan)
     return read / min(rates.disk_read, rates.to_device) + written / rates.disk_write
 
 
-def _state(subject: Subject, plan: Plan) -> int:
+def state_apart(subject: Subject, plan: Plan) -> int:
     """Bytes of the optimizer's state, and of gradients that wait beside it, where they are apart."""
     bytes_of = scratch_bytes if plan.top == "streamed" else state_bytes
     return bytes_of(trained_parameters(subject.chain.model), subject.recipe)

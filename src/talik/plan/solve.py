@@ -15,7 +15,7 @@ from talik.plan import ways
 from talik.plan.account import Break, Peak, Simulation
 from talik.plan.fake_log import Routing
 from talik.plan.planned import Planned, Refusal
-from talik.plan.seconds import seconds_of, token_bytes
+from talik.plan.seconds import seconds_of, state_apart, token_bytes
 from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.target import Target, machine_here, target_of
 from talik.plan.work import assumed_examples, glimpse_of, padded_tokens, work_of
@@ -108,14 +108,13 @@ class Search:
         The program, what passes through to the device, what is kept here. Pinned memory, two layers of it,
         comes in powers of two (ATen/core/CachingHostAllocator.h).
         """
-        recipe, chain = self.subject.recipe, self.subject.chain
+        chain = self.subject.chain
         layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in chain.layers)
         size = self.target.program + max(weight.nbytes for weight in chain.model.parameters())
         if "streamed" in (plan.trunk, plan.top):
             size += 2 * (1 << (max(layers) - 1).bit_length())
         if plan.state == "ram":
-            bytes_of = state_bytes if plan.top == "resident" else scratch_bytes
-            size += bytes_of(trained_parameters(chain.model), recipe)
+            size += state_apart(self.subject, plan)
         return size + (_inputs(self.subject, plan, self.examples) if plan.inputs == "ram" else 0)
 
     def run(self) -> Tried:
@@ -235,7 +234,7 @@ def _disk(
     weights = sum(parameter.nbytes for parameter in trained.values())
     work = {} if subject.recipe.lora else {"working copy": weights}  # adapters stay in memory
     if plan.state == "disk":
-        work["optimizer state"] = scratch_bytes(trained, subject.recipe)
+        work["optimizer state"] = state_apart(subject, plan)
     if plan.inputs == "disk":
         work["inputs"] = _inputs(subject, plan, examples)
     return {

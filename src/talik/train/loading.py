@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from talik.data.labels import Example
 from talik.errors import ChainError
+from talik.machine import choose_device
 from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
 from talik.model.chain import Chain, load_model, verify_layers
 from talik.model.freeze import thaw, trained_parameters
@@ -138,7 +139,11 @@ class Loaded:
 
 
 def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
-    """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet."""
+    """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet.
+
+    UsageError where the plan's device is not there: a run may be used on another computer.
+    """
+    choose_device(plan.device)
     model = hollow_model(folder, working_dtype(recipe), plan.device)
     weights = Weights(model, folder)
     thaw(model, recipe)
