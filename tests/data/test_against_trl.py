@@ -10,8 +10,8 @@ import pytest
 from small_tokenizers import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from talik.data.formats import Conversation, Message
 from talik.data.labels import make_examples
+from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 
 pytest.importorskip("trl", reason="TRL is not installed")

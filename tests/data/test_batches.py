@@ -18,8 +18,8 @@ from talik.data.batches import (
     split_held_out,
     steps_of_epoch,
 )
-from talik.data.formats import Conversation, Message
 from talik.data.labels import Example, Span
+from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 
 DICE = random.Random(5)

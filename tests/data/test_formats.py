@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from talik.data.formats import FORMATS, Message, conversations
+from talik.data.formats import FORMATS, conversations
+from talik.data.messages import Message
 from talik.data.rows import Place, Row
 from talik.errors import DataError, UsageError
 

@@ -11,8 +11,9 @@ import pytest
 from small_tokenizers import KINDS, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from talik.data.formats import FORMATS, Conversation, Message, conversations
+from talik.data.formats import FORMATS, conversations
 from talik.data.labels import Example, TooLong, TrainOn, make_examples
+from talik.data.messages import Conversation, Message
 from talik.data.rows import Place, Row
 from talik.data.template import plain_template
 from talik.errors import DataError, UsageError

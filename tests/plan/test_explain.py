@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, PreTrainedModel
 
-from talik.data.formats import Conversation, Message
 from talik.data.labels import make_examples
+from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 from talik.errors import SourceError, UsageError
 from talik.plan.explain import Explanation, explain

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from talik.data.formats import Conversation
 from talik.data.labels import IGNORED, Example
+from talik.data.messages import Conversation
 from talik.files import fingerprint
 
 OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens

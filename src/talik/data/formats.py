@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from talik.data.rows import Place, Row, describe, refuse
+from talik.data.messages import Conversation, Message
+from talik.data.rows import Row, describe, refuse
 from talik.errors import DataError, UsageError
 
 ROLES = ("system", "user", "assistant")
@@ -24,22 +25,6 @@ SHAREGPT_ROLES = {
 }
 NOT_USED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What one side said; `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """The messages of one row: a system message at most first, an assistant message last."""
-
-    messages: tuple[Message, ...]
-    place: Place
 
 
 @dataclass(frozen=True, slots=True)

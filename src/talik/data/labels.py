@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from talik.data.formats import Conversation
+from talik.data.messages import Conversation
 from talik.data.rows import SHOWN, Place, refuse
 from talik.data.template import Answer, Rendered, Template, render, template_of
 from talik.errors import DataError, UsageError

@@ -43,6 +43,27 @@ class Row:
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a row: where, of which kind (a few words, the same for all such rows), in words."""
+
+    place: Place
+    kind: str
+    text: str
+    field: str | None = None
+
+
+class RowError(ValueError):
+    """A row that cannot be used: what `Problem` says of it, but for the place, which the caller knows."""
+
+    def __init__(self, kind: str, text: str, field: str | None = None) -> None:
+        self.kind, self.text, self.field = kind, text, field
+        super().__init__(text)
+
+    def at(self, place: Place) -> Problem:
+        return Problem(place, self.kind, self.text, self.field)
+
+
 def refuse(problems: Sequence[tuple[Place, str]], remedy: str | None = None) -> NoReturn:
     """Raises one DataError that names the first ten of `problems`, one a line, and how many there are."""
     lines = [problems[0][1], *(f"{place}: {problem}" for place, problem in problems[1:SHOWN])]

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
-from talik.data.formats import Conversation
+from talik.data.messages import Conversation
 from talik.errors import UsageError
 
 # What a template raises: by itself (an unknown role), or where an expression meets the wrong messages.
