@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.model.checkpoint import tensor_bytes, write_tensors
 

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "model"))
 from tiny_models import tiny_model
 
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.model.products import bf16_as_fp32
 from talik.model.weights import Weights

@@ -27,7 +27,7 @@ import transformers
 from common import best_seconds, record
 from made import made_examples, qwen_folder
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.events import silent
 from talik.machine import hard_limit, this_machine, without_bf16
 from talik.model.checkpoint import weight_files

@@ -19,7 +19,7 @@ from common import best_seconds, record
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from talik.data.batches import collate, equal_length_groups, micro_batches
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.machine import matmul_rate
 from talik.model.chain import Chain

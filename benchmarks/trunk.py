@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from common import best_seconds, record
 from transformers import Qwen2Config
 
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.events import silent
 from talik.files import need_room, write_json

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from talik import cli
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.errors import NoRoomError
 from talik.train.cache import groups_of, open_cache

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import talik
-from talik.chat import answer, load_for_chat
+from talik.chat import Talk, load_for_chat
 from talik.errors import UsageError
 from talik.events import Said
 from talik.files import read_json
@@ -99,7 +99,7 @@ def test_an_untied_head_and_a_tokenizer_without_a_template(
     # The end that training taught ends an answer, too, beside the one that the model had.
     assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 2]
     loaded, own = load_for_chat(tmp_path / "out")
-    assert "".join(answer(loaded, own, [{"role": "user", "content": "?"}], max_tokens=4)) is not None
+    assert "".join(Talk(loaded, own, max_tokens=4).ask("?")) is not None
 
 
 def test_weights_that_lack_a_tensor_are_refused(model_folder: Path, rows: Path, tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
 
-from talik.data.template import ends_of_turn, plain_template
+from talik.data.facts import facts_of, stops_of
+from talik.data.template import Template, template_of
 from talik.errors import UsageError
 from talik.events import Notify, Said, silent
 from talik.machine import choose_device
@@ -20,6 +22,14 @@ from talik.model.source import find_model
 from talik.train.loading import load_whole
 from talik.train.resume import load_weights
 from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
+
+# A model's own defaults that bend what is likeliest; they hold only where somebody asks for them.
+_UNBENT = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "encoder_repetition_penalty": 1.0,
+}
 
 
 def load_for_chat(
@@ -41,56 +51,161 @@ def load_for_chat(
     return load_model(folder, dtype or torch.float32, choose_device("auto")), load_tokenizer(folder)
 
 
-def answer(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    messages: list[dict[str, str]],
-    *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-) -> Iterator[str]:
-    """The assistant's next turn, piece by piece as it is made.
+@dataclass
+class Talk:
+    """A conversation with a model.
 
-    `temperature` 0 takes the likeliest token each time; else tokens are drawn. Ends at the end of the turn or
-    after `max_tokens`.
+    The model reads its own answers as the ids that it wrote, as training showed it whole sequences of ids.
+    Where the template writes an earlier answer in another way, the conversation is rendered anew.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        messages: The messages so far; a system message may be the first.
+        max_tokens: Tokens of an answer, at most.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn.
     """
-    inputs = prompt_ids(tokenizer, messages).to(model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    if not temperature:  # a generation config with sampling values would warn
-        drawn |= {"temperature": None, "top_p": None, "top_k": None}
-    failed: list[BaseException] = []
 
-    def generate() -> None:
-        try:
-            with bf16_as_fp32():
-                model.generate(  # pyright: ignore[reportCallIssue]
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=max_tokens,
-                    eos_token_id=ends_of_turn(tokenizer, model.generation_config.eos_token_id),
-                    streamer=streamer,
-                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-                    **drawn,
-                )
-        except BaseException as error:
-            failed.append(error)
-            streamer.end()
+    model: PreTrainedModel
+    tokenizer: Any
+    messages: list[dict[str, str]] = field(default_factory=list)
+    max_tokens: int = 256
+    temperature: float = 0.0
+    _ids: list[int] = field(default_factory=list)  # of `_text`, the prompt of the last answer and the answer
+    _text: str = ""
 
-    thread = threading.Thread(target=generate, daemon=True, name="talik-answer")
-    thread.start()
-    yield from streamer
-    thread.join()
-    if failed:
-        raise failed[0]
+    def __post_init__(self) -> None:
+        self._template = template_of(self.tokenizer)
+        self._stops = stops_of(self.tokenizer, self.model.generation_config.eos_token_id)
+        self._header = _tokens(self._template, facts_of(self._template).answer_header)
+        # An end that is an added token but no special one would be shown.
+        ends = self.tokenizer.convert_ids_to_tokens(list(self._stops.ids))
+        self._hidden = (*self._stops.texts, *(end for end in ends if end not in self._template.special))
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Asks a question; yields the answer piece by piece, up to the end of the turn or `max_tokens`.
+
+        Raises:
+            UsageError: The chat template refuses the messages; the question is forgotten then.
+        """
+        prompt, ids = self._prompt([*self.messages, {"role": "user", "content": question}])
+        self.messages.append({"role": "user", "content": question})
+        streamer = _Streamer(self.tokenizer, self._header)
+        pieces = []
+        for piece in _without(self._hidden, self._stream(ids, streamer)):
+            pieces.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        self._ids = ids + streamer.ids
+        self._text = prompt + self.tokenizer.decode(streamer.ids, skip_special_tokens=False)
+
+    def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """The text up to the next answer, and its ids: those of the last answer stay as they were made."""
+        text = self._template.apply(messages, prompt=True)
+        if isinstance(text, Exception):
+            remedy = "Ask in another way, or leave the system message out."
+            raise UsageError(f"The chat template refuses these messages: {text}", remedy=remedy)
+        if self._text and text.startswith(self._text):
+            return text, self._ids + _tokens(self._template, text[len(self._text) :])
+        return text, _tokens(self._template, text)
+
+    def _stream(self, ids: list[int], streamer: _Streamer) -> Iterator[str]:
+        failed: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                self._generate(ids, streamer)
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True, name="talik-answer")
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    def _generate(self, ids: list[int], streamer: _Streamer) -> None:
+        inputs = torch.tensor([ids], device=self.model.device)
+        drawn: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
+        if not self.temperature:  # a generation config with sampling values would warn
+            drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **_UNBENT}
+        pad = self.tokenizer.pad_token_id
+        texts = list(self._stops.texts)
+        with bf16_as_fp32():
+            self.model.generate(  # pyright: ignore[reportCallIssue]
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=self.max_tokens,
+                eos_token_id=list(self._stops.ids),
+                stop_strings=texts or None,
+                tokenizer=self.tokenizer if texts else None,
+                streamer=streamer,
+                pad_token_id=pad if pad is not None else 0,
+                **drawn,
+            )
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
-    """The conversation so far as (1, tokens), ready for an answer: by the template that training used."""
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=None if tokenizer.chat_template else plain_template(tokenizer),
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )["input_ids"]
+class _Streamer(TextIteratorStreamer):
+    """Text as it comes, without the header that the template writes before an answer; the ids of all."""
+
+    def __init__(self, tokenizer: Any, header: list[int]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.ids: list[int] = []
+        self._header, self._header_done, self._prompt_seen = header, not header, False
+
+    def put(self, value: Any) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        new = value.flatten().tolist()
+        self.ids += new
+        if not self._header_done:
+            if self.ids == self._header[: len(self.ids)]:
+                return
+            new = self._after_header()
+        for token in new:
+            super().put(torch.tensor([token]))
+
+    def end(self) -> None:
+        if not self._header_done:
+            for token in self._after_header():
+                super().put(torch.tensor([token]))
+        super().end()
+
+    def _after_header(self) -> list[int]:
+        """The ids so far that are not the header."""
+        self._header_done, size = True, len(self._header)
+        return self.ids[size:] if self.ids[:size] == self._header else self.ids
+
+
+def _tokens(template: Template, text: str) -> list[int]:
+    """The ids of a rendered text: the template has written its special tokens."""
+    return template.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _without(stops: tuple[str, ...], pieces: Iterator[str]) -> Iterator[str]:
+    """A stream of text up to the first of `stops`; text that may begin one is held until it is known."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        at = min((held.find(stop) for stop in stops if stop in held), default=-1)
+        if at >= 0:
+            yield held[:at].rstrip()
+            held = ""
+            for _ in pieces:  # the rest of what was generated
+                pass
+            return
+        safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text could begin `stop`."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -157,7 +157,7 @@ def chat_command(argv: list[str]) -> None:
     )
     parsed = parse("chat", wanted, argv, "Talks to a run or a model. An empty line or Ctrl-D ends it.")
     from talik import show
-    from talik.chat import answer, load_for_chat
+    from talik.chat import Talk, load_for_chat
     from talik.errors import UsageError
 
     if parsed.max_tokens < 1 or parsed.temperature < 0:
@@ -166,17 +166,12 @@ def chat_command(argv: list[str]) -> None:
     _quiet()
     with show.Watch() as watch:
         model, tokenizer = load_for_chat(parsed.target, base=parsed.base, notify=watch)
-    messages = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    system = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    talk = Talk(model, tokenizer, system, parsed.max_tokens, parsed.temperature)
     for question in [parsed.prompt] if parsed.prompt is not None else show.questions():
-        messages.append({"role": "user", "content": question})
-        pieces = []
-        for text in answer(
-            model, tokenizer, messages, max_tokens=parsed.max_tokens, temperature=parsed.temperature
-        ):
+        for text in talk.ask(question):
             show.piece(text)
-            pieces.append(text)
         show.piece("\n")
-        messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
 def export_command(argv: list[str]) -> None:

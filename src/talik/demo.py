@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from talik import show
-from talik.chat import answer, load_for_chat
+from talik.chat import Talk, load_for_chat
 from talik.data.batches import split_held_out
 from talik.data.dataset import preview, read_all
 from talik.data.formats import conversations
@@ -79,8 +79,7 @@ def _held_out_questions(recipe: Recipe) -> list[str]:
 def _answers(target: Path, questions: list[str], *, base: bool) -> list[str]:
     """Greedy answers, without sampling, so that the demo says the same each time."""
     model, tokenizer = load_for_chat(target, base=base)
-    asked = ([{"role": "user", "content": question}] for question in questions)
-    return ["".join(answer(model, tokenizer, messages, max_tokens=32)).strip() for messages in asked]
+    return ["".join(Talk(model, tokenizer, max_tokens=32).ask(question)).strip() for question in questions]
 
 
 def _command() -> str:

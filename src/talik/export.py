@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from talik.card import model_card
-from talik.data.template import ends_of_turn, plain_template
+from talik.data.facts import stops_of
+from talik.data.template import plain_template
 from talik.errors import TalikError, UsageError
 from talik.events import Notify, Said, silent
 from talik.export_adapters import Merged, Named, export_adapter
@@ -230,7 +231,10 @@ def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str)
     tokenizer = load_tokenizer(source)
     # The tuned model ends its turns as it was trained to.
     generation = read_json(folder / "generation_config.json")
-    generation["eos_token_id"] = ends_of_turn(tokenizer, generation.get("eos_token_id"))
+    stops = stops_of(tokenizer, generation.get("eos_token_id"))
+    generation["eos_token_id"] = list(stops.ids)
+    if stops.texts:
+        generation["stop_strings"] = list(stops.texts)
     write_json(folder / "generation_config.json", generation)
     if tokenizer.chat_template is None:  # what it was trained with must be what it is asked with
         write_text(folder / "chat_template.jinja", plain_template(tokenizer))

@@ -18,7 +18,7 @@ from talik.data.batches import (
     split_held_out,
     steps_of_epoch,
 )
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 

@@ -11,9 +11,12 @@ import pytest
 from small_tokenizers import KINDS, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from talik.data.examples import Example
+from talik.data.facts import Stops, stops_of
 from talik.data.formats import FORMATS, conversations
-from talik.data.labels import Example, TooLong, TrainOn, make_examples
+from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
+from talik.data.report import TooLong, TrainOn
 from talik.data.rows import Place, Row
 from talik.data.template import plain_template
 from talik.errors import DataError, UsageError
@@ -52,12 +55,16 @@ def listing(example: Example, tokenizer: Any) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_labels(case: str) -> None:
+def test_golden_labels(case: str, request: pytest.FixtureRequest) -> None:
     name, row, train_on = CASES[case]
     tokenizer = make_tokenizer(name)
     _, made = conversations([Row(Place("rows.json", 1), row)])
-    (example,), _ = make_examples(made, tokenizer, train_on=train_on)
-    assert listing(example, tokenizer) == (GOLDEN / f"{case}.txt").read_text(encoding="utf-8")
+    examples, _ = make_examples(made, tokenizer, train_on=train_on)
+    found = "\n".join(listing(example, tokenizer) for example in examples)
+    golden = GOLDEN / f"{case}.txt"
+    if request.config.getoption("--update-golden"):
+        golden.write_text(found, encoding="utf-8")
+    assert found == golden.read_text(encoding="utf-8")
 
 
 def test_every_format_and_every_way_to_train_has_a_golden_file() -> None:
@@ -93,7 +100,7 @@ def random_conversation(dice: random.Random, system: bool) -> Conversation:
     messages = [Message("system", random_text(dice))] if system and dice.random() < 0.5 else []
     for _ in range(dice.randint(1, 3)):
         messages += [Message("user", random_text(dice)), Message("assistant", random_text(dice))]
-    return Conversation(tuple(messages), Place("random", dice.randint(1, 99)))
+    return Conversation(tuple(messages), Place("random", dice.randint(1, 10**9)))
 
 
 # What of an answer must be trained, by template: (text, is it the last answer) -> text.
@@ -102,11 +109,9 @@ TRAINED: dict[str, Callable[[str, bool], str]] = {
     "llama3": lambda text, last: text.strip() + "<|eot_id|>",
     "llama2": lambda text, last: " " + text.strip() + " </s>",
     "gemma": lambda text, last: text.strip() + "<end_of_turn>",
-    "qwen3": lambda text, last: (
-        ("<think>\n\n</think>\n\n" + text.lstrip("\n") if last else text) + "<|im_end|>"
-    ),
+    "qwen3": lambda text, last: "<think>\n\n</think>\n\n" + text.lstrip("\n") + "<|im_end|>",
     "none": lambda text, last: " " + text + "</s>",
-    "unended": lambda text, last: text + ("\n</s>" if last else ""),
+    "unended": lambda text, last: text + "\n<|user|>",
 }
 
 
@@ -123,18 +128,20 @@ def trained_texts(example: Example, tokenizer: Any) -> list[str]:
 def test_what_is_trained_is_the_answers_with_their_end(name: str) -> None:
     dice, tokenizer = random.Random(name), make_tokenizer(name)
     made = [random_conversation(dice, system=name != "gemma") for _ in range(60)]
-    examples, _ = make_examples(made, tokenizer)
-    for conversation, example in zip(made, examples, strict=True):
+    for conversation in made:
+        examples, report = make_examples([conversation], tokenizer)
         answers = [m.content for m in conversation.messages if m.role == "assistant"]
+        # Qwen 3 writes the place for a thought in the last answer alone, so each turn has its own example.
+        assert len(examples) == (len(answers) if name == "qwen3" else 1)
         expected = [
             TRAINED[name](text, text_number == len(answers)) for text_number, text in enumerate(answers, 1)
         ]
-        found = trained_texts(example, tokenizer)
+        found = [text for example in examples for text in trained_texts(example, tokenizer)]
         assert len(found) == len(expected)
         for text, answer in zip(found, expected, strict=True):
             # A token that straddles may add blanks of the prompt or the template, nothing else.
             assert answer in text and not text.replace(answer, "", 1).strip()
-        if make_examples([conversation], tokenizer)[1].boundary_merged == 0:
+        if report.boundary_merged == 0:
             assert found == expected
 
 
@@ -144,11 +151,15 @@ def test_one_sequence_whole_spans_and_labels(name: str, train_on: TrainOn) -> No
     dice, tokenizer = random.Random(name), make_tokenizer(name)
     made = [random_conversation(dice, system=name != "gemma") for _ in range(30)]
     examples, report = make_examples(made, tokenizer, train_on=train_on)
-    for conversation, example in zip(made, examples, strict=True):
+    last = {example.place: example for example in examples}
+    for conversation in made:
         chat = [{"role": m.role, "content": m.content} for m in conversation.messages]
         template = tokenizer.chat_template or plain_template(tokenizer)
-        whole = tokenizer.apply_chat_template(chat, chat_template=template)["input_ids"]
-        assert list(example.input_ids) == whole + ([tokenizer.eos_token_id] if name == "unended" else [])
+        whole = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        end = "<|user|>" if name == "unended" else ""
+        found = tokenizer(whole + end, add_special_tokens=False).input_ids
+        assert list(last[conversation.place].input_ids) == found
+    for example in examples:
         stops = [0, *(span.stop for span in example.spans)]
         assert [span.start for span in example.spans] == stops[:-1] and stops[-1] == example.length
         assert all(a.trained != b.trained for a, b in zip(example.spans, example.spans[1:], strict=False))
@@ -157,9 +168,10 @@ def test_one_sequence_whole_spans_and_labels(name: str, train_on: TrainOn) -> No
         ]
         assert sum(label != -100 for label in example.labels) == example.trained_tokens
         assert example.labels[0] == -100
-        if train_on == "all":
+        if train_on == "all" and name != "qwen3":
             assert example.trained_tokens == example.length - 1
-    assert report.rows == report.examples == 30 and report.ends_added == (30 if name == "unended" else 0)
+    assert report.rows == len(last) == 30 and report.ends_added == 0
+    assert report.examples == len(examples) and (name == "qwen3" or len(examples) == 30)
     assert report.tokens == sum(e.length for e in examples) and report.longest == max(
         e.length for e in examples
     )
@@ -197,15 +209,18 @@ def test_a_bos_token_after_an_answer_does_not_end_it() -> None:
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + m.content + ':' }}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    (example,), report = make_examples([talk("a", "b", "c", "d")], tokenizer)
-    assert trained_texts(example, tokenizer) == ["b", "d</s>"] and report.ends_added == 1
+    examples, report = make_examples([talk("a", "b", "c", "d")], tokenizer)
+    found = [trained_texts(example, tokenizer) for example in examples]
+    assert found == [["b</s>"], ["d</s>"]] and report.ends_added == 2
 
 
 def test_thoughts_that_the_template_moves_are_trained_where_they_stand() -> None:
     tokenizer = make_tokenizer("qwen3")
     answer = "<think>\n2 + 3\n</think>\n\nIt is 5."
-    (example,), _ = make_examples([talk("a", answer, "b", answer)], tokenizer)
-    assert trained_texts(example, tokenizer) == ["It is 5.<|im_end|>", answer + "<|im_end|>"]
+    examples, report = make_examples([talk("a", answer, "b", answer)], tokenizer)
+    assert [trained_texts(example, tokenizer) for example in examples] == [[answer + "<|im_end|>"]] * 2
+    assert "2 + 3" not in tokenizer.decode(list(examples[1].input_ids[: examples[1].spans[0].stop]))
+    assert report.split_turns == 1
 
 
 def test_the_end_is_trained_though_it_is_the_pad_token(chatml: Any) -> None:
@@ -229,8 +244,18 @@ def test_a_token_over_the_boundary_is_trained_and_counted(chatml: Any) -> None:
     assert make_examples([talk("x", "x")], chatml)[1].boundary_merged == 0
 
 
-def test_a_template_without_an_end_gets_the_end_token_and_it_is_trained() -> None:
+def test_the_next_role_ends_an_answer_where_the_template_writes_no_other_end() -> None:
     tokenizer = make_tokenizer("unended")
+    (example,), report = make_examples([talk("a", "b", "c", "d")], tokenizer)
+    assert trained_texts(example, tokenizer) == ["b\n<|user|>", "d\n<|user|>"]
+    assert report.facts and report.facts.end_from == "next role"
+    assert stops_of(tokenizer, 7) == Stops((7,), ("<|user|>",))
+
+
+def test_a_template_without_any_end_gets_the_end_token_and_it_is_trained() -> None:
+    tokenizer = make_tokenizer("unended")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     (example,), report = make_examples([talk("a", "b")], tokenizer)
     assert report.ends_added == 1
     assert example.input_ids[-1] == example.labels[-1] == tokenizer.eos_token_id
@@ -352,17 +377,9 @@ def test_an_answer_that_cannot_be_found_is_refused(template: str) -> None:
 
 def test_no_end_token_at_all_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer("unended").backend_tokenizer)
-    tokenizer.chat_template = KINDS["unended"].template
-    with pytest.raises(UsageError, match="eos_token"):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    with pytest.raises(DataError, match="eos_token"):
         make_examples([talk("a", "b")], tokenizer)
-
-
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(UsageError, match=r"Slow.*\n.*tokenizer\.json"):
-        make_examples([talk("a", "b")], Slow())
 
 
 def test_a_length_that_holds_nothing_is_refused(chatml: Any) -> None:

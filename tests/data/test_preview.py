@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from small_tokenizers import KINDS, make_tokenizer
 
-from talik.data.labels import Example, make_examples
+from talik.data.examples import Example
+from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
 from talik.data.preview import length_histogram, preview_html, preview_text
 from talik.data.rows import Place

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.machine import Machine, described_machine
 from talik.plan.account import Simulation, account

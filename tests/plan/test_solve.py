@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from talik.cli import main
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.errors import DoesNotFitError
 from talik.machine import HERE, Machine, described_machine, this_machine

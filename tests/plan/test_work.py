@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_simulate import SMALL, examples, problem
 
-from talik.data.labels import Span
+from talik.data.examples import Span
 from talik.plan.simulate import Subject, Work, simulate, subject_of
 from talik.plan.work import work_of
 from talik.recipe import Plan, Recipe

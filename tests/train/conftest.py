@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from talik.data.batches import collate
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.model.chain import Chain
 from talik.model.freeze import freeze

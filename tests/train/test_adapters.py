@@ -22,7 +22,7 @@ import talik
 from conftest import plain_loss
 from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import RecipeError, UsageError
 from talik.lora import Lora, read_lora
 from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from conftest import make_examples
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import ChainError, NoRoomError, TalikError
 from talik.events import Said, silent
 from talik.train import cache as module

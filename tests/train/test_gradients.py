@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import freeze_top, make_plan, micro_batch, plain_loss
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.train import operators
 from talik.train.loop import ScalarMonitor
 from talik.train.loss import chunked_loss

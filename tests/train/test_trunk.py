@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import load_from, make_examples, make_plan, make_recipe, top_at
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import ChainError
 from talik.events import Progress, Said, silent
 from talik.model.chain import Chain

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from talik.data.labels import IGNORED, Example
+from talik.data.examples import IGNORED, Example
 from talik.data.messages import Conversation
 from talik.files import fingerprint
 

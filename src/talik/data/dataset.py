@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from talik.data.batches import split_held_out
+from talik.data.examples import Example
 from talik.data.formats import conversations
-from talik.data.labels import Example, Report, make_examples
+from talik.data.labels import make_examples
 from talik.data.messages import Conversation
 from talik.data.preview import length_histogram, preview_text
+from talik.data.report import Report
 from talik.data.rows import check_file, read_rows
 from talik.errors import DataError, UsageError, together
 from talik.files import fingerprint

@@ -1,236 +1,208 @@
-"""Conversations -> examples: token ids and their masks, from one tokenisation of the whole text.
+"""Conversations and documents -> examples: token ids and their masks, from one tokenisation of the whole
+text.
 
-A token is trained if and only if it covers a character of a trained answer or of the end-of-turn after it.
-Masks come from character ranges, never from token ids: a pad token that also ends a turn is trained there.
+A token is trained if and only if it covers a character of a trained answer, its end of turn included. Masks
+come from character ranges, never from token ids: a pad token that also ends a turn is trained there.
 """
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from talik.data.messages import Conversation
-from talik.data.rows import SHOWN, Place, refuse
-from talik.data.template import Answer, Rendered, Template, render, template_of
+from talik.data.control_tokens import check_control_tokens, control_tokens, quote, unquoted
+from talik.data.documents import document_ids
+from talik.data.encoding import Encoded, Text
+from talik.data.examples import Example, Span, cut, spans_of
+from talik.data.facts import facts_of
+from talik.data.messages import Conversation, Document
+from talik.data.report import LabelOptions, Report, TooLong
+from talik.data.rows import Place, Problem, RowError, refuse
+from talik.data.template import Template, template_of
+from talik.data.turns import NOTHING_TO_TRAIN, Answer, Rendered, known_roles, render
 from talik.errors import DataError, UsageError
 
-TrainOn = Literal["assistant", "last", "all"]
-TooLong = Literal["drop", "cut", "refuse"]
-KINDS = ("prompt cut", "answer cut", "end lost")
-IGNORED = -100  # the label that losses of Transformers leave out
 CHUNK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens `start:stop` of an example, all trained or all masked."""
-
-    start: int
-    stop: int
-    trained: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Token ids (32-bit) and the spans that cover them without gaps, trained and masked in turn."""
-
-    input_ids: array[int]
-    spans: tuple[Span, ...]
-    place: Place
-
-    @property
-    def length(self) -> int:
-        """How many tokens."""
-        return len(self.input_ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """How many tokens the loss counts; never the first one, which nothing predicts."""
-        return sum(span.stop - span.start for span in self.spans if span.trained)
-
-    @property
-    def labels(self) -> list[int]:
-        """The token id where trained, -100 where masked, in the token's own position: the loss shifts."""
-        labels = [IGNORED] * self.length
-        for span in self.spans:
-            if span.trained:
-                labels[span.start : span.stop] = self.input_ids[span.start : span.stop]
-        return labels
-
-
 @dataclass(slots=True)
-class Counted:
-    """How many, and the places of the first ten."""
+class Labelled:
+    """Examples made of some rows, the counts, problems of other rows, and examples that are too long."""
 
-    count: int = 0
-    places: list[Place] = field(default_factory=list)
-
-    def add(self, place: Place) -> None:
-        """Counts one more."""
-        self.count += 1
-        if len(self.places) < SHOWN:
-            self.places.append(place)
-
-
-@dataclass(slots=True)
-class Report:
-    """What became of the rows. `longest` is counted before anything is cut, the tokens after."""
-
-    rows: int
-    template: str
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    too_long: dict[str, Counted] = field(default_factory=lambda: {kind: Counted() for kind in KINDS})
-    dropped: int = 0
-    cut: int = 0
-    tails_cut: int = 0  # over the length only by masked tokens after the last trained one: nothing is lost
-    ends_added: int = 0  # the template has no end-of-turn, so the end token was added
-    boundary_merged: int = 0  # a token covers characters of the prompt and of the answer
+    examples: list[Example]
+    report: Report
+    problems: list[Problem] = field(default_factory=list)
+    over: list[tuple[Place, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
     example: Example
     content_stop: int  # the first token after the last trained answer's own text
-    ended: bool
     merged: bool
 
 
+class Labeller:
+    """Makes examples by a tokenizer's chat template, whose facts are found once."""
+
+    def __init__(self, template: Template, options: LabelOptions) -> None:
+        if options.max_length < 2:
+            raise UsageError(f"max_length is {options.max_length}; it must be at least 2")
+        self.template, self.options = template, options
+        self.facts = facts_of(template)
+        self._control = control_tokens(template, self.facts)
+
+    def label(self, rows: Sequence[Conversation | Document]) -> Labelled:
+        """One or several examples of each row, in order; a row that cannot be used becomes a Problem."""
+        done = Labelled([], Report(len(rows), self.template.name, self.facts))
+        ready: list[tuple[Place, Rendered, Text]] = []
+        for row in rows:
+            try:
+                if isinstance(row, Document):
+                    self._encode(ready, done)
+                    ready = []
+                    self._add_document(row, done)
+                else:
+                    ready += self._rendered(row, done.report)
+            except RowError as error:
+                done.problems.append(error.at(row.place))
+        self._encode(ready, done)
+        done.report.examples = len(done.examples)
+        done.report.tokens = sum(example.length for example in done.examples)
+        done.report.trained_tokens = sum(example.trained_tokens for example in done.examples)
+        return done
+
+    def _rendered(self, row: Conversation, report: Report) -> list[tuple[Place, Rendered, Text]]:
+        if self.options.control_tokens == "refuse":
+            check_control_tokens(row, self._control)
+        elif self.options.control_tokens == "escape":
+            row = quote(row, self._control)
+        found = [unquoted(r) for r in render(row, self.template, self.facts, self.options.train_on)]
+        report.developers += known_roles(row.messages, self.facts)[0].role != row.messages[0].role
+        report.split_turns += len(found) > 1
+        report.quoted += sum(bool(quotes) for _, quotes in found)
+        report.ends_added += sum(bool(rendered.added_ends) for rendered, _ in found)
+        report.thoughts += sum(rendered.thoughts for rendered, _ in found)
+        return [(row.place, r, Text(r.text, _boundaries(r), quotes)) for r, quotes in found]
+
+    def _encode(self, ready: list[tuple[Place, Rendered, Text]], done: Labelled) -> None:
+        encoded = self.template.encoder.encode([text for _, _, text in ready])
+        for (place, rendered, _), tokens in zip(ready, encoded, strict=True):
+            if isinstance(tokens, RowError):
+                done.problems.append(tokens.at(place))
+                continue
+            made = self._masked(place, rendered, tokens)
+            if made.example.trained_tokens:
+                self._add(made, done)
+            else:
+                problem = "the answer has no tokens, so there is nothing to train"
+                done.problems.append(Problem(place, NOTHING_TO_TRAIN, problem))
+
+    def _masked(self, place: Place, rendered: Rendered, tokens: Encoded) -> _Made:
+        mask = bytearray(len(tokens.ids))
+        merged = False
+        last = rendered.answers[-1]
+        for answer in self._trained(rendered):
+            start, stop, straddled = _token_range(tokens.offsets, answer.start, answer.stop)
+            mask[start:stop] = b"\1" * (stop - start)
+            merged = merged or straddled
+            if not self.options.train_reasoning and answer.reasoning_stop > answer.start:
+                start, stop, _ = _token_range(tokens.offsets, answer.start, answer.reasoning_stop)
+                mask[start:stop] = b"\0" * (stop - start)
+        mask[:1] = b"\0"
+        content_stop = bisect_left(tokens.offsets, last.content_stop, key=lambda token: token[0])
+        return _Made(Example(tokens.ids, spans_of(mask), place), content_stop, merged)
+
+    def _trained(self, rendered: Rendered) -> Sequence[Answer]:
+        if self.options.train_on != "all":
+            return rendered.answers
+        last = rendered.answers[-1]
+        return (Answer(rendered.new, last.content_stop, len(rendered.text), rendered.new),)
+
+    def _add(self, made: _Made, done: Labelled) -> None:
+        """Adds an example, cut to the greatest length or left out as the options say."""
+        limit, report = self.options.max_length, done.report
+        report.longest = max(report.longest, made.example.length)
+        report.boundary_merged += made.merged
+        kind = _too_long(made, limit)
+        if kind is not None:
+            done.over.append((made.example.place, f"{made.example.length:,} tokens, at {limit:,}: {kind}"))
+        example = _fit(made.example, kind, limit, self.options.too_long, report)
+        if example is not None:
+            done.examples.append(example)
+
+    def _add_document(self, document: Document, done: Labelled) -> None:
+        """Adds a document as consecutive examples of at most the greatest length."""
+        if self.options.control_tokens == "refuse":
+            check_control_tokens(document, self._control)
+        quoted = self.options.control_tokens == "escape"
+        ids = document_ids(document, self.template, self._control if quoted else None)
+        limit, report = self.options.max_length, done.report
+        report.documents += 1
+        report.longest = max(report.longest, len(ids))
+        for start in range(0, len(ids), limit):
+            piece = ids[start : start + limit]
+            if len(piece) > 1:  # of a single token nothing is predicted
+                spans = (Span(0, 1, False), Span(1, len(piece), True))
+                done.examples.append(Example(piece, spans, document.place))
+                report.pieces += 1
+
+
 def make_examples(
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Conversation | Document],
     tokenizer: Any,
     *,
-    train_on: TrainOn = "assistant",
-    max_length: int = 2048,
-    too_long: TooLong = "drop",
     progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> tuple[list[Example], Report]:
-    """One example a conversation, in order, and what was counted on the way.
+    """Examples of all rows, in order, and what was counted on the way.
 
-    `train_on`: every answer, only the last one, or all tokens but the first. `too_long`: leave out, cut at
-    `max_length` (an example with nothing left to train is left out) or refuse. `progress` is told how many
-    conversations are done. `tokenizer` is a fast tokenizer of Transformers. Raises DataError with the places.
+    Args:
+        conversations: Conversations and documents.
+        tokenizer: A tokenizer of Transformers.
+        progress: Told how many rows are done.
+        options: The fields of LabelOptions.
+
+    Raises:
+        DataError: Rows that cannot be used, with their places.
     """
-    if max_length < 2:
-        raise UsageError(f"max_length is {max_length}; it must be at least 2")
-    template = template_of(tokenizer)
-    _refuse_control_tokens(conversations, template)
-    report = Report(len(conversations), template.name)
-    examples: list[Example] = []
-    over: list[tuple[Place, str]] = []
-    for made in _make_all(conversations, template, train_on, progress):
-        _count(report, made)
-        kind = _too_long(made, max_length)
-        if kind is not None:
-            over.append((made.example.place, f"{made.example.length:,} tokens, at {max_length:,}: {kind}"))
-        example = _fit(made.example, kind, max_length, too_long, report)
-        if example is not None:
-            examples.append(example)
-    _refuse_too_long(over, examples, report, max_length, too_long)
-    report.examples = len(examples)
-    report.tokens = sum(example.length for example in examples)
-    report.trained_tokens = sum(example.trained_tokens for example in examples)
-    return examples, report
+    labeller = Labeller(template_of(tokenizer), LabelOptions(**options))
+    whole = Labelled([], Report(0, labeller.template.name, labeller.facts))
+    for done in _chunks(conversations, labeller, progress):
+        whole.examples += done.examples
+        whole.report.merge(done.report)
+        whole.problems += done.problems
+        whole.over += done.over
+    if whole.problems:
+        found = [(problem.place, problem.text) for problem in whole.problems]
+        refuse(found, "Correct these rows or take them out of the file.")
+    refuse_too_long(whole.over, len(whole.examples), whole.report, labeller.options)
+    return whole.examples, whole.report
 
 
-def _refuse_control_tokens(conversations: Sequence[Conversation], template: Template) -> None:
-    problems = []
-    for conversation in conversations:
-        for number, message in enumerate(conversation.messages, start=1):
-            found = template.control.search(message.content)
-            if found:
-                problem = f"message {number} ({message.role}) holds the control token {found[0]!r}"
-                problems.append((conversation.place, f"{problem} at character {found.start() + 1:,}"))
-                break
-    if problems:
-        refuse(problems, "Only the chat template may write control tokens: take them out of the text.")
-
-
-def _make_all(
-    conversations: Sequence[Conversation],
-    template: Template,
-    train_on: TrainOn,
-    progress: Callable[[int], None] | None,
-) -> Iterator[_Made]:
-    problems: list[tuple[Place, str]] = []
-    for at in range(0, len(conversations), CHUNK):
-        chunk = conversations[at : at + CHUNK]
-        rendered = render(chunk, template)
-        problems += [(c.place, r) for c, r in zip(chunk, rendered, strict=True) if isinstance(r, str)]
-        sound = [(c.place, r) for c, r in zip(chunk, rendered, strict=True) if isinstance(r, Rendered)]
-        for (place, whole), encoding in zip(sound, _tokenise(sound, template), strict=True):
-            made = _make(place, whole, encoding, train_on, template)
-            if made.example.trained_tokens:
-                yield made
-            else:
-                problems.append((place, "the answer has no tokens, so there is nothing to train"))
+def _chunks(
+    rows: Sequence[Conversation | Document], labeller: Labeller, progress: Callable[[int], None] | None
+) -> Iterator[Labelled]:
+    for at in range(0, len(rows), CHUNK):
+        chunk = rows[at : at + CHUNK]
+        yield labeller.label(chunk)
         if progress is not None:
             progress(at + len(chunk))
-    if problems:
-        refuse(problems, "Correct these rows or take them out of the file.")
 
 
-def _tokenise(sound: Sequence[tuple[Place, Rendered]], template: Template) -> Sequence[Any]:
-    texts = [rendered.text for _, rendered in sound]
-    return template.backend.encode_batch(texts, add_special_tokens=False)  # the template has written them
+def _boundaries(rendered: Rendered) -> list[int]:
+    return [at for a in rendered.answers for at in (a.start, a.reasoning_stop, a.content_stop, a.stop)]
 
 
-def _make(place: Place, whole: Rendered, encoding: Any, train_on: TrainOn, template: Template) -> _Made:
-    ids, offsets = array("i", encoding.ids), encoding.offsets
-    answers = whole.answers[-1:] if train_on == "last" else whole.answers
-    last = answers[-1]
-    if train_on == "all":
-        answers = (Answer(0, last.content_stop, len(whole.text)),)
-    mask = bytearray(len(ids))
-    merged = False
-    for answer in answers:
-        start, stop, straddled = _token_range(offsets, answer.start, answer.stop)
-        mask[start:stop] = b"\1" * (stop - start)
-        merged = merged or straddled
-    content_stop = bisect_left(offsets, last.content_stop, key=lambda token: token[0])
-    if not whole.ended:
-        ids.append(_end_token(template.tokenizer))
-        mask.append(1)
-    mask[:1] = b"\0"
-    return _Made(Example(ids, _spans(mask), place), content_stop, whole.ended, merged)
-
-
-def _token_range(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int, bool]:
+def _token_range(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int, bool]:
     """The tokens that cover a character of `start:stop`, and whether one covers a character around it too."""
     first = bisect_right(offsets, start, key=lambda token: token[1])
     last = bisect_left(offsets, stop, key=lambda token: token[0])
     if first >= last:
         return first, first, False
     return first, last, offsets[first][0] < start or offsets[last - 1][1] > stop
-
-
-def _end_token(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UsageError(
-            "the chat template writes no end-of-turn token and the tokenizer has no end token (eos_token)",
-            remedy="Set eos_token in tokenizer_config.json: without it the model never stops.",
-        )
-    return tokenizer.eos_token_id
-
-
-def _spans(mask: bytearray) -> tuple[Span, ...]:
-    spans, at = [], 0
-    while at < len(mask):
-        stop = mask.find(1 - mask[at], at)
-        spans.append(Span(at, stop if stop > 0 else len(mask), mask[at] == 1))
-        at = spans[-1].stop
-    return tuple(spans)
-
-
-def _count(report: Report, made: _Made) -> None:
-    report.longest = max(report.longest, made.example.length)
-    report.ends_added += not made.ended
-    report.boundary_merged += made.merged
 
 
 def _too_long(made: _Made, max_length: int) -> str | None:
@@ -250,30 +222,26 @@ def _fit(
         return example
     if kind is None:
         report.tails_cut += 1
-        return _cut(example, max_length)
+        return cut(example, max_length)
     report.too_long[kind].add(example.place)
     if too_long == "cut" and kind != "prompt cut":
         report.cut += 1
-        return _cut(example, max_length)
+        return cut(example, max_length)
     report.dropped += 1
     return None
 
 
-def _cut(example: Example, length: int) -> Example:
-    spans = (Span(s.start, min(s.stop, length), s.trained) for s in example.spans if s.start < length)
-    return Example(example.input_ids[:length], tuple(spans), example.place)
-
-
-def _refuse_too_long(
-    over: list[tuple[Place, str]], examples: list[Example], report: Report, max_length: int, too_long: TooLong
+def refuse_too_long(
+    over: Sequence[tuple[Place, str]], examples: int, report: Report, options: LabelOptions
 ) -> None:
-    if over and too_long == "refuse":
+    """DataError for examples over the greatest length, if they are to be refused or if none is left."""
+    if over and options.too_long == "refuse":
         refuse(
             over, f"Raise max_length to {report.longest:,}, or let long rows be dropped or cut (too_long)."
         )
     if over and not examples:
         raise DataError(
-            f"no row fits into max_length ({max_length:,} tokens): nothing is left to train",
+            f"no row fits into max_length ({options.max_length:,} tokens): nothing is left to train",
             where=over[0][0],
             remedy=f"Raise max_length; the longest row has {report.longest:,} tokens.",
         )

@@ -1,7 +1,7 @@
 """What a row becomes: a conversation, or a document.
 
-Formats (`formats`) make them, templates (`template`, `labels`) turn them into tokens; nothing after the formats
-knows what the row looked like.
+Formats (`formats`) make them, templates (`template`, `labels`) turn them into tokens; nothing after the
+formats knows what the row looked like.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 
 LONGEST_CHARACTER = 8  # tokens that one character, or a few that share tokens, may take
 BETWEEN = "\u00b7"  # in the code pages of Windows consoles, too

@@ -1,65 +1,116 @@
-"""A conversation -> its whole text by the chat template, and the characters of every answer in it.
+"""The chat template: a conversation -> text, as the model will be asked at inference.
 
-The template is only ever asked for text, so any template works whose answers can be found in what it gives.
-Where they cannot be found for certain, that is an error with its place, never a guess.
+The template is only ever asked for text, so any template works. `facts` asks a template what it does, `turns`
+finds what the model is asked to write.
 """
 
 from __future__ import annotations
 
-import copy
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer
 
-from talik.data.messages import Conversation
+from talik.data.encoding import Encoder, encoder_of
+from talik.data.messages import Message, ToolCall
 from talik.errors import UsageError
 
-# What a template raises: by itself (an unknown role), or where an expression meets the wrong messages.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+# Errors that a template raises: by itself (an unknown role), or where an expression meets the wrong messages.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 PRIVATE_USE = range(0xE000, 0xF900)
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
-Chat = list[dict[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The characters `start:stop` of an answer; from `content_stop` on they are its end-of-turn."""
-
-    start: int
-    content_stop: int
-    stop: int
+Chat = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as the model reads it; `ended` if an end-of-turn token follows the last answer."""
-
-    text: str
-    answers: tuple[Answer, ...]
-    ended: bool
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Template:
-    """The tokenizer's chat template, or the plain one (`chat_template`), and the tokens only it may write.
+    """A tokenizer's chat template, or the plain one where it has none.
 
-    `backend` gives the same ids as `tokenizer`, and each token with all the characters that it covers.
+    Attributes:
+        tokenizer: A tokenizer of Transformers.
+        text: The template's source, or several by name.
+        plain: Whether it is the plain template of Talik.
+        encoder: Gives token ids with the characters that they cover.
+        special: Tokens that only the template may write.
+        added: All tokens that the tokenizer matches before it splits text.
     """
 
     tokenizer: Any
-    backend: Tokenizer
-    chat_template: str | None
-    control: re.Pattern[str]
-    end_of_turn: re.Pattern[str]
+    text: str | dict[str, str]
+    plain: bool
+    encoder: Encoder
+    special: frozenset[str]
+    added: frozenset[str]
+    arguments_as_text: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
         """Whose template it is, in words."""
-        return "plain (the tokenizer has none)" if self.chat_template else "the tokenizer's"
+        return "plain (the tokenizer has none)" if self.plain else "the tokenizer's"
+
+    @cached_property
+    def ends(self) -> re.Pattern[str]:
+        """Matches added tokens and blanks at the end of a text."""
+        return re.compile(rf"(?:\s*(?:{any_of(self.added)}))+\s*\Z")
+
+    @cached_property
+    def token(self) -> re.Pattern[str]:
+        """Matches one added token."""
+        return re.compile(any_of(self.added))
+
+    def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The template that a conversation with these tools is rendered by: some models have several."""
+        if isinstance(self.text, str):
+            return self.text
+        name = "tool_use" if tools and "tool_use" in self.text else "default"
+        if name not in self.text:
+            raise UsageError(
+                f"None of the model's chat templates ({', '.join(self.text)}) is named 'default'.",
+                remedy="Name one of them 'default' in the model's tokenizer files.",
+            )
+        return self.text[name]
+
+    def apply(
+        self, chat: Chat, tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
+    ) -> str | Exception:
+        """The text of a chat, or what the template raised; `prompt`: up to where the assistant answers."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat,
+                tools=list(tools) or None,
+                chat_template=self.source(tools),
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except TEMPLATE_ERRORS as error:
+            return error
+
+    def chat(self, messages: Sequence[Message]) -> Chat:
+        """Messages as templates take them: those of Transformers' documentation."""
+        return [self._as_dict(message) for message in messages]
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        made: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            made |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
+        if message.tool_calls:
+            made["tool_calls"] = [self._call(call, n) for n, call in enumerate(message.tool_calls)]
+        if message.name is not None:
+            made["name"] = message.name
+        if message.call_id is not None:
+            made["tool_call_id"] = message.call_id
+        return made
+
+    def _call(self, call: ToolCall, number: int) -> dict[str, Any]:
+        arguments = as_json(call.arguments) if self.arguments_as_text else call.arguments
+        function = {"name": call.name, "arguments": arguments}
+        return {"id": call.id or f"call{number:05d}", "type": "function", "function": function}
 
 
 def plain_template(tokenizer: Any) -> str:
@@ -82,138 +133,79 @@ def plain_template(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any) -> Template:
-    """The template to render with. Raises UsageError for a tokenizer that cannot say where its tokens lie."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(
-            f"the tokenizer ({type(tokenizer).__name__}) does not say which characters its tokens cover",
-            remedy="Use a model whose folder has a tokenizer.json.",
-        )
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    # A BOS that follows an answer opens the next turn; it does not end this one.
-    ends = special - {tokenizer.bos_token} | {tokenizer.eos_token} - {None}
-    plain = None if tokenizer.chat_template else plain_template(tokenizer)
-    end_of_turn = re.compile(rf"\s*(?:{_any_of(ends).pattern})")
-    return Template(tokenizer, _untrimmed(tokenizer), plain, _any_of(special), end_of_turn)
+    """The template to render with, of a tokenizer of Transformers.
+
+    Raises:
+        UsageError: The template is no template of Jinja, or the tokenizer cannot encode text.
+    """
+    encoder = encoder_of(tokenizer)
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    special = {token for token, is_special in added.items() if is_special} | set(tokenizer.all_special_tokens)
+    plain = not tokenizer.chat_template
+    text = plain_template(tokenizer) if plain else tokenizer.chat_template
+    known = frozenset(special | added.keys())
+    template = Template(tokenizer, text, plain, encoder, frozenset(special), known)
+    _check(template)
+    return _with_arguments(template)
 
 
-def ends_of_turn(tokenizer: Any, known: int | list[int] | None) -> list[int]:
-    """The `known` ids that end an answer, and the one that the template writes and training teaches."""
-    ids = [known] if isinstance(known, int) else list(known or ())
-    template, answer = template_of(tokenizer), "talik"
-    (text,) = _apply([[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]], template)
-    if isinstance(text, Exception):
-        return ids
-    end = template.end_of_turn.match(text, text.rfind(answer) + len(answer))
-    token = tokenizer.convert_tokens_to_ids(end.group().strip()) if end else tokenizer.eos_token_id
-    return ids if token is None or token in ids else [*ids, token]
+def fix_date(tokenizer: Any, now: datetime) -> bool:
+    """Makes a tokenizer's template write this date wherever it would write today's; whether it writes one.
+
+    A template asks for the date as `strftime_now("%d %b %Y")`, which is replaced by the date itself.
+    """
+    if not asks_for_today(tokenizer):
+        return False
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        tokenizer.chat_template = {name: _dated(one, now) for name, one in text.items()}
+    else:
+        tokenizer.chat_template = _dated(text, now)
+    return True
 
 
-def _untrimmed(tokenizer: Any) -> Tokenizer:
-    """A copy without the step that adds special tokens: it also takes blanks out of the tokens' ranges."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+def _dated(text: str, now: datetime) -> str:
+    return _NOW.sub(lambda found: repr(now.strftime(found["format"])), text)
 
 
-def render(conversations: Sequence[Conversation], template: Template) -> list[Rendered | str]:
-    """Each conversation's text and answers, or what is wrong with it, in words."""
-    chats = [[{"role": m.role, "content": m.content} for m in c.messages] for c in conversations]
-    texts = _apply(chats, template)
-    turns = [[i for i, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
-    opened = [chat[:i] for chat, found in zip(chats, turns, strict=True) for i in found]
-    prompts = iter(_apply(opened, template, add_generation_prompt=True))
-    rendered: list[Rendered | str] = []
-    for chat, text, found in zip(chats, texts, turns, strict=True):
-        before = [next(prompts) for _ in found]
-        if isinstance(text, Exception):
-            rendered.append(f"the chat template refuses these messages: {text}")
-        else:
-            rendered.append(_find_answers(chat, text, found, before, template))
-    return rendered
+def asks_for_today(tokenizer: Any) -> bool:
+    """Whether the tokenizer's template writes today's date."""
+    texts = tokenizer.chat_template or ""
+    return any("strftime_now" in text for text in (texts.values() if isinstance(texts, dict) else [texts]))
 
 
-def _apply(
-    chats: list[Chat], template: Template, add_generation_prompt: bool = False
-) -> list[str | Exception]:
-    """Renders all at once, which is faster; one by one, to know which, only if the template raises."""
-
-    def apply(some: list[Chat]) -> list[str]:
-        return template.tokenizer.apply_chat_template(
-            some,
-            chat_template=template.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-
-    try:
-        return [*apply(chats)]
-    except TEMPLATE_ERRORS as error:
-        return (
-            [error] if len(chats) == 1 else [_apply([c], template, add_generation_prompt)[0] for c in chats]
-        )
+def _check(template: Template) -> None:
+    """UsageError for a template that Jinja cannot parse: its own fault, not that of any row."""
+    for tools in ((), ({"type": "function", "function": {"name": "f"}},)):
+        error = template.apply([{"role": "user", "content": "?"}], tools)
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            raise UsageError(
+                f"The model's chat template cannot be parsed: {error.message} (line {error.lineno}).",
+                remedy="Correct the model's chat_template.jinja, or chat_template in tokenizer_config.json.",
+            )
 
 
-def _find_answers(
-    chat: Chat, text: str, turns: list[int], prompts: list[str | Exception], template: Template
-) -> Rendered | str:
-    """From the last answer to the first: each lies before the start of the next."""
-    answers: list[Answer] = []
-    ended = False
-    limit = len(text)
-    for turn, prompt in zip(reversed(turns), reversed(prompts), strict=True):
-        found = _find_content(chat, text, turn, prompt, limit, template)
-        if found is None:
-            return f"the answer in message {turn + 1} cannot be found in what the chat template writes"
-        start, content_stop = found
-        end = template.end_of_turn.match(text, content_stop, limit)
-        if not answers:
-            ended = end is not None
-        # Without an end-of-turn, what the template writes after the last answer leads to the added end token.
-        without = content_stop if answers else len(text)
-        answers.append(Answer(start, content_stop, end.end() if end else without))
-        limit = start
-    return Rendered(text, tuple(reversed(answers)), ended)
+def _with_arguments(template: Template) -> Template:
+    """The template with the arguments of calls as it takes them: objects, or their JSON text.
+
+    Some templates join them to a text, which would write an object the way Python does.
+    """
+    call = ToolCall("talikcall", {"talikkey": "talikvalue"})
+    messages = [Message("user", "?"), Message("assistant", "", tool_calls=(call,))]
+    tools = ({"type": "function", "function": {"name": "talikcall", "description": "", "parameters": {}}},)
+    written = template.apply(template.chat(messages), tools)
+    if isinstance(written, str) and "'talikkey'" not in written:
+        return template
+    as_text = replace(template, arguments_as_text=True)
+    written = as_text.apply(as_text.chat(messages), tools)
+    return as_text if isinstance(written, str) and '"talikkey"' in written else template
 
 
-def _find_content(
-    chat: Chat, text: str, turn: int, prompt: str | Exception, limit: int, template: Template
-) -> tuple[int, int] | None:
-    """The characters from the end of the prompt, as inference will render it, to the end of the answer."""
-    start = len(prompt) if isinstance(prompt, str) and text.startswith(prompt) else None
-    content = chat[turn]["content"].lstrip()
-    if start is not None and start < limit:
-        at = start + len(text[start:limit]) - len(text[start:limit].lstrip())
-        if not text.startswith(content, at):
-            content = content.rstrip()
-        stop = at + len(content)
-        # There is only one place where it can be: the second rendering would say the same.
-        if text.startswith(content, at) and text.find(content, at + 1, limit) < 0:
-            return start, stop
-    before, after = _around(chat, text, turn, template)
-    if start is None and before is not None and text.startswith(before):
-        start = len(before)
-    if start is None or after is None or not text.endswith(after):
-        return None
-    stop = len(text) - len(after)
-    return (start, stop) if start < stop <= limit else None
+def as_json(value: Any) -> str:
+    """A value as JSON, without escapes for letters."""
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _around(chat: Chat, text: str, turn: int, template: Template) -> tuple[str | None, str | None]:
-    """What the template writes before and after a message, found by writing a mark in its place."""
-    mark = next(chr(code) * 3 for code in PRIVATE_USE if chr(code) not in text)
-    marked = [*chat[:turn], {**chat[turn], "content": mark}, *chat[turn + 1 :]]
-    (whole,) = _apply([marked], template)
-    if isinstance(whole, Exception) or whole.count(mark) != 1:
-        return None, None
-    before, _, after = whole.partition(mark)
-    return before, after
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    """Matches any of `tokens`, the longest first; nothing if there are none."""
-    return re.compile(
-        "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
-    )
+def any_of(tokens: frozenset[str] | set[str]) -> str:
+    """A pattern for any of `tokens`, the longest first; one that matches nothing if there are none."""
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)"

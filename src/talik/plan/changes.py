@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import DoesNotFitError
 from talik.events import Notify, Said, silent
 from talik.plan.planned import Change, Planned

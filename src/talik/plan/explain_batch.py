@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from talik.data.labels import IGNORED
+from talik.data.examples import IGNORED
 from talik.plan.explain_loop import Batch
 from talik.plan.explain_turns import turn_findings
 from talik.plan.findings import Finding

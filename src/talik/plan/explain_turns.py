@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from talik.data.labels import IGNORED
-from talik.data.template import TEMPLATE_ERRORS, ends_of_turn
+from talik.data.examples import IGNORED
+from talik.data.facts import stops_of
+from talik.data.template import TEMPLATE_ERRORS
 from talik.plan.findings import Finding
 
 QUESTION, ANSWER = "talik asks", "talik answers"
@@ -65,7 +66,7 @@ def _header(tokenizer: Any) -> str:
 
 def _ends(tokenizer: Any) -> set[int]:
     known = {tokenizer.eos_token_id} - {None}
-    return known | set(ends_of_turn(tokenizer, None)) if getattr(tokenizer, "is_fast", False) else known
+    return known | set(stops_of(tokenizer).ids) if getattr(tokenizer, "is_fast", False) else known
 
 
 def _trained_prompt(row: _Row, header: str, ends: set[int]) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talik.data.labels import IGNORED, Example, make_examples
+from talik.data.examples import IGNORED, Example
+from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 from talik.plan.explain_batch import batch_findings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from talik.data.batches import steps_of_epoch
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.machine import Machine, Rates
 from talik.model.freeze import trained_parameters
 from talik.plan.account import Simulation

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.events import silent
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.anatomy import parts_of

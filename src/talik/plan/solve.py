@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.events import Notify, Said, silent
 from talik.files import in_words
 from talik.model.freeze import trained_parameters

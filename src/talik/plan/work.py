@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from talik.data.batches import micro_batches, steps_of_epoch
-from talik.data.labels import Example, Span
+from talik.data.examples import Example, Span
 from talik.data.rows import Place
 from talik.model.chain import Chain
 from talik.plan.simulate import Work

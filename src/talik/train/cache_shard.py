@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from talik.data.batches import equal_length_groups
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import ChainError, TalikError
 from talik.files import fingerprint, read_json
 from talik.model.checkpoint import tensor_bytes

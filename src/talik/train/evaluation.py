@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.recipe import Plan
 from talik.train.cache import States
 from talik.train.feed import load_micro_batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from talik.data.batches import collate, micro_batches
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.model.chain import Chain
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States

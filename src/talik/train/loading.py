@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import ChainError
 from talik.machine import choose_device
 from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths

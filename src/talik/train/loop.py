@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from talik.data.batches import steps_of_epoch
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
 from talik.recipe import Plan, Recipe

@@ -21,7 +21,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from talik.data.labels import Example
+from talik.data.examples import Example
 from talik.events import Notify, Progress, Said
 from talik.files import in_words, need_room
 from talik.model.chain import Call, Chain, run_layers

@@ -1,0 +1,63 @@
+"""Examples: token ids, and which of them are trained."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from talik.data.rows import Place
+
+IGNORED = -100  # the label that losses of Transformers leave out
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start:stop` of an example, all trained or all masked."""
+
+    start: int
+    stop: int
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids (32-bit) and the spans that cover them without gaps, trained and masked in turn."""
+
+    input_ids: array[int]
+    spans: tuple[Span, ...]
+    place: Place
+
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        return len(self.input_ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the loss counts; never the first one, which nothing predicts."""
+        return sum(span.stop - span.start for span in self.spans if span.trained)
+
+    @property
+    def labels(self) -> list[int]:
+        """The token id where trained, -100 where masked, in the token's own position: the loss shifts."""
+        labels = [IGNORED] * self.length
+        for span in self.spans:
+            if span.trained:
+                labels[span.start : span.stop] = self.input_ids[span.start : span.stop]
+        return labels
+
+
+def spans_of(mask: bytearray) -> tuple[Span, ...]:
+    """The spans of a mask of one byte a token: 1 trained, 0 not."""
+    spans, at = [], 0
+    while at < len(mask):
+        stop = mask.find(1 - mask[at], at)
+        spans.append(Span(at, stop if stop > 0 else len(mask), mask[at] == 1))
+        at = spans[-1].stop
+    return tuple(spans)
+
+
+def cut(example: Example, length: int) -> Example:
+    """The first `length` tokens of an example."""
+    spans = (Span(s.start, min(s.stop, length), s.trained) for s in example.spans if s.start < length)
+    return Example(example.input_ids[:length], tuple(spans), example.place)
