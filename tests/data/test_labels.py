@@ -37,6 +37,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "instruction": {"instruction": "Translate this into English:", "input": "guten Tag", "output": "Hello"},
     "prompt-completion": {"prompt": "The sky is", "completion": " blue"},
     "input-output": {"input": "What is 2 + 3?", "output": "5"},
+    "input-target": {"Input": "What is 2 + 3?", "Target": "5"},
+    "query-response": {
+        "query": "What is 2 + 3?",
+        "response": "5",
+        "history": [["How are you?", "I am fine."]],
+    },
+    "question-answer": {"question": "What is 2 + 3?", "answer": "5", "system": "Be brief."},
+    "question-response": {"question": "What is 2 + 3?", "response": "5"},
+    "prompt-response": {"prompt": "What is 2 + 3?", "response": "5"},
+    "user-assistant": {"user": "What is 2 + 3?", "assistant": "5"},
+    "instruction-response": {"instruction": "Translate this:", "context": "guten Tag", "response": "Hello"},
+    "text": {"text": "The sky is blue."},
 }
 CASES: dict[str, tuple[str, dict[str, Any], TrainOn]] = {
     **{f"format-{name}": ("chatml", row, "assistant") for name, row in ROWS.items()},

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from talik.data.examples import IGNORED, Example
-from talik.data.messages import Conversation
+from talik.data.messages import Conversation, Document
 from talik.files import fingerprint
 
 OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens
+Made = TypeVar("Made", bound=Conversation | Document)
 DRAWS = 2.0**-52  # what two draws that differ are apart at least
 
 
@@ -100,8 +101,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def split_held_out(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+    conversations: Sequence[Made], fraction: float, seed: int
+) -> tuple[list[Made], list[Made]]:
     """The conversations to train on and those held out, about `fraction` of the questions.
 
     A question is all text before the last answer, without case and outer blanks; all its answers are on one
@@ -115,9 +116,12 @@ def split_held_out(
     return trained, [c for c, draw in zip(conversations, draws, strict=True) if draw < limit]
 
 
-def _draw(conversation: Conversation, seed: int) -> float:
+def _draw(conversation: Conversation | Document, seed: int) -> float:
     """A number in [0, 1) that is the same for the same question and seed."""
-    question = (message.content.strip().casefold() for message in conversation.messages[:-1])
+    if isinstance(conversation, Document):
+        question = [conversation.text.strip()]
+    else:
+        question = [message.content.strip().casefold() for message in conversation.messages[:-1]]
     return int(fingerprint(str(seed), *question)[:13], 16) * DRAWS
 
 

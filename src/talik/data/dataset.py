@@ -12,7 +12,7 @@ from talik.data.batches import split_held_out
 from talik.data.examples import Example
 from talik.data.formats import conversations
 from talik.data.labels import make_examples
-from talik.data.messages import Conversation
+from talik.data.messages import Conversation, Document
 from talik.data.preview import length_histogram, preview_text
 from talik.data.report import Report
 from talik.data.rows import check_file, read_rows
@@ -73,7 +73,12 @@ def read_sets(recipe: Recipe, tokenizer: Any) -> tuple[Data, Data | None]:
 
 
 def _make(
-    recipe: Recipe, path: str | Path, form: str, found: Sequence[Conversation], tokenizer: Any, use: str
+    recipe: Recipe,
+    path: str | Path,
+    form: str,
+    found: Sequence[Conversation | Document],
+    tokenizer: Any,
+    use: str,
 ) -> Data:
     examples, report = make_examples(
         found,

@@ -1,129 +1,339 @@
-"""Rows -> conversations. A data format is one entry in `FORMATS`.
+"""Rows -> conversations and documents. A data format is one entry in `FORMATS`.
 
-The format is recognised from the fields of the rows and is the same for all rows of a file. A row that does
-not hold what its format needs is an error with its place, never skipped.
+The format is recognised from the fields of the rows, in any letter case, and is the same for all rows of a
+file. A row that does not hold what its format needs is an error with its place, never skipped in silence.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from talik.data.messages import Conversation, Message
-from talik.data.rows import Row, describe, refuse
+from talik.data.fields import MISSING, WRONG_TYPE, Fields, text
+from talik.data.media import COLUMNS, check_media
+from talik.data.message_lists import read_messages
+from talik.data.messages import Conversation, Document, Message
+from talik.data.preferences import check_preferences
+from talik.data.rows import Problem, Row, RowError, describe, refuse
+from talik.data.tools import Tools, read_tools
+from talik.data.turn_rules import check_turns
 from talik.errors import DataError, UsageError
 
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
-NOT_USED = ("tool_calls", "function_call", "reasoning_content", "thinking")
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+Converted = tuple[list[Message], Tools] | str
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A data format: the fields that a row must have, and how they become messages.
+    """A data format.
 
-    `convert` raises ValueError with the problem in words.
+    Attributes:
+        needs: The fields that a row must have.
+        convert: Makes messages and tools of a row's fields, or the text of a document; raises RowError.
+        reads: The fields that a row may have besides.
     """
 
     needs: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], list[Message]]
+    convert: Callable[[Fields], Converted]
+    reads: tuple[str, ...] = ("system", "history", "tools")
 
 
-def _messages(fields: Mapping[str, Any]) -> list[Message]:
-    return _message_list("messages", fields["messages"], "role", "content", {role: role for role in ROLES})
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """How rows are read: the fields of a recipe of the same names."""
+
+    input_field: str | None = None
+    output_field: str | None = None
+    format: str | None = None
 
 
-def _sharegpt(fields: Mapping[str, Any]) -> list[Message]:
-    turns = _message_list("conversations", fields["conversations"], "from", "value", SHAREGPT_ROLES)
-    return _system(fields) + turns
+def _messages(fields: Fields) -> Converted:
+    return _list(fields, "messages")
 
 
-def _instruction(fields: Mapping[str, Any]) -> list[Message]:
-    question = _text("instruction", fields["instruction"])
-    if fields.get("input") not in (None, ""):
-        question += "\n\n" + _text("input", fields["input"])
-    return [*_system(fields), *_turn(question, _text("output", fields["output"]))]
+def _sharegpt(fields: Fields) -> Converted:
+    return _list(fields, "conversations")
 
 
-def _prompt_completion(fields: Mapping[str, Any]) -> list[Message]:
-    prompt, completion = fields["prompt"], fields["completion"]
+def _list(fields: Fields, name: str) -> Converted:
+    messages, tools = read_messages(fields.named(name), fields.get(name))
+    return _with_system(fields, messages), tools
+
+
+def _prompt_completion(fields: Fields) -> Converted:
+    prompt, completion = fields.get("prompt"), fields.get("completion")
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise ValueError("fields 'prompt' and 'completion' must both be strings or both be lists of messages")
-    if isinstance(prompt, list):
-        sides = (("prompt", prompt), ("completion", completion))
-        roles = {role: role for role in ROLES}
-        return [m for name, side in sides for m in _message_list(name, side, "role", "content", roles)]
-    return [*_system(fields), *_turn(_text("prompt", prompt), _text("completion", completion))]
+        problem = "fields 'prompt' and 'completion' must both be strings or both be lists of messages"
+        raise RowError(WRONG_TYPE, problem, "prompt")
+    if not isinstance(prompt, list):
+        return _pair(fields, fields.text("prompt"), fields.text("completion"))
+    asked, tools = read_messages(fields.named("prompt"), prompt)
+    answered, more = read_messages(fields.named("completion"), completion)
+    asked = [replace(m, trained=False) if m.role == "assistant" else m for m in asked]
+    return _with_system(fields, asked) + answered, tools + more
 
 
-def _two_fields(asked: str, answered: str) -> Format:
-    def convert(fields: Mapping[str, Any]) -> list[Message]:
-        return [*_system(fields), *_turn(_text(asked, fields[asked]), _text(answered, fields[answered]))]
+def _instruction(*answers: str) -> Callable[[Fields], Converted]:
+    def convert(fields: Fields) -> Converted:
+        question = fields.text("instruction")
+        for name in ("input", "context"):
+            more = fields.optional(name)
+            question += f"\n\n{more}" if more else ""
+        answer = next(name for name in answers if name in fields)
+        return _pair(fields, question, fields.text(answer))
+
+    return convert
+
+
+def _two_fields(asked: str, answered: str, answer: Callable[[Fields, str], str] = Fields.text) -> Format:
+    def convert(fields: Fields) -> Converted:
+        return _pair(fields, fields.text(asked), answer(fields, answered))
 
     return Format((asked, answered), convert)
 
 
+def _one_answer(fields: Fields, name: str) -> str:
+    """The answer of a row: text, or a list with one text."""
+    value, own = fields.get(name), fields.named(name)
+    if isinstance(value, list) and len(value) == 1:
+        return text(f"{own}[0]", value[0])
+    if isinstance(value, list) and value:
+        problem = f"field '{own}' holds {len(value)} answers, and one is needed"
+        raise RowError("several answers", problem, own)
+    return text(own, value)
+
+
+def _pair(fields: Fields, question: str, answer: str) -> Converted:
+    turns = [Message("user", question), Message("assistant", answer)]
+    return [*_with_system(fields, []), *_history(fields), *turns], ()
+
+
+def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+    """The messages with the system message of a field of its own, and without an empty one."""
+    if messages and messages[0].role in ("system", "developer") and not messages[0].content.strip():
+        messages = messages[1:]
+    system = fields.optional("system") or fields.optional("system_prompt")
+    if not system:
+        return messages
+    if messages and messages[0].role in ("system", "developer"):
+        if messages[0].content.strip() == system.strip():
+            return messages
+        raise RowError("two system messages", "field 'system' and the first message differ", "system")
+    return [Message("system", system), *messages]
+
+
+def _history(fields: Fields) -> list[Message]:
+    """The pairs of question and answer before the question."""
+    value, own = fields.get("history"), fields.named("history")
+    if value in (None, "", []):
+        return []
+    if not isinstance(value, list):
+        raise RowError(WRONG_TYPE, f"field '{own}' must be a list of pairs, it is {describe(value)}", own)
+    messages = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            problem = f"field '{own}[{index}]' must be a question and its answer, it is {describe(pair)}"
+            raise RowError(WRONG_TYPE, problem, f"{own}[{index}]")
+        messages.append(Message("user", text(f"{own}[{index}][0]", pair[0])))
+        messages.append(Message("assistant", text(f"{own}[{index}][1]", pair[1])))
+    return messages
+
+
+def _document(fields: Fields) -> Converted:
+    return fields.text("text")
+
+
+_OF_INSTRUCTION = ("input", "context", "system", "history", "tools")
+_OF_LISTS = ("system", "tools", "functions")
 # The first whose fields a row has is its format: 'instruction' rows have 'input' and 'output' too.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), _messages),
-    "conversations": Format(("conversations",), _sharegpt),
-    "instruction": Format(("instruction", "output"), _instruction),
+    "messages": Format(("messages",), _messages, _OF_LISTS),
+    "conversations": Format(("conversations",), _sharegpt, _OF_LISTS),
+    "instruction": Format(("instruction", "output"), _instruction("output"), _OF_INSTRUCTION),
+    "instruction-response": Format(("instruction", "response"), _instruction("response"), _OF_INSTRUCTION),
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
+    "prompt-response": _two_fields("prompt", "response"),
+    "query-response": _two_fields("query", "response"),
+    "question-answer": _two_fields("question", "answer", _one_answer),
+    "question-response": _two_fields("question", "response"),
     "input-output": _two_fields("input", "output"),
+    "input-target": _two_fields("input", "target"),
+    "user-assistant": _two_fields("user", "assistant"),
+    "text": Format(("text",), _document, ()),
 }
+_KNOWN = {name for form in FORMATS.values() for name in (*form.needs, *form.reads)} | {"chosen", "rejected"}
+
+
+@dataclass(slots=True)
+class Converter:
+    """Converts the rows of one file, and counts the fields that its format does not read.
+
+    Attributes:
+        name: The format's name; "fields" where the recipe names the fields.
+        form: The format.
+        unread: How many rows have a field that is not read, by name.
+    """
+
+    name: str
+    form: Format
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def convert(self, row: Row) -> Conversation | Document:
+        """The conversation or the document of a row.
+
+        Raises:
+            RowError: The row does not hold what its format needs, or cannot be trained.
+        """
+        fields = Fields(row.fields)
+        check_media(row.fields)
+        check_preferences(row.fields, self.form.needs)
+        self._check_needs(fields, row.fields)
+        made = self.form.convert(fields)
+        if isinstance(made, str):
+            self._count(fields, row.fields)
+            return Document(made, row.place)
+        messages, tools = made
+        for name in ("tools", "functions"):
+            if name in fields and (name in self.form.reads):
+                tools += read_tools(fields.named(name), fields.get(name))
+        self._count(fields, row.fields)
+        return Conversation(check_turns(messages, tools), row.place, tools)
+
+    def _check_needs(self, fields: Fields, row: Mapping[str, Any]) -> None:
+        missing = [name for name in self.form.needs if name not in fields]
+        if not missing:
+            return
+        near = next((own for own in row if _is_near(own.lower(), missing[0])), None)
+        likely = f"; '{near}' may be it, misspelt" if near else ""
+        needs = f"the format '{self.name}' needs it" if self.name != "fields" else columns(row)
+        problem = f"field '{missing[0]}' is missing{likely}; {needs}"
+        raise RowError(MISSING, problem, missing[0])
+
+    def _count(self, fields: Fields, row: Mapping[str, Any]) -> None:
+        """Counts fields that were not read; RowError for one that looks like a misspelt one."""
+        for name in fields.unread():
+            absent = (known for known in self.form.reads if known not in fields)
+            meant = next((known for known in absent if _is_near(name.lower(), known)), None)
+            if meant is not None and name.lower() not in _KNOWN:
+                problem = f"field '{name}' is not read; '{meant}' may be meant"
+                raise RowError("misspelt field", problem, name)
+            if name.lower() not in COLUMNS:
+                self.unread[name] += 1
+
+
+def _is_near(name: str, known: str) -> bool:
+    """Whether a name looks like a typing error of a known one."""
+    alike = difflib.SequenceMatcher(None, name, known).ratio()
+    return name != known and abs(len(name) - len(known)) <= 2 and alike >= 0.8
+
+
+def converter_of(rows: Sequence[Row], options: RowOptions = RowOptions()) -> Converter:
+    """The converter for the rows of a file.
+
+    Args:
+        rows: The first rows of the file.
+        options: Names of the fields or of the format, where they are given.
+
+    Raises:
+        UsageError: Only one of the two fields is named, or no format has the given name.
+        DataError: No format has the fields of the rows.
+    """
+    if (options.input_field is None) != (options.output_field is None):
+        given, other = ("input", "output") if options.input_field is not None else ("output", "input")
+        remedy = f"Give both or neither: {columns(rows[0].fields)}"
+        raise UsageError(f"--{given}-field needs --{other}-field", remedy=remedy)
+    if options.input_field is not None and options.output_field is not None:
+        return Converter("fields", _two_fields(options.input_field, options.output_field))
+    name = options.format or _recognised(rows)
+    if name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}", remedy=f"Name one of {', '.join(FORMATS)}.")
+    return Converter(name, FORMATS[name])
+
+
+def columns(fields: Mapping[str, Any]) -> str:
+    """The names of the fields of the first row, in words."""
+    shown = [repr(name if len(name) <= 60 else f"{name[:57]}...") for name in list(fields)[:30]]
+    more = f" and {len(fields) - 30:,} more" if len(fields) > 30 else ""
+    return f"the fields of the first row are {', '.join(shown)}{more}"
+
+
+def format_of(fields: Mapping[str, Any]) -> str | None:
+    """The name of the format that has these fields."""
+    names = {name.lower() for name in fields}
+    return next((name for name, form in FORMATS.items() if names >= set(form.needs)), None)
+
+
+def _recognised(rows: Sequence[Row]) -> str:
+    """The format of the first row that has one."""
+    for row in rows:
+        check = row.fields
+        if (name := format_of(check)) is not None:
+            return name
+    first = rows[0]
+    try:
+        check_media(first.fields)
+        check_preferences(first.fields, ())
+    except RowError as error:
+        raise DataError(str(error), where=first.place, remedy=error.remedy) from None
+    raise _unknown(first)
+
+
+def _unknown(first: Row) -> DataError:
+    """The error for rows whose fields no format has, with the likely names of misspelt ones."""
+    known = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
+    own = {name.lower() for name in first.fields}
+    likely = [
+        f"'{name}' may be '{meant}', misspelt"
+        for name in list(first.fields)[:30]
+        for meant in sorted(_KNOWN - own)
+        if name.lower() not in _KNOWN and _is_near(name.lower(), meant)
+    ]
+    return DataError(
+        "; ".join(["no data format has these fields", *likely[:3], columns(first.fields)]),
+        where=first.place,
+        remedy=f"Name the fields with --input-field and --output-field, or use a known format ({known}).",
+    )
+
+
+def other_format(row: Row, converter: Converter) -> str | None:
+    """The name of the format of a row of another format than its file's."""
+    if converter.name == "fields" or all(name in Fields(row.fields) for name in converter.form.needs):
+        return None
+    return format_of(row.fields)
 
 
 def conversations(
-    rows: list[Row], input_field: str | None = None, output_field: str | None = None
-) -> tuple[str, list[Conversation]]:
-    """The name of the rows' data format and one conversation a row.
+    rows: Sequence[Row], input_field: str | None = None, output_field: str | None = None
+) -> tuple[str, list[Conversation | Document]]:
+    """The name of the rows' data format, and a conversation or a document for each row.
 
-    With `input_field` and `output_field` the format is "fields". Raises DataError with the first places of
-    the rows that do not hold what the format needs.
+    Raises:
+        DataError: Rows that do not hold what the format needs, with the first places.
     """
-    if (input_field is None) != (output_field is None):
-        given, other = ("input", "output") if input_field is not None else ("output", "input")
-        raise UsageError(
-            f"--{given}-field needs --{other}-field", remedy=f"Give both or neither: {_columns(rows)}"
-        )
-    if input_field is None or output_field is None:
-        name = _recognise(rows)
-        return name, _convert_all(rows, FORMATS[name], f"the format '{name}' needs it")
-    named = _two_fields(input_field, output_field)
-    return "fields", _convert_all(rows, named, _columns(rows))
+    converter = converter_of(rows, RowOptions(input_field, output_field))
+    refuse_mixed(rows, converter)
+    made: list[Conversation | Document] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            made.append(converter.convert(row))
+        except RowError as error:
+            problems.append(error.at(row.place))
+    if problems:
+        found = [(problem.place, problem.text) for problem in problems]
+        refuse(found, "Correct these rows or take them out of the file.")
+    return converter.name, made
 
 
-def _columns(rows: list[Row]) -> str:
-    return f"the fields of the first row are {', '.join(map(repr, rows[0].fields))}"
-
-
-def _format_of(row: Row) -> str | None:
-    return next((name for name, form in FORMATS.items() if row.fields.keys() >= set(form.needs)), None)
-
-
-def _recognise(rows: list[Row]) -> str:
-    """The one format of all rows that have one; a row that has none is left to the conversion."""
+def refuse_mixed(rows: Iterable[Row], converter: Converter) -> None:
+    """DataError for rows of several formats in one file."""
     first: dict[str, Row] = {}
     for row in rows:
-        name = _format_of(row)
-        if name is not None:
-            first.setdefault(name, row)
-    if not first:
-        known = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
-        raise DataError(
-            f"no data format has these fields; {_columns(rows)}",
-            where=rows[0].place,
-            remedy=f"Name the fields with --input-field and --output-field, or use a known format ({known}).",
-        )
+        name = other_format(row, converter)
+        if name is not None or all(need in Fields(row.fields) for need in converter.form.needs):
+            first.setdefault(name or converter.name, row)
     if len(first) > 1:
         places = ", ".join(f"'{name}' first in {row.place}" for name, row in first.items())
         raise DataError(
@@ -131,73 +341,31 @@ def _recognise(rows: list[Row]) -> str:
             where=next(iter(first.values())).place,
             remedy="Put the rows of each format into a file of its own.",
         )
-    return next(iter(first))
 
 
-def _convert_all(rows: list[Row], form: Format, lacking: str) -> list[Conversation]:
-    converted, problems = [], []
-    for row in rows:
-        try:
-            missing = [name for name in form.needs if name not in row.fields]
-            if missing:
-                raise ValueError(f"field '{missing[0]}' is missing; {lacking}")
-            converted.append(Conversation(_checked(form.convert(row.fields)), row.place))
-        except ValueError as problem:
-            problems.append((row.place, str(problem)))
-    if problems:
-        refuse(problems, "Correct these rows or take them out of the file.")
-    return converted
+def to_row(made: Conversation | Document) -> dict[str, Any]:
+    """The row of a conversation in the format 'messages', or of a document in the format 'text'."""
+    if isinstance(made, Document):
+        return {"text": made.text}
+    row: dict[str, Any] = {"messages": [_message_row(message) for message in made.messages]}
+    return row | ({"tools": [dict(tool) for tool in made.tools]} if made.tools else {})
 
 
-def _checked(messages: list[Message]) -> tuple[Message, ...]:
-    if any(message.role == "system" for message in messages[1:]):
-        raise ValueError("a system message must come first, and only once")
-    if not any(message.role == "assistant" for message in messages):
-        raise ValueError("no message is the assistant's, so there is nothing to train")
-    if messages[-1].role != "assistant":
-        raise ValueError(f"the last message is the {messages[-1].role}'s; it must be the assistant's")
-    return tuple(messages)
-
-
-def _message_list(
-    field: str, value: Any, role_key: str, content_key: str, roles: Mapping[str, str]
-) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"field '{field}' must be a list of messages, it is {describe(value)}")
-    messages = []
-    for index, item in enumerate(value):
-        name = f"{field}[{index}]"
-        if not isinstance(item, dict) or not {role_key, content_key} <= item.keys():
-            wanted = f"an object with '{role_key}' and '{content_key}'"
-            raise ValueError(f"field '{name}' must be {wanted}, it is {describe(item)}")
-        unused = [key for key in NOT_USED if item.get(key)]
-        if unused:
-            raise ValueError(f"field '{name}.{unused[0]}' cannot be trained; only '{content_key}' is read")
-        role = item[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise ValueError(f"field '{name}.{role_key}' is {describe(role)}; known are {', '.join(roles)}")
-        messages.append(Message(roles[role], _text(f"{name}.{content_key}", item[content_key])))
-    return messages
-
-
-def _turn(question: str, answer: str) -> list[Message]:
-    return [Message("user", question), Message("assistant", answer)]
-
-
-def _system(fields: Mapping[str, Any]) -> list[Message]:
-    if fields.get("system") in (None, ""):
-        return []
-    return [Message("system", _text("system", fields["system"]))]
-
-
-def _text(field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"field '{field}' must be a string, it is {describe(value)}")
-    if not value.strip():
-        raise ValueError(f"field '{field}' is {'empty' if not value else 'blank'}")
-    half = _HALF_CHARACTER.search(value)
-    if half:
-        raise ValueError(
-            f"field '{field}' holds half a character (\\u{ord(half[0]):x}) at position {half.start()}"
-        )
-    return value
+def _message_row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        row["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        row["tool_calls"] = [
+            {
+                **({"id": call.id} if call.id is not None else {}),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.name is not None:
+        row["name"] = message.name
+    if message.call_id is not None:
+        row["tool_call_id"] = message.call_id
+    return row if message.trained is None else {**row, "weight": int(message.trained)}

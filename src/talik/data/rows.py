@@ -56,8 +56,8 @@ class Problem:
 class RowError(ValueError):
     """A row that cannot be used: what `Problem` says of it, but for the place, which the caller knows."""
 
-    def __init__(self, kind: str, text: str, field: str | None = None) -> None:
-        self.kind, self.text, self.field = kind, text, field
+    def __init__(self, kind: str, text: str, field: str | None = None, remedy: str | None = None) -> None:
+        self.kind, self.text, self.field, self.remedy = kind, text, field, remedy
         super().__init__(text)
 
     def at(self, place: Place) -> Problem:
