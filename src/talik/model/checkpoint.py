@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from talik.errors import SourceError
 from talik.files import read_json
+from talik.model.safetensors_header import read_ranges
 from talik.system import forget_pages
 
 DTYPES = {
@@ -32,6 +33,13 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A file, or another place, that takes bytes."""
+
+    def write(self, data: bytes, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,40 +84,39 @@ class Entry:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names."""
+    """The safetensors files of a model folder, in the order of their names.
+
+    Raises:
+        SourceError: The index is none, or names a file outside of the folder.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # as Transformers chooses
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return [folder / "model.safetensors"]
+    if not index.is_file() or (folder / "model.safetensors").is_file():  # as Transformers chooses
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SourceError("is not an index of weights: no weight_map", where=index) from None
+    if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
+        problem = f"names a file outside of the folder: {outside[0][:200]!r}"
+        raise SourceError(problem, where=index, remedy="Get the model again from where it came.")
+    return files
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The table of one safetensors file. SourceError if it is none, or shorter than it says."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        table = {
-            name: Entry(
-                file,
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-        raise SourceError(f"is not a safetensors file that can be read ({error!r})", where=file) from None
-    end = max((entry.start + entry.size for entry in table.values()), default=8 + length)
-    if file.stat().st_size != end:
-        raise SourceError(
-            f"has {file.stat().st_size:,} bytes, and its header speaks of {end:,}",
-            where=file,
-            remedy="The file is damaged or its download was cut off: get it again.",
-        )
-    return table
+    """The table of one safetensors file.
+
+    Raises:
+        SourceError: The file breaks a rule of the format, or holds a dtype that Talik does not train.
+    """
+    found = read_ranges(file)
+    if strange := next((name for name, (dtype, *_) in found.items() if dtype not in DTYPES), None):
+        problem = f"tensor {strange[:200]!r} has the dtype {found[strange][0]}, which Talik does not read"
+        raise SourceError(problem, where=file, remedy="Name the model in bf16, fp16 or fp32.")
+    return {
+        name: Entry(file, DTYPES[dtype], shape, start, size)
+        for name, (dtype, shape, start, size) in found.items()
+    }
 
 
 def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
@@ -117,7 +124,7 @@ def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
     return {file: read_header(file) for file in weight_files(folder)}
 
 
-def write_tensors(file: BinaryIO, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+def write_tensors(file: Writer, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
     """Writes the header for these tensors; their bytes must follow in the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
