@@ -36,12 +36,12 @@ def make_cache(root: Path, name: str, tokens: int = 100, used: int = 0) -> Path:
     return cache.folder
 
 
-def make_old_cache(root: Path) -> Path:
-    """As version 0.1.0 left it."""
+def make_unfinished(root: Path) -> Path:
+    """As a process left it that was killed before it wrote the table."""
     folder = root / ("ab" * 16)
     folder.mkdir(parents=True)
-    (folder / "hidden.bin").write_bytes(b"\0" * 800)
-    (folder / "manifest.json").write_text(json.dumps({"tokens": 50, "bytes": 800, "model": "of old"}))
+    (folder / "shard-00000.bin").write_bytes(b"\0" * 800)
+    (folder / ".key.json.abcd1234").write_bytes(b"")
     return folder
 
 
@@ -62,19 +62,19 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
 
 
 def test_list_shows_what_there_is(run: Run, tmp_path: Path) -> None:
-    new, old = make_cache(tmp_path, "Qwen/Qwen2.5-7B", used=10**9), make_old_cache(tmp_path)
+    new, old = make_cache(tmp_path, "Qwen/Qwen2.5-7B", used=10**9), make_unfinished(tmp_path)
     (tmp_path / f".{'c' * 32}.part").mkdir()
     (tmp_path / "photographs").mkdir()
     code, out, err = run("list")
     assert (code, err) == (0, "") and "photographs" not in out
     assert [f"{new.name[:12]} " in out, old.name[:12] in out, "c" * 12 in out] == [True] * 3
-    for text in ("Qwen/Qwen2.5-7B", "2001-09-", "of version 0.1.0", "unfinished", "\n3 caches, 10"):
+    for text in ("Qwen/Qwen2.5-7B", "2001-09-", "unfinished", "\n3 caches, 10"):
         assert text in out, text
     value = json.loads(run("list", "--json")[1])
     by_key = {cache["key"]: cache for cache in value["caches"]}
     assert value["bytes"] == sum(cache["size"] for cache in value["caches"])
     assert by_key[new.name]["tokens"] == 100 and by_key[new.name]["size"] > 102_400
-    assert by_key[old.name]["tokens"] == 50 and by_key[old.name]["model"] == "of old"
+    assert by_key[old.name]["tokens"] == 0 and by_key[old.name]["size"] == 800
     assert value["caches"][0]["state"] == "usable", "least recently used first"
     assert json.loads(run("list", new.name[:6], "--json")[1])["caches"] == [by_key[new.name]]
 
@@ -91,9 +91,9 @@ def test_clear_removes_what_is_named(run: Run, tmp_path: Path) -> None:
     assert not folders[0].exists() and folders[1].exists()
 
 
-def test_clear_all_removes_old_and_unfinished_ones_and_nothing_else(run: Run, tmp_path: Path) -> None:
+def test_clear_all_removes_unfinished_ones_and_nothing_else(run: Run, tmp_path: Path) -> None:
     make_cache(tmp_path, "one")
-    make_old_cache(tmp_path)
+    make_unfinished(tmp_path)
     (tmp_path / ("d" * 32)).mkdir()
     for end in ("part", "gone"):
         (tmp_path / f".{'c' * 32}.{end}").mkdir()
@@ -104,6 +104,33 @@ def test_clear_all_removes_old_and_unfinished_ones_and_nothing_else(run: Run, tm
     assert json.loads(run("clear", "--all", "--json")[1])["freed"] > 102_400 + 800
     left = {path for path in tmp_path.iterdir() if path.suffix != ".lock"}
     assert left == set(mine) and run("list")[1].startswith("0 caches")
+
+
+def make_foreign(root: Path) -> list[Path]:
+    """Folders of somebody else under names that caches have: data sets by their MD5, and links."""
+    named = root / "0123456789abcdef0123456789abcdef"
+    part = root / f".{'f' * 32}.part"
+    for folder in (named, part):
+        folder.mkdir()
+        (folder / "precious").write_bytes(b"mine" * 1000)
+    (named / "shard-00000.bin").write_bytes(b"mine, too")
+    edited = root / ("a" * 32)
+    edited.mkdir()
+    (edited / "key.json").write_text('{"facts": {"of": "another"}}')
+    (edited / "notes.txt").write_text("mine")
+    link = root / ("9" * 32)
+    link.symlink_to(named, target_is_directory=True)
+    return [named, part, edited, link]
+
+
+def test_folders_of_somebody_else_are_never_removed(run: Run, tmp_path: Path) -> None:
+    foreign, own = make_foreign(tmp_path), make_cache(tmp_path, "one")
+    assert [folder.path for folder in cache_folders(tmp_path)] == [own]
+    assert run("clear", "--all")[0] == 0
+    assert not own.exists() and all((folder / "..").exists() for folder in foreign)
+    assert (foreign[0] / "precious").read_bytes() == b"mine" * 1000
+    kept = make_cache(tmp_path, "two")
+    assert make_room(tmp_path, 10**6, 10**7, kept) == [] and (foreign[1] / "precious").exists()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +147,7 @@ def test_clear_all_removes_old_and_unfinished_ones_and_nothing_else(run: Run, tm
 def test_unknown_and_unclear_keys_remove_nothing(
     arguments: list[str], words: str, run: Run, tmp_path: Path
 ) -> None:
-    make_old_cache(tmp_path)
+    make_unfinished(tmp_path)
     (tmp_path / f"ab{'c' * 30}").mkdir()
     code, out, err = run(*arguments)
     assert (code, out) == (2, "") and words in err and "talik cache list" in err

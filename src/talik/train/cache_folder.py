@@ -26,9 +26,9 @@ from talik.errors import NoRoomError, UsageError
 from talik.files import fingerprint, read_json
 from talik.system import home_folder
 
-State = Literal["usable", "being written", "of version 0.1.0", "unfinished"]
-# Nothing else under the root is ever looked at, let alone removed: the user may have named any folder.
+State = Literal["usable", "being written", "unfinished"]
 _NAME = re.compile(r"([0-9a-f]{32})|\.([0-9a-f]{32})\.(part|gone)")
+_OWN = re.compile(r"\.?(shard-\d+\.(bin|json)|key\.json)(\.\w+)?")  # files of a cache, and temporary ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,26 @@ def lock_of(folder: Path) -> FileLock:
 
 
 def cache_folders(root: Path) -> list[CacheFolder]:
-    """All caches under `root`, least recently used first; what was broken off or is of 0.1.0, too."""
+    """All caches under `root`, least recently used first, and what was broken off of one.
+
+    The user may have named any folder: nothing else under it is looked at, let alone removed.
+    """
     paths = sorted(root.iterdir()) if root.is_dir() else []
-    found = [_look(path) for path in paths if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [_look(path) for path in paths if _is_ours(path)]
     return sorted((folder for folder in found if folder), key=lambda folder: folder.used)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a cache: its table says so, or nothing but a cache's files is in it."""
+    if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        if "facts" in (about := _about(path / "key.json")) and key_of(about["facts"]) == _key(path):
+            return True
+        with os.scandir(path) as entries:
+            return all(_OWN.fullmatch(e.name) and e.is_file(follow_symlinks=False) for e in entries)
+    except OSError:  # closed to us, or just removed
+        return False
 
 
 def chosen(root: Path, keys: Sequence[str]) -> list[CacheFolder]:
@@ -131,9 +147,6 @@ def _look(path: Path) -> CacheFolder | None:
         about, state = _about(path / "key.json"), "usable"
         shards = (name for name in files if name.endswith(".bin") and f"{name[:-3]}json" in files)
         tokens = sum(files[name].st_size for name in shards) // max(1, about.get("token_bytes", 1))
-    elif {"hidden.bin", "manifest.json"} <= files.keys():
-        about, state = _about(path / "manifest.json"), "of version 0.1.0"
-        tokens = about.get("tokens", 0)
     with _if_free(path) as free:
         state = state if free else "being written"
     used = files["key.json"].st_mtime if "key.json" in files else changed
