@@ -62,8 +62,8 @@ def assert_says(message: str, *words: str) -> None:
 
 # Rows
 
-CSV = "question,answer\na,b\n"
-BY_NAME = ["--input-field", "question", "--output-field", "reply"]
+CSV = "frage,antwort\na,b\n"
+BY_NAME = ["--input-field", "frage", "--output-field", "reply"]
 ROWS: dict[str, tuple[str | bytes | None, list[str], list[str]]] = {
     "missing.jsonl": (None, [], ["missing.jsonl: there is no such file"]),
     "empty.jsonl": ("", [], ["empty.jsonl: the file is empty"]),
@@ -74,7 +74,7 @@ ROWS: dict[str, tuple[str | bytes | None, list[str], list[str]]] = {
         ["broken.jsonl:317: broken JSON at column 26", "one whole object on each line"],
     ),
     "broken.json": ('[{"input": "a",\n"output": "b"},\n}]', [], ["broken.json:3: broken JSON at column 1"]),
-    "columns.csv": (CSV, BY_NAME, ["columns.csv:2: field 'reply' is missing", "'question', 'answer'"]),
+    "columns.csv": (CSV, BY_NAME, ["columns.csv:2: field 'reply' is missing", "'frage', 'antwort'"]),
     "unknown.csv": (CSV, [], ["unknown.csv:2: no data format", "--input-field"]),
     "half.csv": (CSV, BY_NAME[:2], ["input_field and output_field go together"]),
     "number.jsonl": (

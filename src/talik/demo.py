@@ -20,6 +20,7 @@ from talik.chat import Talk, load_for_chat
 from talik.data.batches import split_held_out
 from talik.data.dataset import preview, read_all
 from talik.data.formats import conversations
+from talik.data.messages import Conversation
 from talik.data.rows import read_rows
 from talik.errors import UsageError
 from talik.export import export
@@ -73,7 +74,7 @@ def _held_out_questions(recipe: Recipe) -> list[str]:
     _, found = conversations(read_rows(Path(recipe.data)))
     _, held = split_held_out(found, recipe.held_out, recipe.seed)
     spread = held[:: max(1, len(held) // ASKED)][:ASKED]
-    return [conversation.messages[0].content for conversation in spread]
+    return [row.messages[0].content for row in spread if isinstance(row, Conversation)]
 
 
 def _answers(target: Path, questions: list[str], *, base: bool) -> list[str]:

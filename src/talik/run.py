@@ -43,6 +43,7 @@ from talik.train.resume import (
     clear_unfinished,
     latest_checkpoint,
     load_checkpoint,
+    verified,
 )
 from talik.train.run_folder import (
     Run,
@@ -203,7 +204,8 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         top, store, evaluate = loaded.top(), loaded.store, None
         if evaluation is not None:
             evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan, store)
-        checkpoint = latest_checkpoint(run.folder)
+        newest = latest_checkpoint(run.folder)
+        checkpoint = verified(newest) if newest else None
         scratch = stack.enter_context(loaded.working(top, run.folder / "work", checkpoint))
         prepare_top(top, run.recipe, store, scratch)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()

@@ -7,11 +7,12 @@ a few integers are the whole state beside the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from talik.train.scratch import Scratch
 from talik.train.store import Store
 from talik.train.top import Top
 from talik.train.update import gradients_wait, kept
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+DIGESTS = "digests.json"
 
 
 @dataclass(slots=True)
@@ -92,22 +96,81 @@ def save_checkpoint(
         size = sum(parameter.nbytes for _, parameter in top.parameters())
         need_room(path.parent, size + sum(t.nbytes for t in optimizer.values()), "a checkpoint")
         with finished_folder(path) as folder:
-            _write(folder / "weights.safetensors", weights, _trained(top, store))
+            digests = {WEIGHTS: _write(folder / WEIGHTS, weights, _trained(top, store))}
             table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
-            _write(folder / "optimizer.safetensors", table, optimizer.values())
-            write_json(folder / "state.json", asdict(state))
+            digests[OPTIMIZER] = _write(folder / OPTIMIZER, table, optimizer.values())
+            write_json(folder / STATE, asdict(state))
+            digests[STATE] = _digest(folder / STATE)
+            write_json(folder / DIGESTS, digests)
     best = None if state.best_step is None else checkpoint_path(run, state.best_step)
     for old in checkpoints(run)[: -recipe.keep]:
         if old != best:
-            shutil.rmtree(old)
+            gone = old.with_name(f".{old.name}.gone")  # at once: nobody finds half of it under its name
+            old.rename(gone)
+            shutil.rmtree(gone)
     return path
 
 
-def _write(file: Path, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> None:
+def _write(file: Path, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> str:
+    """Writes tensors; returns the digest of the file, computed from what was to be written."""
     with file.open("wb") as stream:
-        write_tensors(stream, table)
+        hashed = _Hashed(stream)
+        write_tensors(hashed, table)
         for tensor in tensors:
-            stream.write(tensor_bytes(tensor))
+            hashed.write(tensor_bytes(tensor))
+    return hashed.digest.hexdigest()
+
+
+class _Hashed:
+    """A file that is written, and the SHA-256 digest of all that was written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verified(checkpoint: Path) -> Path:
+    """The checkpoint, once every byte of it has been compared with the digests that were written with it.
+
+    Raises:
+        RunError: A file is missing or damaged; the error names it, and the checkpoints that are whole.
+    """
+    if problem := _damage(checkpoint):
+        others = [other for other in checkpoints(checkpoint.parents[1]) if other != checkpoint]
+        whole = [other.name for other in others if not _damage(other)]
+        remedy = (
+            f"These are whole: {', '.join(whole)}. Move {checkpoint.name} away, and talik resume goes on "
+            "from the newest that is left."
+            if whole
+            else "No other checkpoint of this run is whole: take the run from a backup, or train again."
+        )
+        raise RunError(problem, where=checkpoint, remedy=remedy)
+    return checkpoint
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """How a checkpoint differs from what was written; None if it does not."""
+    try:
+        known = read_json(checkpoint / DIGESTS)
+        if not isinstance(known, dict) or known.keys() != {WEIGHTS, OPTIMIZER, STATE}:
+            return f"{DIGESTS} does not have the digests of {WEIGHTS}, {OPTIMIZER} and {STATE}"
+        for name, digest in known.items():
+            if (found := _digest(checkpoint / name)) != digest:
+                was = str(digest)[:16]
+                return f"{name} is damaged: its SHA-256 is {found[:16]}..., and {was}... was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, RecursionError):
+        return f"{DIGESTS} is damaged: it is no JSON"
+    return None
 
 
 def _trained(top: Top, store: Store) -> Iterator[Tensor]:
@@ -125,9 +188,9 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
     Weights that are streamed are read from it when they are wanted (`Loaded.working`).
     """
     load_weights(path, dict(top.parameters()))
-    for name, entry in read_header(path / "optimizer.safetensors").items():
+    for name, entry in read_header(path / OPTIMIZER).items():
         entry.read_to(scratch[name])
-    return State(**read_json(path / "state.json"))
+    return State(**read_json(path / STATE))
 
 
 def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
@@ -135,7 +198,7 @@ def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
 
     Byte range by byte range: a mapped file would count against a hard limit.
     """
-    weights = read_header(path / "weights.safetensors")
+    weights = read_header(path / WEIGHTS)
     if weights.keys() != parameters.keys():
         raise RunError("the checkpoint was made with other trained layers", where=path)
     for name, entry in weights.items():

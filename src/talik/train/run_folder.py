@@ -17,7 +17,7 @@ from talik.files import finished_folder, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
 from talik.recipe import Plan, Recipe, check, read_fields, read_plan, write_recipe
-from talik.train.resume import checkpoint_path, latest_checkpoint
+from talik.train.resume import checkpoint_path, latest_checkpoint, verified
 
 FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
 REFUSED = "refused.json"
@@ -127,8 +127,12 @@ def result_checkpoint(folder: Path) -> Path:
     newest = latest_checkpoint(folder)
     if newest is None:
         raise RunError("has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {folder}")
-    best = read_json(newest / "state.json")["best_step"]
-    return checkpoint_path(folder, best) if best else newest
+    best = read_json(verified(newest) / "state.json")["best_step"]
+    return verified(checkpoint_path(folder, best)) if best and best != _step(newest) else newest
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_tokenizer(folder: Path) -> Any:
