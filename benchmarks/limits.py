@@ -32,13 +32,13 @@ from tiny_models import tiny_model
 from talik.data.dataset import read_sets
 from talik.errors import DoesNotFitError
 from talik.machine import this_machine
+from talik.model.tokenizer_files import load_tokenizer
 from talik.plan.changes import Thrift
 from talik.plan.solve import plan_run
 from talik.plan.target import slack_of, target_of
 from talik.recipe import Recipe
 from talik.run import train
 from talik.system import settle_allocators
-from talik.train.run_folder import load_tokenizer
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral", "phi3", "olmo2")
 HIDDEN = (512, 768, 1024)

@@ -34,8 +34,8 @@ from talik.data.dataset import Data
 from talik.demo import _of_package
 from talik.machine import this_machine
 from talik.model.source import find_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.system import home_folder
-from talik.train.run_folder import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TRL = "trl==1.16.0"

@@ -275,4 +275,5 @@ def test_adapters_from_the_plan_to_the_export(
     done = talik("export", run, tmp_path / "adapter", "--adapter")
     assert done.code == 0 and "a folder of PEFT" in done.out
     written = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md", *tokenizer}

@@ -48,6 +48,8 @@ def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
         f"# {recipe['model']}, fine-tuned\n\n"
         f"Trained with Talik, {checkpoint.name}: {_trained(run)}. Everything else is as it was.\n\n"
         f"```python\n{ADAPTER_USE if adapter else USE}```\n\n"
+        "Ask it by the chat template of this folder, which is the one that it was trained by: "
+        "`tokenizer.apply_chat_template`.\n\n"
         f"## Measured\n\n{measured}\n## Recipe\n\n```yaml\n"
         f"{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```\n"
     )

@@ -19,9 +19,10 @@ from talik.machine import choose_device
 from talik.model.chain import load_model
 from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.train.loading import load_whole
 from talik.train.resume import load_weights
-from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
+from talik.train.run_folder import is_run, open_run, result_checkpoint
 
 # A model's own defaults that bend what is likeliest; they hold only where somebody asks for them.
 _UNBENT = {

@@ -226,7 +226,7 @@ def preview_command(argv: list[str]) -> None:
     from talik.data.preview import preview_html
     from talik.files import write_text
     from talik.model.source import find_model
-    from talik.train.run_folder import load_tokenizer
+    from talik.model.tokenizer_files import load_tokenizer
 
     _quiet()
     tokenizer = load_tokenizer(find_model(parsed["model"], weights=False).folder)

@@ -26,9 +26,10 @@ from talik.errors import UsageError
 from talik.export import export
 from talik.files import write_text
 from talik.model.source import find_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.recipe import Recipe
 from talik.run import resume, train
-from talik.train.run_folder import is_run, load_tokenizer
+from talik.train.run_folder import is_run
 
 LONGEST = 96  # tokens; leaves out the corpus's long pieces of code, so that two cores do it in minutes
 ASKED = 4  # held-out questions that both models answer

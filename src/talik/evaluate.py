@@ -12,13 +12,14 @@ from talik.data.dataset import check_positions, read_all
 from talik.events import Notify, Said, silent
 from talik.model.products import bf16_as_fp32
 from talik.model.source import find_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.model.working_copy import Saved
 from talik.plan.ways import choose
 from talik.recipe import check
 from talik.train.evaluation import evaluate_top
 from talik.train.loading import load
 from talik.train.resume import load_weights
-from talik.train.run_folder import is_run, load_tokenizer, open_run, result_checkpoint
+from talik.train.run_folder import is_run, open_run, result_checkpoint
 from talik.train.trunk import trunk_states
 
 

@@ -5,25 +5,27 @@ The model is never held: one tensor at a time. The folder appears once it is com
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from talik.card import model_card
-from talik.data.facts import stops_of
-from talik.data.template import plain_template
-from talik.errors import TalikError, UsageError
+from talik.errors import RunError, TalikError, UsageError
 from talik.events import Notify, Said, silent
-from talik.export_adapters import Merged, Named, export_adapter
+from talik.export_adapters import Merged, Named, write_adapter
 from talik.export_check import verify_logits
-from talik.files import finished_folder, need_room, read_json, write_json, write_text
+from talik.export_config import check_config, exported_config
+from talik.export_files import write_companions
+from talik.files import check_folder_place, finished_folder, need_room, write_json
 from talik.model.anatomy import parts_of
 from talik.model.checkpoint import (
     Entry,
@@ -36,10 +38,9 @@ from talik.model.checkpoint import (
 )
 from talik.model.conversion import in_checkpoint
 from talik.train.loading import working_dtype
-from talik.train.run_folder import Run, load_tokenizer, open_run, result_checkpoint
+from talik.train.run_folder import Run, open_run, result_checkpoint
 
-TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model")
-TEMPLATE = ("*.jinja", "chat_template*", "additional_chat_templates/*")
+HOLDS = 20  # tries to link a checkpoint while its run saves others
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +69,50 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
     check_destination(source, out)
     if adapter and recipe.lora is None:
         raise UsageError("--adapter: this run trained no adapters", where=opened.folder)
-    checkpoint = result_checkpoint(opened.folder)
-    if adapter:
-        card = model_card(opened, checkpoint, adapter=True)
-        exported = Exported(out, 0, 0, 0, 0, export_adapter(opened, checkpoint, out, card))
-        whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
-    else:
-        exported = _export_whole(opened, checkpoint, out, notify)
-        whole = exported.size
-    try:
-        notify(Said("export", verify_logits(opened, checkpoint, out, whole, adapter=adapter)))
-    except TalikError:
-        shutil.rmtree(out)
-        raise
+    with finished_folder(out) as folder, _held(opened.folder, folder) as checkpoint:
+        if adapter:
+            card = model_card(opened, checkpoint, adapter=True)
+            exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card))
+            whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
+        else:
+            exported = replace(_write_whole(opened, checkpoint, folder, notify), folder=out)
+            whole = exported.size
+        notify(Said("export", verify_logits(opened, checkpoint, folder, whole, adapter=adapter)))
     return exported
 
 
-def _export_whole(run: Run, checkpoint: Path, out: Path, notify: Notify) -> Exported:
-    """The source model with what was trained in it; says how many tensors that concerned."""
+@contextlib.contextmanager
+def _held(run: Path, folder: Path) -> Iterator[Path]:
+    """A run's checkpoint under a second name, so that it stays whole while the run removes its own."""
+    held = folder / ".checkpoint"
+    for _ in range(HOLDS):
+        shutil.rmtree(held, ignore_errors=True)
+        try:
+            checkpoint = result_checkpoint(run)
+            shutil.copytree(checkpoint, held / checkpoint.name, copy_function=_linked)
+            break
+        except (FileNotFoundError, shutil.Error):  # the run has just saved another one
+            continue
+    else:
+        problem = "saves checkpoints faster than they can be read"
+        raise RunError(problem, where=run, remedy="Try again when the run has ended.")
+    yield held / checkpoint.name
+    shutil.rmtree(held)
+
+
+def _linked(source: str, target: str) -> str:
+    """Links a file under a second name, or copies it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _write_whole(run: Run, checkpoint: Path, folder: Path, notify: Notify) -> Exported:
+    """Writes the source model with what was trained in it; says how many tensors that concerned."""
     dtype, untied = working_dtype(run.recipe), run.recipe.thawed(run.plan.layers).unties
 
     def trained(named: Named) -> Mapping[str, Tensor]:
@@ -94,7 +121,9 @@ def _export_whole(run: Run, checkpoint: Path, out: Path, notify: Notify) -> Expo
         return named(load_file(checkpoint / "weights.safetensors"))
 
     card = model_card(run, checkpoint)
-    exported = export_folder(run.source.folder, trained, out, dtype, untied=untied, card=card)
+    exported = write_model(run.source.folder, trained, folder, dtype, untied=untied)
+    write_companions(run.source.folder, folder, card, notify)
+    check_config(run.source.folder, folder)
     notify(
         Said(
             "export",
@@ -108,7 +137,8 @@ def _export_whole(run: Run, checkpoint: Path, out: Path, notify: Notify) -> Expo
 
 
 def check_destination(source: Path, out: Path) -> None:
-    """UsageError if `out` is the source's folder, inside it, or has something in it."""
+    """UsageError if `out` is the source's folder, inside it, has something in it, or cannot be made."""
+    check_folder_place(out)
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
         problem = "is in the folder of the source model, which stays as it is"
         raise UsageError(problem, where=out, remedy="Name a folder that is new or empty.")
@@ -116,28 +146,33 @@ def check_destination(source: Path, out: Path) -> None:
         raise UsageError("exists already", where=out, remedy="Name a folder that is new or empty.")
 
 
-def export_folder(
+def write_model(
     source: Path,
     trained: Callable[[Named], Mapping[str, Tensor]],
-    out: Path,
+    folder: Path,
     dtype: torch.dtype,
     *,
     untied: bool,
-    card: str,
 ) -> Exported:
-    """Writes the source model with the trained tensors in it.
+    """Writes weights and config of the source model with the trained tensors in it, and reads them back.
 
-    `trained` gives them by their names in the checkpoint, and is given what turns the model's names and
-    shapes into those. Every floating tensor gets the run's `dtype`. `untied`: the head has weights of its own
-    now. Raises UsageError for a destination that is taken, NoRoomError, and TalikError if what was written is
-    not what should have been.
+    Args:
+        source: The folder of the model that was trained.
+        trained: Gives the trained tensors by their names in the checkpoint; its argument is the function that
+            turns the model's names and shapes into those.
+        folder: Where to write; it is there and empty.
+        dtype: The dtype of every floating tensor.
+        untied: Whether the head has weights of its own now.
+
+    Raises:
+        NoRoomError: The disk has too little room.
+        TalikError: A tensor was written wrongly, or has no place in the checkpoint.
     """
-    check_destination(source, out)
+    fields = exported_config(source, dtype, untied=untied)
     config = AutoConfig.from_pretrained(source, local_files_only=True)
-    if untied:
-        config.get_text_config(decoder=True).tie_word_embeddings = False
-        config.tie_word_embeddings = False
     config.dtype = dtype
+    if untied:
+        config.get_text_config(decoder=True).tie_word_embeddings = config.tie_word_embeddings = False
     tables = read_tables(source)
     known = {name for table in tables.values() for name in table}
     with torch.device("meta"):
@@ -148,16 +183,14 @@ def export_folder(
     if strange := sorted(added.keys() - ({f"{head}.weight"} if untied else set())):
         raise TalikError(f"{len(strange)} trained tensors have no place in the checkpoint: {strange[:5]}")
     dtypes = Dtypes(dtype, model)
-    need_room(out, sum(_size(n, e, dtypes) for table in tables.values() for n, e in table.items()), "export")
-    if out.exists():
-        out.rmdir()  # empty, checked above
-    with finished_folder(out) as folder:
-        for number, (file, table) in enumerate(tables.items()):
-            extra = added if number == len(tables) - 1 else {}
-            _write_file(folder / file.name, table, delta, extra, dtypes)
-        _write_index(folder, tables, added)
-        _write_rest(source, folder, config, card)
-        return _verify(folder, tables, delta, dtypes, out)
+    size = sum(_size(n, e, dtypes) for table in tables.values() for n, e in table.items())
+    need_room(folder, size, "export")
+    for number, (file, table) in enumerate(tables.items()):
+        extra = added if number == len(tables) - 1 else {}
+        _write_file(folder / file.name, table, delta, extra, dtypes)
+    _write_index(folder, tables, added)
+    write_json(folder / "config.json", fields)
+    return _verify(folder, tables, delta, dtypes, folder)
 
 
 class Dtypes:
@@ -213,32 +246,6 @@ def _write_index(folder: Path, tables: dict[Path, dict[str, Entry]], added: dict
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))},
     )
-
-
-def _write_rest(source: Path, folder: Path, config: PreTrainedConfig, card: str) -> None:
-    """Config, generation config, tokenizer, chat template and the card."""
-    config.save_pretrained(folder)
-    if (source / "generation_config.json").is_file():
-        shutil.copy2(source / "generation_config.json", folder)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-    for pattern in (*TOKENIZER, *TEMPLATE):
-        for file in source.glob(pattern):
-            if file.is_file():
-                place = folder / file.relative_to(source)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copy2(file, place)
-    tokenizer = load_tokenizer(source)
-    # The tuned model ends its turns as it was trained to.
-    generation = read_json(folder / "generation_config.json")
-    stops = stops_of(tokenizer, generation.get("eos_token_id"))
-    generation["eos_token_id"] = list(stops.ids)
-    if stops.texts:
-        generation["stop_strings"] = list(stops.texts)
-    write_json(folder / "generation_config.json", generation)
-    if tokenizer.chat_template is None:  # what it was trained with must be what it is asked with
-        write_text(folder / "chat_template.jinja", plain_template(tokenizer))
-    write_text(folder / "README.md", card)
 
 
 def _verify(

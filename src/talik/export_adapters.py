@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from talik.card import base_name
-from talik.files import finished_folder, need_room, write_text
+from talik.export_files import write_adapter_companions
+from talik.files import need_room
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
 from talik.model.freeze import thaw, trained_parameters
 from talik.model.hollow import hollow_model
@@ -66,15 +67,12 @@ class Merged(Mapping[str, Tensor]):
         return found
 
 
-def export_adapter(run: Run, checkpoint: Path, out: Path, card: str) -> int:
-    """Writes what was trained as a folder of PEFT; returns its bytes."""
+def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str) -> int:
+    """Writes what was trained as a folder of PEFT, with what it takes to use it; returns its bytes."""
     weights = checkpoint / "weights.safetensors"
-    need_room(out, weights.stat().st_size, "export")
+    need_room(folder, weights.stat().st_size, "export")
     model = hollow_model(run.source.folder, working_dtype(run.recipe))
     thaw(model, run.recipe)
-    if out.exists():
-        out.rmdir()  # empty, checked before
-    with finished_folder(out) as folder:
-        write_adapter_folder(model, weights, folder, base_name(run))
-        write_text(folder / "README.md", card)
-    return sum(file.stat().st_size for file in out.iterdir())
+    write_adapter_folder(model, weights, folder, base_name(run))
+    write_adapter_companions(run.source.folder, folder, card)
+    return sum(file.stat().st_size for file in folder.iterdir())

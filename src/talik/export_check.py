@@ -12,10 +12,11 @@ from talik.files import in_words
 from talik.machine import device_memory
 from talik.model.adapters import load_adapter_folder, merge_adapters
 from talik.model.chain import load_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.system import free_memory
 from talik.train.loading import load_whole, working_dtype
 from talik.train.resume import load_weights
-from talik.train.run_folder import Run, load_tokenizer
+from talik.train.run_folder import Run
 
 TEXT = "The exported folder has the tuned model's logits."
 

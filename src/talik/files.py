@@ -6,6 +6,8 @@ No write goes over a file that somebody may have mapped: a temporary file beside
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -16,6 +18,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from talik.errors import NoRoomError, UsageError
 
@@ -78,21 +82,80 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def finished_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under `path` only once everything in it is on the disk; `path` must not exist.
+    """A folder that appears under `path` only once everything in it is on the disk.
 
-    What a killed process left of the same folder is removed first, so no two may make it at once.
+    It is made next to `path` under a name of this process alone; an error leaves nothing. Leftovers of killed
+    processes are removed first.
+
+    Raises:
+        UsageError: `path` is there and not empty by then: another process has made it.
     """
-    part = path.parent / f".{path.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_parts(path)
+    part = path.parent / f"{_part_stem(path)}.{os.getpid()}-{os.urandom(3).hex()}.part"
     part.mkdir()
     try:
         yield part
         _settle(part)
-        part.rename(path)
+        _put(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _part_stem(path: Path) -> str:
+    """The start of the names of a folder's unfinished forms, short enough for every file system."""
+    return f".{path.name}" if len(path.name.encode()) < 200 else f".{fingerprint(path.name)}"
+
+
+def _clear_parts(path: Path) -> None:
+    """Removes unfinished forms of a folder whose processes are gone."""
+    for part in path.parent.glob(f"{glob.escape(_part_stem(path))}.*.part"):
+        match = re.search(r"\.(\d+)-[0-9a-f]{6}\.part$", part.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, path: Path) -> None:
+    """Gives a finished folder its name, in place of an empty one."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        part.rename(path)
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOTEMPTY,
+            errno.EEXIST,
+            errno.EBUSY,
+            errno.EINVAL,
+            errno.EACCES,
+            errno.ENOTDIR,
+        ):
+            raise
+        if path.is_dir() and any(path.iterdir()):
+            problem = "exists already: another process has made it in the meantime"
+        else:
+            problem = f"cannot be put in place: {os.strerror(error.errno)}"
+        raise UsageError(problem, where=path, remedy="Name a folder that is new or empty.") from None
+
+
+def check_folder_place(path: Path) -> None:
+    """Checks that a folder of this name can be made by `finished_folder`.
+
+    Raises:
+        UsageError: It is the current folder, a mount point, or its name is too long for the file system.
+    """
+    try:
+        there = path.exists()
+        if there and path.samefile(Path.cwd()):
+            raise UsageError("is the current folder", where=path, remedy="Name a new folder in it.")
+        if there and os.path.ismount(path):
+            raise UsageError(
+                "is a mount point", where=path, remedy=f"Name a new folder in it: {path / 'out'}"
+            )
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UsageError(f"cannot be used: {reason}", where=path, remedy="Name another place.") from None
 
 
 def sync_folder(folder: Path) -> None:

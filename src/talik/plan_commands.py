@@ -209,7 +209,7 @@ def _model_and_data(recipe: Any, data: str | None, notify: Any) -> tuple[Path, A
     """The model's folder, and the data to train on and to evaluate on, if there are any."""
     from talik.data.dataset import read_sets
     from talik.model.source import find_model
-    from talik.train.run_folder import load_tokenizer
+    from talik.model.tokenizer_files import load_tokenizer
 
     folder = find_model(recipe.model, revision=recipe.revision, weights=False).folder
     if data is None:

@@ -26,6 +26,7 @@ from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
 from talik.model.products import bf16_as_fp32
 from talik.model.source import Source, find_model
+from talik.model.tokenizer_files import load_tokenizer
 from talik.plan.explain_run import BROKEN
 from talik.plan.promise import Promise, broken_fields
 from talik.plan.report import short_text, slow_precision
@@ -49,7 +50,6 @@ from talik.train.run_folder import (
     Run,
     check_new,
     check_same_data,
-    load_tokenizer,
     only_process,
     open_run,
     refuse_run,

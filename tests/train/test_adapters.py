@@ -28,13 +28,13 @@ from talik.lora import Lora, read_lora
 from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths
 from talik.model.chain import Chain
 from talik.model.freeze import thaw
+from talik.model.tokenizer_files import load_tokenizer
 from talik.plan.ways import check_plan, choose
 from talik.recipe import Recipe, check
 from talik.train.loading import load, load_whole
 from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
 from talik.train.resume import latest_checkpoint
-from talik.train.run_folder import load_tokenizer
 from talik.train.top import Top, make_top
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own

@@ -23,6 +23,7 @@ from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
 from talik.errors import Interrupted, NonFiniteError, RunError, TalikError
 from talik.files import read_json
+from talik.model.tokenizer_files import load_tokenizer
 from talik.model.working_copy import WorkingCopy
 from talik.plan.ways import choose
 from talik.recipe import Recipe
@@ -31,7 +32,6 @@ from talik.train import loading, trunk
 from talik.train.loop import StepDone
 from talik.train.optim import learning_rate_at
 from talik.train.resume import checkpoint_bytes, checkpoints, latest_checkpoint
-from talik.train.run_folder import load_tokenizer
 from talik.train.top import Top, make_top
 
 pytestmark = pytest.mark.whole_run

@@ -41,6 +41,8 @@ def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Pat
 def _convert(file: Path, folder: Path, weights: bool) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
+    from talik.model.tokenizer_files import readable
+
     try:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         model = _read_gguf(file, folder) if weights else None
@@ -52,6 +54,8 @@ def _convert(file: Path, folder: Path, weights: bool) -> None:
     except Exception as error:  # tokenizers raises nothing narrower, readers of broken files anything
         remedy = "Is it wholly downloaded, and does Transformers know this architecture?"
         raise SourceError(f"cannot be read: {one_line(error)}", where=file, remedy=remedy) from error
+    config_file = folder / "tokenizer_config.json"
+    files.write_json(config_file, readable(files.read_json(config_file)))
     files.write_json(folder / "talik_source.json", {"file": str(file), "bytes": file.stat().st_size})
 
 

@@ -1,8 +1,8 @@
 """The header of a safetensors file, checked by the rules of the format before a byte after it is believed.
 
-The file: 8 bytes (little endian) with the length of the header; the header, a JSON object with dtype, shape and
-byte range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are given once, a
-range is as long as shape and dtype say, and ranges follow each other without holes to the end of the file.
+The file: 8 bytes (little endian) with the length of the header; the header, a JSON object with dtype, shape
+and byte range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are given
+once, a range is as long as shape and dtype say, and ranges follow each other without holes to the file's end.
 """
 
 from __future__ import annotations

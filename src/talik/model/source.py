@@ -23,8 +23,8 @@ from talik.model.gguf import converted
 from talik.model.libraries import need_packages, one_line
 
 _SMALL = [
-    *("config*.json", "generation_config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "*.jinja", "*.safetensors.index.json"),
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "tokenizer*", "vocab*", "merges*"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 ]
 _NOT_USED = ["*/*", "consolidated*", "adapter_*"]  # the same weights in other layouts; adapters
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -128,8 +128,27 @@ def _check(source: Source, weights: bool) -> None:
         raise SourceError("is not a model's config: no model_type", where=file, remedy=remedy) from error
     _check_kind(config, kind, file)
     _check_config(config, kind, file)
+    _check_generation_config(source.folder)
     if weights:
         _check_weights(source)
+
+
+def _check_generation_config(folder: Path) -> None:
+    """SourceError for a generation config that Transformers would refuse in the export, hours later."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        if not isinstance(files.read_json(file), dict):
+            raise ValueError("it is no JSON object")
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each field is checked in its own way
+        remedy = "Correct the field, or remove the file: it only holds defaults for generating text."
+        raise SourceError(
+            f"Transformers does not accept it: {one_line(error)}", where=file, remedy=remedy
+        ) from None
 
 
 def _check_kind(config: dict[str, Any], kind: str, file: Path) -> None:

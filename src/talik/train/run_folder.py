@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer
 
 from talik.errors import RunError
 from talik.events import Notify, Said
-from talik.files import finished_folder, read_json, write_json
+from talik.files import check_folder_place, finished_folder, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
 from talik.recipe import Plan, Recipe, check, read_fields, read_plan, write_recipe
@@ -43,6 +42,7 @@ def check_new(folder: Path) -> None:
     if blocked := next((parent for parent in folder.parents if parent.is_file()), None):
         problem = f"cannot be used: Not a directory: {blocked}"
         raise RunError(problem, where=folder, remedy="Name another place.")
+    check_folder_place(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {REFUSED}):
         go_on = f"Go on with it: talik resume {folder}\n  Or name" if is_run(folder) else "Name"
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
@@ -60,8 +60,6 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
     }
     check_new(folder)  # once more: another run may have begun in it while this one was planned
     (folder / REFUSED).unlink(missing_ok=True)
-    if folder.exists():
-        folder.rmdir()
     with finished_folder(folder) as part:
         write_json(part / "source.json", known)
         write_json(part / "plan.json", plan.model_dump())
@@ -133,8 +131,3 @@ def result_checkpoint(folder: Path) -> Path:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,0 +1,63 @@
+"""The files of a tokenizer: which they are, the tokenizer, and its config as all readers know it."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from talik.errors import SourceError
+from talik.files import read_json
+
+PATTERNS = (
+    *(
+        "tokenizer*",
+        "vocab*",
+        "merges*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.model",
+        "*.tiktoken",
+    ),
+    *("tekken.json", "*.codes", "spiece*", "chat_template*", "*.jinja"),
+)
+_KNOWN_TO_ALL = {
+    "TokenizersBackend": "PreTrainedTokenizerFast"
+}  # a class of Transformers 5: what it was before
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with the chat template of chat_template.json where it has no other.
+
+    Raises:
+        SourceError: chat_template.json holds no template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    file = folder / "chat_template.json"
+    if tokenizer.chat_template is None and file.is_file():  # read by Transformers for processors alone
+        try:
+            template = read_json(file)["chat_template"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            template = None
+        if not isinstance(template, str):
+            problem = "holds no template: a JSON object with 'chat_template' is needed"
+            raise SourceError(problem, where=file, remedy="Get the file again from where the model came.")
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def readable(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a tokenizer_config.json in the form that Transformers 4 and 5 both read."""
+    made = {key: value for key, value in config.items() if key != "auto_map"}
+    made["tokenizer_class"] = _KNOWN_TO_ALL.get(made.get("tokenizer_class", ""), made.get("tokenizer_class"))
+    if isinstance(made.get("extra_special_tokens"), list):  # a dictionary before Transformers 5
+        more = made.pop("extra_special_tokens")
+        made["additional_special_tokens"] = [*made.get("additional_special_tokens", []), *more]
+    return {key: value for key, value in made.items() if key != "tokenizer_class" or value is not None}
