@@ -1,4 +1,4 @@
-"""Compares exports as Transformers 4 reads them with Transformers 5: logits, for six kinds of rotary embeddings.
+"""Compares what Transformers 4 and 5 make of exports: logits, for six kinds of rotary embeddings.
 
     python3 dev.py bench older_readers
 
