@@ -428,10 +428,11 @@ def test_a_disk_that_fills_up_in_training(
     assert cli.main(["resume", "run"] if Path("run").exists() else command) == 0, "with room it goes on"
 
 
-@pytest.mark.parametrize("write", ["tensor_bytes", "write_text"])
+@pytest.mark.parametrize("write", ["export.tensor_bytes", "export_files.write_text"])
 def test_a_disk_that_fills_up_in_an_export(
     write: str, refused: Refused, monkeypatch: pytest.MonkeyPatch, run: Path
 ) -> None:
-    monkeypatch.setattr(import_module("talik.export"), write, full)
+    module, _, name = write.partition(".")
+    monkeypatch.setattr(import_module(f"talik.{module}"), name, full)
     assert_says(refused("export", run, "out"), "the disk is full", "Make room")
     assert not Path("out").exists()

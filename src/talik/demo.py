@@ -21,7 +21,7 @@ from talik.data.batches import split_held_out
 from talik.data.dataset import preview, read_all
 from talik.data.formats import conversations
 from talik.data.messages import Conversation
-from talik.data.rows import read_rows
+from talik.data.reading import read_rows
 from talik.errors import UsageError
 from talik.export import export
 from talik.files import write_text

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
             exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card))
             whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
         else:
-            exported = replace(_write_whole(opened, checkpoint, folder, notify), folder=out)
+            exported = _write_whole(opened, checkpoint, folder, out, notify)
             whole = exported.size
         notify(Said("export", verify_logits(opened, checkpoint, folder, whole, adapter=adapter)))
     return exported
@@ -111,7 +111,7 @@ def _linked(source: str, target: str) -> str:
     return target
 
 
-def _write_whole(run: Run, checkpoint: Path, folder: Path, notify: Notify) -> Exported:
+def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: Notify) -> Exported:
     """Writes the source model with what was trained in it; says how many tensors that concerned."""
     dtype, untied = working_dtype(run.recipe), run.recipe.thawed(run.plan.layers).unties
 
@@ -121,7 +121,7 @@ def _write_whole(run: Run, checkpoint: Path, folder: Path, notify: Notify) -> Ex
         return named(load_file(checkpoint / "weights.safetensors"))
 
     card = model_card(run, checkpoint)
-    exported = write_model(run.source.folder, trained, folder, dtype, untied=untied)
+    exported = write_model(run.source.folder, trained, folder, dtype, untied=untied, out=out)
     write_companions(run.source.folder, folder, card, notify)
     check_config(run.source.folder, folder)
     notify(
@@ -153,6 +153,7 @@ def write_model(
     dtype: torch.dtype,
     *,
     untied: bool,
+    out: Path,
 ) -> Exported:
     """Writes weights and config of the source model with the trained tensors in it, and reads them back.
 
@@ -163,6 +164,7 @@ def write_model(
         folder: Where to write; it is there and empty.
         dtype: The dtype of every floating tensor.
         untied: Whether the head has weights of its own now.
+        out: The name that the folder will have.
 
     Raises:
         NoRoomError: The disk has too little room.
@@ -184,13 +186,13 @@ def write_model(
         raise TalikError(f"{len(strange)} trained tensors have no place in the checkpoint: {strange[:5]}")
     dtypes = Dtypes(dtype, model)
     size = sum(_size(n, e, dtypes) for table in tables.values() for n, e in table.items())
-    need_room(folder, size, "export")
+    need_room(out, size, "export")
     for number, (file, table) in enumerate(tables.items()):
         extra = added if number == len(tables) - 1 else {}
         _write_file(folder / file.name, table, delta, extra, dtypes)
     _write_index(folder, tables, added)
     write_json(folder / "config.json", fields)
-    return _verify(folder, tables, delta, dtypes, folder)
+    return _verify(folder, tables, delta, dtypes, out)
 
 
 class Dtypes:

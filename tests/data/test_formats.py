@@ -363,3 +363,10 @@ def test_a_written_row_is_read_as_the_same_conversation(turns: Any) -> None:
     made = Conversation(tuple(messages), Place("rows.json", 1))
     row = json.loads(json.dumps(to_row(made)))
     assert conversations(rows_of(row)) == ("messages", [made])
+
+
+def test_messages_of_a_table_have_every_key_and_null_where_it_does_not_belong() -> None:
+    keys = dict.fromkeys(["role", "from", "content", "value", "tool_calls", "name", "weight", "images"])
+    turns = [{**keys, "from": "human", "value": "q"}, {**keys, "role": A, "content": "a"}]
+    _, (made,) = conversations(rows_of({**chat(*turns), "tools": None, "system": None}))
+    assert isinstance(made, Conversation) and made.messages == (Message(U, "q"), Message(A, "a"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from talik.data.rows import Place, read_rows, refuse
+from talik.data.reading import read_rows
+from talik.data.rows import Place, refuse
 from talik.errors import DataError
 
 

@@ -14,8 +14,8 @@ from talik.data.formats import conversations
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Document
 from talik.data.preview import length_histogram, preview_text
+from talik.data.reading import check_file, read_rows
 from talik.data.report import Report
-from talik.data.rows import check_file, read_rows
 from talik.errors import DataError, UsageError, together
 from talik.files import fingerprint
 from talik.recipe import Recipe, check

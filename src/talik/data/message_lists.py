@@ -100,14 +100,20 @@ def _message(name: str, item: Any) -> tuple[Message, bool, Tools]:
 def _keys(name: str, item: Any) -> tuple[str, str]:
     """The names of a message's role and of its content."""
     if isinstance(item, Mapping):
-        role = next((key for key in ("role", "from") if key in item), None)
-        content = next((key for key in ("content", "value") if key in item), None)
+        # A table has every key in every message, null where it does not belong.
+        role, content = _held(item, "role", "from"), _held(item, "content", "value")
         if role and content is None and (item.get("tool_calls") or item.get("function_call")):
             content = "content"
         if role and content:
             return role, content
     wanted = "an object with 'role' and 'content', or 'from' and 'value'"
     raise RowError(MISSING, f"field '{name}' must be {wanted}, it is {describe(item)}", name)
+
+
+def _held(item: Mapping[str, Any], *names: str) -> str | None:
+    """The first of these keys that holds something, or else that is there at all."""
+    there = [name for name in names if name in item]
+    return next((name for name in there if item[name] is not None), there[0] if there else None)
 
 
 def _check_fields(name: str, item: Mapping[str, Any]) -> None:

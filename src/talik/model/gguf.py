@@ -11,7 +11,7 @@ from typing import Any
 
 from talik import files
 from talik.errors import SourceError, TalikError
-from talik.model.libraries import need_packages, one_line
+from talik.libraries import need_packages, one_line
 from talik.system import give_back_memory, home_folder
 
 

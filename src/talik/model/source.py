@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from talik import files
 from talik.errors import SourceError
+from talik.libraries import need_packages, one_line
 from talik.model.gguf import converted
-from talik.model.libraries import need_packages, one_line
 
 _SMALL = [
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "tokenizer*", "vocab*", "merges*"),
