@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from talik.errors import SourceError
-from talik.files import read_json
 from talik.model.safetensors_header import read_ranges
+from talik.model.weight_index import check_places, index_of, weight_map
 from talik.system import forget_pages
 
 DTYPES = {
@@ -67,11 +67,26 @@ class Entry:
         else:
             tensor.copy_(self.read())
 
-    def read_into(self, place: memoryview, *, forget: bool = False) -> None:
-        """The tensor's bytes into memory of `size` bytes. SourceError if the file ends before.
+    def part(self, first: int, count: int) -> Entry:
+        """`count` of the tensor's elements, from `first` on, as a tensor of one dimension."""
+        start, size = first * self.dtype.itemsize, count * self.dtype.itemsize
+        if first < 0 or start + size > self.size:
+            raise SourceError(f"{count:,} elements from {first:,} on are not in the tensor", where=self.file)
+        return replace(self, shape=(count,), start=self.start + start, size=size)
 
-        `forget`: the system need not keep them in memory for another reading.
+    def read_into(self, place: memoryview, *, forget: bool = False) -> None:
+        """Reads the tensor's bytes into memory of exactly `size` bytes.
+
+        Args:
+            place: The memory.
+            forget: The system need not keep the bytes in memory for another reading.
+
+        Raises:
+            SourceError: The memory has another size, or the file ends before the tensor does.
         """
+        if len(place) != self.size:  # more would be filled with the bytes of the tensor behind
+            problem = f"the tensor has {self.size:,} bytes, and is read into {len(place):,}"
+            raise SourceError(problem, where=self.file)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             done = 0
@@ -87,20 +102,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names.
 
     Raises:
-        SourceError: The index is none, or names a file outside of the folder.
+        SourceError: The index is damaged, or names a file outside of the folder.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or (folder / "model.safetensors").is_file():  # as Transformers chooses
-        return [folder / "model.safetensors"]
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SourceError("is not an index of weights: no weight_map", where=index) from None
-    if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
-        problem = f"names a file outside of the folder: {outside[0][:200]!r}"
-        raise SourceError(problem, where=index, remedy="Get the model again from where it came.")
-    return files
+    if index := index_of(folder):
+        return [folder / name for name in sorted(set(weight_map(index).values()))]
+    return [folder / "model.safetensors"]
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -120,8 +126,16 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
-    """The tables of all weight files of a model folder."""
-    return {file: read_header(file) for file in weight_files(folder)}
+    """The tables of all weight files of a model folder.
+
+    Raises:
+        SourceError: A file breaks a rule of the format, lacks a tensor that the index places there, or holds
+            one that another file holds, too.
+    """
+    tables = {file: read_header(file) for file in weight_files(folder)}
+    if index := index_of(folder):
+        check_places(index, {file.name: table.keys() for file, table in tables.items()})
+    return tables
 
 
 def write_tensors(file: Writer, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:

@@ -21,6 +21,7 @@ from talik import files
 from talik.errors import SourceError
 from talik.libraries import need_packages, one_line
 from talik.model.gguf import converted
+from talik.model.weight_index import index_of, weight_map
 
 _SMALL = [
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "tokenizer*", "vocab*", "merges*"),
@@ -185,12 +186,8 @@ def _check_config(config: dict[str, Any], kind: str, file: Path) -> None:
 
 def _check_weights(source: Source) -> None:
     folder, shards = source.folder, ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / shards[0]).is_file():
-        try:
-            shards = sorted(set(files.read_json(index)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError("is not an index of weights: no weight_map", where=index) from error
+    if index := index_of(folder):
+        shards = sorted(set(weight_map(index).values()))
     elif not (folder / shards[0]).is_file():
         raise SourceError("no model.safetensors", where=folder, remedy=_what_else(source) or _HOLDS)
     if missing := [name for name in shards if not (folder / name).is_file()]:

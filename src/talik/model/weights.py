@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -193,14 +192,12 @@ class Weights:
             for own, read in zip(flat[start : start + count].split(GRAIN), part.split(GRAIN), strict=True):
                 own.copy_(read)
 
-    def _read_bytes(self, source: str, into: Tensor, first: int = 0) -> None:
-        """Fills `into` with the tensor's elements from `first` on."""
+    def _read_bytes(self, source: str, into: Tensor, first: int | None = None) -> None:
+        """Fills `into` with the whole tensor, which has as many bytes, or with elements from `first` on."""
         entry = self._table[source]
-        if into.nbytes != entry.size:
-            start = entry.start + first * entry.dtype.itemsize
-            entry = replace(entry, start=start, size=into.nbytes, shape=tuple(into.shape))
         try:
-            entry.read_into(tensor_bytes(into), forget=self.forget)
+            part = entry if first is None else entry.part(first, into.numel())
+            part.read_into(tensor_bytes(into), forget=self.forget)
         except (OSError, SourceError) as error:
             raise SourceError(f"{source} cannot be read: {error}", where=entry.file) from error
 

@@ -29,7 +29,7 @@ class FakeWeights(Weights):
 
     log: StorageLog
 
-    def _read_bytes(self, source: str, into: Tensor, first: int = 0) -> None:
+    def _read_bytes(self, source: str, into: Tensor, first: int | None = None) -> None:
         pass
 
     def _check_unchanged(self) -> None:
