@@ -17,7 +17,7 @@ import torch
 from talik import cli
 from talik.data.examples import Example, Span
 from talik.data.rows import Place
-from talik.errors import NoRoomError
+from talik.errors import NoRoomError, UsageError
 from talik.train.cache import groups_of, open_cache
 from talik.train.cache_folder import cache_folders, lock_of, make_room, remove
 
@@ -106,31 +106,104 @@ def test_clear_all_removes_unfinished_ones_and_nothing_else(run: Run, tmp_path: 
     assert left == set(mine) and run("list")[1].startswith("0 caches")
 
 
-def make_foreign(root: Path) -> list[Path]:
-    """Folders of somebody else under names that caches have: data sets by their MD5, and links."""
-    named = root / "0123456789abcdef0123456789abcdef"
-    part = root / f".{'f' * 32}.part"
-    for folder in (named, part):
-        folder.mkdir()
-        (folder / "precious").write_bytes(b"mine" * 1000)
-    (named / "shard-00000.bin").write_bytes(b"mine, too")
-    edited = root / ("a" * 32)
-    edited.mkdir()
-    (edited / "key.json").write_text('{"facts": {"of": "another"}}')
-    (edited / "notes.txt").write_text("mine")
-    link = root / ("9" * 32)
-    link.symlink_to(named, target_is_directory=True)
-    return [named, part, edited, link]
+def tokens_of_somebody(folder: Path) -> None:
+    (folder / "shard-00000.bin").write_bytes(b"mine")
+    (folder / "shard-00000.json").write_text('{"tokens": 1}')
 
 
-def test_folders_of_somebody_else_are_never_removed(run: Run, tmp_path: Path) -> None:
-    foreign, own = make_foreign(tmp_path), make_cache(tmp_path, "one")
-    assert [folder.path for folder in cache_folders(tmp_path)] == [own]
-    assert run("clear", "--all")[0] == 0
-    assert not own.exists() and all((folder / "..").exists() for folder in foreign)
-    assert (foreign[0] / "precious").read_bytes() == b"mine" * 1000
-    kept = make_cache(tmp_path, "two")
-    assert make_room(tmp_path, 10**6, 10**7, kept) == [] and (foreign[1] / "precious").exists()
+def table_and_more(folder: Path) -> None:
+    (folder / "key.json").write_text('{"facts": {"of": "another"}}')
+    (folder / "notes.txt").write_text("mine")
+
+
+def deep_table(folder: Path) -> None:
+    (folder / "key.json").write_text("[" * 100_000)
+    (folder / "shards").mkdir()
+
+
+def link_in_it(folder: Path) -> None:
+    (folder.parent / "precious").write_text("mine")
+    (folder / "key.json").symlink_to(folder.parent / "precious")
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "a data set": lambda folder: (folder / "precious").write_bytes(b"mine"),
+    "a cache's names and one more": lambda folder: (tokens_of_somebody(folder), table_and_more(folder)),
+    "tokens in shards": tokens_of_somebody,
+    "shards of another kind": lambda folder: (folder / "shard-00000.tar").write_bytes(b"mine"),
+    "a table of something else": table_and_more,
+    "a table that is nested": deep_table,
+    "a folder": lambda folder: (folder / "shard-00000.bin").mkdir(),
+    "a link": link_in_it,
+    "version 0.1.0": lambda folder: (folder / "manifest.json").write_text("{}"),
+}
+
+
+def inside(folder: Path) -> dict[str, bytes | None]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if path.suffix != ".lock"
+    }
+
+
+@pytest.mark.parametrize("name", ["0123456789abcdef" * 2, f".{'f' * 32}.part", f".{'f' * 32}.gone"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_of_somebody_else_is_never_removed(kind: str, name: str, run: Run, tmp_path: Path) -> None:
+    if kind == "tokens in shards" and name.startswith("."):
+        pytest.skip("what is left of a cache whose removal was broken off")
+    root = tmp_path
+    (root / name).mkdir()
+    FOREIGN[kind](root / name)
+    before = inside(root)
+    own = make_cache(root, "one")
+    assert [folder.path for folder in cache_folders(root)] == [own]
+    assert run("clear", "--all")[0] == 0 and not own.exists()
+    with pytest.raises(NoRoomError):
+        make_room(root, 10**6, 1, keep=root / ("0" * 32))
+    assert run("clear", name.strip(".")[:8])[0] == 2
+    assert inside(root) == before
+
+
+def test_links_with_the_name_of_a_cache_are_left(run: Run, tmp_path: Path) -> None:
+    elsewhere = make_cache(tmp_path / "elsewhere", "one")
+    (tmp_path / elsewhere.name).symlink_to(elsewhere, target_is_directory=True)
+    (tmp_path / f".{'f' * 32}.gone").symlink_to(elsewhere, target_is_directory=True)
+    (tmp_path / ("e" * 32)).symlink_to("nowhere")
+    before = inside(tmp_path)
+    assert run("clear", "--all")[0] == 0 and cache_folders(tmp_path) == []
+    assert inside(tmp_path) == before and elsewhere.is_dir()
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_what_lies_in_the_way_of_a_removal_stays(link: bool, run: Run, tmp_path: Path) -> None:
+    own = make_cache(tmp_path, "one")
+    gone = tmp_path / f".{own.name}.gone"
+    if link:
+        gone.symlink_to("nowhere")
+    else:
+        gone.mkdir()
+        (gone / "precious").write_bytes(b"mine")
+    before = inside(tmp_path)
+    code, out, err = run("clear", "--all")
+    assert (code, out) == (2, "") and f"{gone}: is no cache of Talik and stays" in err
+    assert inside(tmp_path) == before and gone.is_symlink() == link
+
+
+def test_somebody_s_folder_in_the_place_of_a_cache_is_refused(tmp_path: Path) -> None:
+    folder = make_cache(tmp_path, "one")
+    table_and_more(folder)
+    before = inside(tmp_path)
+    with pytest.raises(UsageError, match="is no cache of Talik and stays"):
+        open_cache(tmp_path, {"trunk": "one"}, 256, torch.float32)
+    assert inside(tmp_path) == before
+
+
+@pytest.mark.parametrize("table", ["", "{", "[" * 100_000, '{"facts": 5}', "[]"])
+def test_a_cache_whose_table_is_damaged_is_unfinished(table: str, run: Run, tmp_path: Path) -> None:
+    (make_cache(tmp_path, "one") / "key.json").write_text(table)
+    (found,) = cache_folders(tmp_path)
+    assert found.state == "unfinished" and run("clear", "--all")[0] == 0 and cache_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize(

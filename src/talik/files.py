@@ -76,8 +76,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file in UTF-8."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value of a JSON file in UTF-8.
+
+    Raises:
+        ValueError: The file is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextlib.contextmanager

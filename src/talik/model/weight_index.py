@@ -28,9 +28,8 @@ def weight_map(index: Path) -> dict[str, str]:
     """
     try:
         value: Any = read_json(index)
-    except (ValueError, RecursionError) as error:
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise SourceError(f"is no JSON ({reason})", where=index, remedy=_REMEDY) from None
+    except ValueError as error:
+        raise SourceError(f"cannot be read: {str(error)[:200]}", where=index, remedy=_REMEDY) from None
     places = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(places, dict) or not places:
         raise SourceError("is not an index of weights: no weight_map", where=index, remedy=_REMEDY)

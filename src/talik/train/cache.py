@@ -43,8 +43,9 @@ def open_cache(
 ) -> Cache:
     """The cache of the trunk that these facts (values of JSON) describe, empty if there was none.
 
-    Hidden states have `width` numbers of `dtype`. `model` is what `talik cache list` shows. A folder whose
-    key.json disagrees with its name is removed: nobody knows what is in it. TalikError if it is in use.
+    Hidden states have `width` numbers of `dtype`. `model` is what `talik cache list` shows. A cache whose
+    key.json is damaged is removed: nobody knows what is in it. TalikError if it is in use, UsageError if its
+    name is that of something else.
     """
     covered = json.loads(json.dumps({**facts, "format": 1, "width": width, "dtype": str(dtype)}))
     folder = root / key_of(covered)

@@ -28,7 +28,8 @@ from talik.system import home_folder
 
 State = Literal["usable", "being written", "unfinished"]
 _NAME = re.compile(r"([0-9a-f]{32})|\.([0-9a-f]{32})\.(part|gone)")
-_OWN = re.compile(r"\.?(shard-\d+\.(bin|json)|key\.json)(\.\w+)?")  # files of a cache, and temporary ones
+_SHARD = re.compile(r"\.?shard-\d+\.(bin|json)(\.\w+)?")  # or a temporary one
+_TABLE = re.compile(r"\.?key\.json(\.\w+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +66,28 @@ def cache_folders(root: Path) -> list[CacheFolder]:
     The user may have named any folder: nothing else under it is looked at, let alone removed.
     """
     paths = sorted(root.iterdir()) if root.is_dir() else []
-    found = [_look(path) for path in paths if _is_ours(path)]
+    found = [_look(path) for path in paths if is_cache(path)]
     return sorted((folder for folder in found if folder), key=lambda folder: folder.used)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder is a cache: its table says so, or nothing but a cache's files is in it."""
+def is_cache(path: Path) -> bool:
+    """Whether a folder is a cache, or what is left of one: its table says so, or all its files are a cache's.
+
+    A cache has its table before its first shard: shards alone are somebody else's, but for a folder that was
+    being removed. Links are never followed.
+    """
     if not _NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
+    if _about(path):
+        return True
     try:
-        if "facts" in (about := _about(path / "key.json")) and key_of(about["facts"]) == _key(path):
-            return True
         with os.scandir(path) as entries:
-            return all(_OWN.fullmatch(e.name) and e.is_file(follow_symlinks=False) for e in entries)
+            files = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     except OSError:  # closed to us, or just removed
         return False
+    shards, tables = (list(filter(pattern.fullmatch, files)) for pattern in (_SHARD, _TABLE))
+    only_ours = all(files.values()) and len(shards) + len(tables) == len(files)
+    return only_ours and (not shards or bool(tables) or path.name != _key(path))
 
 
 def chosen(root: Path, keys: Sequence[str]) -> list[CacheFolder]:
@@ -97,11 +105,19 @@ def chosen(root: Path, keys: Sequence[str]) -> list[CacheFolder]:
 
 
 def remove(folder: CacheFolder) -> bool:
-    """Removes a cache; False if another process is writing it (or, on Windows, reading it)."""
+    """Removes a cache; False if another process is writing it (or, on Windows, reading it).
+
+    Raises:
+        UsageError: There is, or lies in the way, something that is no cache. Nothing is removed then.
+    """
     with _if_free(folder.path) as free:
         gone = folder.path.with_name(f".{folder.key}.gone")
+        for path in (folder.path, gone):
+            if os.path.lexists(path) and not is_cache(path):
+                raise UsageError("is no cache of Talik and stays", where=path, remedy="Move it away.")
         if free and folder.path != gone:
-            shutil.rmtree(gone, ignore_errors=True)
+            if gone.exists():
+                shutil.rmtree(gone)
             free = _renamed(folder.path, gone)  # at once: nobody finds half of it
         if free and gone.exists():
             shutil.rmtree(gone)
@@ -138,15 +154,18 @@ def make_room(root: Path, needed: int, limit: int | float, keep: Path) -> list[C
 def _look(path: Path) -> CacheFolder | None:
     """What lies there; None if it has just been removed."""
     try:
-        files = {entry.name: entry.stat() for entry in os.scandir(path)}
+        with os.scandir(path) as entries:
+            files = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
         changed = path.stat().st_mtime
     except FileNotFoundError:
         return None
-    about, state, tokens = {}, "unfinished", 0
-    if "key.json" in files and path.name == _key(path):
-        about, state = _about(path / "key.json"), "usable"
+    about, state, tokens = _about(path), "unfinished", 0
+    if about and path.name == _key(path):
+        state = "usable"
         shards = (name for name in files if name.endswith(".bin") and f"{name[:-3]}json" in files)
-        tokens = sum(files[name].st_size for name in shards) // max(1, about.get("token_bytes", 1))
+        of_token = about.get("token_bytes")
+        if isinstance(of_token, int) and of_token > 0:
+            tokens = sum(files[name].st_size for name in shards) // of_token
     with _if_free(path) as free:
         state = state if free else "being written"
     used = files["key.json"].st_mtime if "key.json" in files else changed
@@ -155,11 +174,12 @@ def _look(path: Path) -> CacheFolder | None:
 
 
 def _about(path: Path) -> dict[str, Any]:
+    """The table of a cache; an empty one where there is none that fits the name of the folder."""
     try:
-        value = read_json(path)
-    except (OSError, ValueError):
+        about = read_json(path / "key.json")
+        return about if key_of(about["facts"]) == _key(path) else {}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _key(path: Path) -> str:

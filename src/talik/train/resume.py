@@ -168,7 +168,7 @@ def _damage(checkpoint: Path) -> str | None:
                 return f"{name} is damaged: its SHA-256 is {found[:16]}..., and {was}... was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, RecursionError):
+    except ValueError:
         return f"{DIGESTS} is damaged: it is no JSON"
     return None
 
