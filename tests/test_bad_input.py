@@ -411,7 +411,7 @@ WRITES: dict[str, tuple[str, str, Callable[..., None]]] = {
     "recipe": ("run_folder", "write_recipe", full),
     "cache": ("cache", "write_json", full),
     "weights": ("resume", "write_tensors", full),
-    "state": ("resume", "write_json", full),
+    "digests": ("checkpoint_digests", "write_json", full),
 }
 
 

@@ -40,9 +40,10 @@ def load_for_chat(
     if is_run(target):
         run = open_run(target, notify)
         plan = run.plan.model_copy(update={"device": str(choose_device("auto"))})
+        checkpoint = None if base else result_checkpoint(run.folder, notify)
         model, top = load_whole(run.recipe, plan, run.source.folder)
-        if not base:
-            load_weights(result_checkpoint(run.folder), dict(top.parameters()))
+        if checkpoint:
+            load_weights(checkpoint, dict(top.parameters()))
         return model, load_tokenizer(run.source.folder)
     if base:
         raise UsageError("--base is for a run: a model by itself has no other", where=target)

@@ -36,7 +36,7 @@ def evaluate(
     if is_run(target):
         run = open_run(target, notify)
         recipe, plan, folder = run.recipe, run.plan, run.source.folder
-        recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder)
+        recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder, notify)
     else:
         folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

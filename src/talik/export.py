@@ -69,7 +69,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
     check_destination(source, out)
     if adapter and recipe.lora is None:
         raise UsageError("--adapter: this run trained no adapters", where=opened.folder)
-    with finished_folder(out) as folder, _held(opened.folder, folder) as checkpoint:
+    with finished_folder(out) as folder, _held(opened.folder, folder, notify) as checkpoint:
         if adapter:
             card = model_card(opened, checkpoint, adapter=True)
             exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card))
@@ -82,13 +82,13 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
 
 
 @contextlib.contextmanager
-def _held(run: Path, folder: Path) -> Iterator[Path]:
+def _held(run: Path, folder: Path, notify: Notify) -> Iterator[Path]:
     """A run's checkpoint under a second name, so that it stays whole while the run removes its own."""
     held = folder / ".checkpoint"
     for _ in range(HOLDS):
         shutil.rmtree(held, ignore_errors=True)
         try:
-            checkpoint = result_checkpoint(run)
+            checkpoint = result_checkpoint(run, notify)
             shutil.copytree(checkpoint, held / checkpoint.name, copy_function=_linked)
             break
         except (FileNotFoundError, shutil.Error):  # the run has just saved another one

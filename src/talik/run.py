@@ -36,6 +36,7 @@ from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits, settle_allocators
 from talik.thaw import layers_in_words
+from talik.train.checkpoint_digests import verified
 from talik.train.evaluation import Evaluation, evaluate_top
 from talik.train.loading import Loaded, load
 from talik.train.loop import Job, StepDone, train_loop
@@ -44,7 +45,6 @@ from talik.train.resume import (
     clear_unfinished,
     latest_checkpoint,
     load_checkpoint,
-    verified,
 )
 from talik.train.run_folder import (
     Run,
@@ -193,6 +193,8 @@ def _limit(plan: Plan, enforce: bool) -> contextlib.AbstractContextManager[Calla
 def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, notify: Notify) -> Result:
     started = time.perf_counter()
     clear_unfinished(run.folder)
+    newest = latest_checkpoint(run.folder)
+    checkpoint = verified(newest) if newest else None  # before anything that takes long
     torch.set_num_threads(run.plan.threads)
     loaded = load(run.recipe, run.plan, run.source.folder)
     notify(Said("trained", _what_is_trained(loaded, run.recipe)))
@@ -204,8 +206,6 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         top, store, evaluate = loaded.top(), loaded.store, None
         if evaluation is not None:
             evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan, store)
-        newest = latest_checkpoint(run.folder)
-        checkpoint = verified(newest) if newest else None
         scratch = stack.enter_context(loaded.working(top, run.folder / "work", checkpoint))
         prepare_top(top, run.recipe, store, scratch)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()

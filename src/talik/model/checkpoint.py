@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,13 +33,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """A file, or another place, that takes bytes."""
-
-    def write(self, data: bytes, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +131,7 @@ def read_tables(folder: Path) -> dict[Path, dict[str, Entry]]:
     return tables
 
 
-def write_tensors(file: Writer, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+def write_tensors(file: BinaryIO, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
     """Writes the header for these tensors; their bytes must follow in the same order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -182,6 +183,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
     best = state.best_step == state.step
     if last or best or interrupted or _due(job.recipe.save_every, state.step, epoch_ends):
         job.watch.phase("save")
+        os.fsync(metrics.fileno())  # a checkpoint is never ahead of its metrics, even after a power failure
         path = save_checkpoint(job.run, job.top, job.store, job.scratch, job.recipe, state)
         job.notify(Saved(state.step, path))
     if interrupted and not last:

@@ -7,7 +7,7 @@ a few integers are the whole state beside the tensors.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from talik.errors import RunError
-from talik.files import finished_folder, need_room, read_json, write_json
+from talik.files import finished_folder, need_room, read_json, sync_folder
 from talik.model.checkpoint import read_header, tensor_bytes, write_tensors
 from talik.recipe import Recipe
+from talik.train.checkpoint_digests import OPTIMIZER, STATE, WEIGHTS, DigestWriter
 from talik.train.gradients import loaded
 from talik.train.scratch import Scratch
 from talik.train.store import Store
 from talik.train.top import Top
 from talik.train.update import gradients_wait, kept
-
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-DIGESTS = "digests.json"
 
 
 @dataclass(slots=True)
@@ -96,81 +94,34 @@ def save_checkpoint(
         size = sum(parameter.nbytes for _, parameter in top.parameters())
         need_room(path.parent, size + sum(t.nbytes for t in optimizer.values()), "a checkpoint")
         with finished_folder(path) as folder:
-            digests = {WEIGHTS: _write(folder / WEIGHTS, weights, _trained(top, store))}
-            table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
-            digests[OPTIMIZER] = _write(folder / OPTIMIZER, table, optimizer.values())
-            write_json(folder / STATE, asdict(state))
-            digests[STATE] = _digest(folder / STATE)
-            write_json(folder / DIGESTS, digests)
+            written = DigestWriter(folder)
+            with written.file(WEIGHTS) as file:
+                _write(file, weights, _trained(top, store))
+            with written.file(OPTIMIZER) as file:
+                table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
+                _write(file, table, optimizer.values())
+            with written.file(STATE) as file:
+                file.write(json.dumps(asdict(state), indent=2).encode("utf-8"))
+            written.finish()
+        sync_folder(path.parent)  # before an older one is removed
     best = None if state.best_step is None else checkpoint_path(run, state.best_step)
     for old in checkpoints(run)[: -recipe.keep]:
         if old != best:
-            gone = old.with_name(f".{old.name}.gone")  # at once: nobody finds half of it under its name
-            old.rename(gone)
-            shutil.rmtree(gone)
+            _drop(old)
     return path
 
 
-def _write(file: Path, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> str:
-    """Writes tensors; returns the digest of the file, computed from what was to be written."""
-    with file.open("wb") as stream:
-        hashed = _Hashed(stream)
-        write_tensors(hashed, table)
-        for tensor in tensors:
-            hashed.write(tensor_bytes(tensor))
-    return hashed.digest.hexdigest()
+def _write(file: BinaryIO, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> None:
+    write_tensors(file, table)
+    for tensor in tensors:
+        file.write(tensor_bytes(tensor))
 
 
-class _Hashed:
-    """A file that is written, and the SHA-256 digest of all that was written."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.digest = stream, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        return self._stream.write(data)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def verified(checkpoint: Path) -> Path:
-    """The checkpoint, once every byte of it has been compared with the digests that were written with it.
-
-    Raises:
-        RunError: A file is missing or damaged; the error names it, and the checkpoints that are whole.
-    """
-    if problem := _damage(checkpoint):
-        others = [other for other in checkpoints(checkpoint.parents[1]) if other != checkpoint]
-        whole = [other.name for other in others if not _damage(other)]
-        remedy = (
-            f"These are whole: {', '.join(whole)}. Move {checkpoint.name} away, and talik resume goes on "
-            "from the newest that is left."
-            if whole
-            else "No other checkpoint of this run is whole: take the run from a backup, or train again."
-        )
-        raise RunError(problem, where=checkpoint, remedy=remedy)
-    return checkpoint
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """How a checkpoint differs from what was written; None if it does not."""
-    try:
-        known = read_json(checkpoint / DIGESTS)
-        if not isinstance(known, dict) or known.keys() != {WEIGHTS, OPTIMIZER, STATE}:
-            return f"{DIGESTS} does not have the digests of {WEIGHTS}, {OPTIMIZER} and {STATE}"
-        for name, digest in known.items():
-            if (found := _digest(checkpoint / name)) != digest:
-                was = str(digest)[:16]
-                return f"{name} is damaged: its SHA-256 is {found[:16]}..., and {was}... was written"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except ValueError:
-        return f"{DIGESTS} is damaged: it is no JSON"
-    return None
+def _drop(checkpoint: Path) -> None:
+    """Removes a checkpoint, at once: nobody finds half of it under its name, even after a kill."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _trained(top: Top, store: Store) -> Iterator[Tensor]:
@@ -199,7 +150,8 @@ def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
     Byte range by byte range: a mapped file would count against a hard limit.
     """
     weights = read_header(path / WEIGHTS)
-    if weights.keys() != parameters.keys():
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if {name: entry.shape for name, entry in weights.items()} != shapes:
         raise RunError("the checkpoint was made with other trained layers", where=path)
     for name, entry in weights.items():
         if not parameters[name].is_meta:

@@ -11,12 +11,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from talik.errors import RunError
-from talik.events import Notify, Said
+from talik.events import Notify, Said, silent
 from talik.files import check_folder_place, finished_folder, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
 from talik.recipe import Plan, Recipe, check, read_fields, read_plan, write_recipe
-from talik.train.resume import checkpoint_path, latest_checkpoint, verified
+from talik.train.checkpoint_digests import STATE, WEIGHTS, verified
+from talik.train.resume import checkpoint_path, latest_checkpoint
 
 FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
 REFUSED = "refused.json"
@@ -120,14 +121,22 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
     return Run(folder, recipe, plan, source)
 
 
-def result_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a run is used by: the best one if it was evaluated, else the newest."""
+def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:
+    """The checkpoint that a run is used by, verified: the best one if it was evaluated, else the newest.
+
+    Where the best one was removed (it may have been damaged), `notify` is told, and the newest is used.
+
+    Raises:
+        RunError: There is none yet, or it is not whole.
+    """
     newest = latest_checkpoint(folder)
     if newest is None:
         raise RunError("has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {folder}")
-    best = read_json(verified(newest) / "state.json")["best_step"]
-    return verified(checkpoint_path(folder, best)) if best and best != _step(newest) else newest
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    best = read_json(verified(newest, [STATE]) / STATE)["best_step"]
+    chosen = checkpoint_path(folder, best) if best else newest
+    if not chosen.is_dir():
+        if latest_checkpoint(folder) != newest:  # a run that goes on has saved another one
+            return result_checkpoint(folder, notify)
+        notify(Said("note", f"the best checkpoint, {chosen.name}, is not there: {newest.name} is used"))
+        chosen = newest
+    return verified(chosen, [WEIGHTS, STATE])
