@@ -90,7 +90,7 @@ def test_every_command_has_help(command: str, talik: Talik) -> None:
 def test_help_of_train_names_every_field_with_its_default(talik: Talik) -> None:
     shown = " ".join(talik("train", "--help").out.replace("│", " ").split())
     for name, field in Recipe.model_fields.items():
-        assert (name.upper() if field.is_required() else f"--{name.replace('_', '-')} ") in shown
+        assert (name.upper() if field.is_required() else f"--{name.replace('_', '-')}") in shown
         assert (field.description or "no description")[:40] in shown
     assert "(default: 5e-05)" in shown
 

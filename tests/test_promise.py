@@ -18,7 +18,7 @@ from talik.errors import ChainError, DoesNotFitError, UsageError
 from talik.files import read_json
 from talik.plan.promise import Promise
 from talik.plan.ways import choose
-from talik.recipe import Plan, Recipe
+from talik.recipe import Plan, Recipe, check
 from talik.run import Result
 
 
@@ -55,7 +55,7 @@ def test_a_plan_is_repeated_bit_for_bit_and_tracking_changes_nothing(
 ) -> None:
     _, folder = run
     monkeypatch.setattr("talik.plan.promise.TRACKED", 0)
-    again = ["train", recipe.model, recipe.data, "--precision", "fp32", "--top-layers", "2"]
+    again = ["train", recipe.model, recipe.data[0].path, "--precision", "fp32", "--top-layers", "2"]
     again += ["--batch-tokens", "300", "--steps", "3", "--plan", str(folder / "plan.json")]
     assert main([*again, "-o", str(tmp_path / "again")]) == 0
     one, other = (
@@ -87,8 +87,8 @@ def test_a_refused_run_leaves_its_reason_and_a_free_folder(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    monkeypatch.chdir(Path(recipe.data).parent)
-    recipe = recipe.model_copy(update={"data": Path(recipe.data).name})
+    monkeypatch.chdir(Path(recipe.data[0].path).parent)
+    recipe = check({**recipe.model_dump(), "data": Path(recipe.data[0].path).name})
     with pytest.raises(DoesNotFitError, match=r"fits 200\.0 MiB: .* missing"):
         talik.train(recipe, folder, memory=200 << 20)
     refused = read_json(folder / "refused.json")

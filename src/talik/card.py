@@ -40,9 +40,12 @@ def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
         )
         measured += f"\nOn {mark['trained_tokens']:,} trained tokens of the evaluation set.\n"
     # Paths of somebody's machine do not belong into a card.
-    names = {key: Path(str(getattr(run.recipe, key))).name for key in ("data", "eval_data")}
     recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": base_name(run)}
-    recipe |= {key: name for key, name in names.items() if recipe[key] is not None}
+    sets = {"data": run.recipe.data, "eval_data": run.recipe.eval_data}
+    for key, sources in sets.items():
+        if sources:
+            named = [source.model_copy(update={"path": Path(source.path).name}) for source in sources]
+            recipe[key] = run.recipe.model_copy(update={key: tuple(named)}).model_dump()[key]
     return (
         f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\npipeline_tag: text-generation\n---\n\n"
         f"# {recipe['model']}, fine-tuned\n\n"

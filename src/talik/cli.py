@@ -19,6 +19,8 @@ HELP = """usage: talik COMMAND ...
 Fine-tunes the top layers of a language model on the machine you have.
 
   inspect MODEL             the model's config and sizes in words; no weights are read
+  check DATA --model M      every problem of a data set with file and line; lengths, duplicates, languages
+  convert DATA OUT.jsonl    any data format as rows of messages
   preview DATA --model M    which tokens are trained and which are masked
   plan MODEL [DATA]         what training would take, before a weight is loaded: fits or not, and why
   explain MODEL|RUN         why a common habit fills the memory, or why a run did not fit
@@ -36,7 +38,8 @@ Exit codes: 0 done, 1 failed, 2 asked for something that cannot be done, 3 does 
 """
 
 COMMANDS = {  # and the module that has its function
-    **dict.fromkeys(("inspect", "preview", "train", "resume", "eval", "chat", "export"), "commands"),
+    **dict.fromkeys(("inspect", "train", "resume", "eval", "chat", "export"), "commands"),
+    **dict.fromkeys(("preview", "check", "convert"), "data_commands"),
     "machine": "plan_commands",
     "plan": "plan_commands",
     "explain": "plan_commands",

@@ -18,6 +18,7 @@ from talik.options import (
     options,
     parse,
     positional,
+    quiet,
     read_as,
     recipe_fields,
 )
@@ -28,7 +29,8 @@ ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the di
 def train_command(argv: list[str]) -> None:
     """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
     from talik.errors import together
-    from talik.recipe import Recipe, check, read_fields
+    from talik.recipe import Recipe, check
+    from talik.recipe_file import read_fields
 
     first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config")
@@ -36,7 +38,7 @@ def train_command(argv: list[str]) -> None:
     written = read_fields(Path(config)) if config else {}
     shown = {key: read_as(key, value) for key, value in written.items() if fits(key, value)}
     if config:  # MODEL and DATA keep their places, whichever of them the file names
-        shown = {"model": None, "data": None, **shown}
+        shown = {"model": None, "data": [], **shown}
     help_config = "a recipe.yaml whose fields stand in for the defaults"
     wanted = options(
         "Train",
@@ -55,12 +57,13 @@ def train_command(argv: list[str]) -> None:
     del parsed["config"]
     defaults = {name: field.default for name, field in Recipe.model_fields.items()} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
+    given = {name: value for name, value in given.items() if (name, value) != ("data", [])}
     recipe, limits = together(lambda: check({**written, **given}, config), lambda: _limits(plan, memory))
 
     from talik import show
     from talik.run import train
 
-    _quiet()
+    quiet()
     _show_recipe(recipe)
     with show.Watch() as watch:
         result = train(recipe, run, **limits, enforce=enforce, notify=watch)
@@ -113,7 +116,7 @@ def resume_command(argv: list[str]) -> None:
     from talik import show
     from talik.run import resume
 
-    _quiet()
+    quiet()
     with show.Watch() as watch:
         result = resume(parsed.run, enforce=parsed.enforce, notify=watch)
     _show_result(result, parsed.json)
@@ -125,7 +128,7 @@ def eval_command(argv: list[str]) -> None:
     wanted = options(
         "Eval",
         ("target", positional(str, "folder of a run, or a model", "RUN|MODEL")),
-        ("data", positional(str, "a file of rows: JSON, JSON lines or CSV", "DATA")),
+        ("data", positional(list[str], "rows: files, folders, hf:ORG/NAME, ...", "DATA [DATA ...]")),
         *fields,
         ("json", arg(bool, "print the result as JSON"), False),
     )
@@ -134,7 +137,7 @@ def eval_command(argv: list[str]) -> None:
     from talik import show
     from talik.evaluate import evaluate
 
-    _quiet()
+    quiet()
     with show.Watch() as watch:
         report = evaluate(parsed["target"], parsed["data"], notify=watch, **given)
     if parsed["json"]:
@@ -163,7 +166,7 @@ def chat_command(argv: list[str]) -> None:
     if parsed.max_tokens < 1 or parsed.temperature < 0:
         raise UsageError("--max-tokens must be at least 1, and --temperature at least 0")
 
-    _quiet()
+    quiet()
     with show.Watch() as watch:
         model, tokenizer = load_for_chat(parsed.target, base=parsed.base, notify=watch)
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
@@ -185,7 +188,7 @@ def export_command(argv: list[str]) -> None:
     from talik import show
     from talik.export import export
 
-    _quiet()
+    quiet()
     with show.Watch() as watch:
         exported = export(parsed.run, parsed.out, adapter=parsed.adapter, notify=watch)
     what = "a folder of PEFT" if parsed.adapter else "a plain Transformers folder"
@@ -203,41 +206,12 @@ def inspect_command(argv: list[str]) -> None:
     from talik import show
     from talik.model.inspection import inspect_model, inspection_text
 
-    _quiet()
+    quiet()
     inspection = inspect_model(parsed.model, top_layers=parsed.top_layers)
     if parsed.json:
         show.result_json(inspection.as_dict())
     else:
         show.result(inspection_text(inspection))
-
-
-def preview_command(argv: list[str]) -> None:
-    wanted = options(
-        "Preview",
-        ("data", positional(str, "a file of rows: JSON, JSON lines or CSV", "DATA")),
-        ("model", arg(str, "the model whose tokenizer and chat template are used")),
-        ("count", arg(int, "how many examples; 0 for the counts alone", "-n"), 3),
-        ("html", arg(str | None, "write a page to this file, too"), None),
-        *recipe_fields(DATA_FIELDS),
-    )
-    parsed = vars(parse("preview", wanted, argv, "Shows every token of examples, trained or masked."))
-    from talik import show
-    from talik.data.dataset import preview, read_data
-    from talik.data.preview import preview_html
-    from talik.files import write_text
-    from talik.model.source import find_model
-    from talik.model.tokenizer_files import load_tokenizer
-
-    _quiet()
-    tokenizer = load_tokenizer(find_model(parsed["model"], weights=False).folder)
-    data = read_data(parsed["data"], tokenizer, **{name: parsed[name] for name in DATA_FIELDS})
-    for line in show.data_lines(data):
-        show.said("data", line)
-    for part in preview(data, tokenizer, max(parsed["count"], 0)):
-        show.result(part)
-    if parsed["html"]:
-        write_text(Path(parsed["html"]), preview_html(data.examples[: max(parsed["count"], 0)], tokenizer))
-        show.said("written", parsed["html"])
 
 
 def cache_command(argv: list[str]) -> None:
@@ -273,12 +247,5 @@ def demo_command(argv: list[str]) -> None:
     parsed = parse("demo", wanted, argv, "Fine-tunes SmolLM2-135M-Instruct on real questions and answers.")
     from talik.demo import demo
 
-    _quiet()
+    quiet()
     demo(Path(parsed.output))
-
-
-def _quiet() -> None:
-    """Transformers' own progress bars would break the progress line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -72,7 +72,7 @@ def demo(folder: Path) -> None:
 
 def _held_out_questions(recipe: Recipe) -> list[str]:
     """Questions that the model was not trained on, by the same split as the run's."""
-    _, found = conversations(read_rows(Path(recipe.data)))
+    _, found = conversations(read_rows(Path(recipe.data[0].path)))
     _, held = split_held_out(found, recipe.held_out, recipe.seed)
     spread = held[:: max(1, len(held) // ASKED)][:ASKED]
     return [row.messages[0].content for row in spread if isinstance(row, Conversation)]

@@ -10,6 +10,7 @@
     │   └── Problems                        several of these that have nothing to do with each other
     ├── DoesNotFitError            exit 3   more memory than there is
     ├── ChainError                 exit 1   the chain does not give what the model's own forward gives
+    ├── ProblemsFound              exit 1   a data set that was checked has problems
     ├── NonFiniteError             exit 1   a loss or a gradient that is not a number
     └── Interrupted                exit 1   Ctrl-C; what was done is saved
 
@@ -79,6 +80,10 @@ class ChainError(TalikError):
 
 class NonFiniteError(TalikError):
     """A loss or a gradient norm that is infinite or not a number."""
+
+
+class ProblemsFound(TalikError):
+    """A data set that was checked has problems; they have been shown."""
 
 
 class Interrupted(TalikError):

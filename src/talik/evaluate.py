@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from talik.train.trunk import trunk_states
 
 
 def evaluate(
-    target: str | Path, data: str | Path, *, notify: Notify = silent, **options: Any
+    target: str | Path, data: str | Path | Sequence[str], *, notify: Notify = silent, **options: Any
 ) -> dict[str, Any]:
     """Evaluates a run or a model on a file of rows: loss per trained token, perplexity, token accuracy.
 
@@ -32,19 +34,22 @@ def evaluate(
     fields of a Recipe that concern data; where none is given, the run's own. Returns {"examples",
     "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model.
     """
-    checkpoint = None
+    checkpoint = date = None
     if is_run(target):
         run = open_run(target, notify)
-        recipe, plan, folder = run.recipe, run.plan, run.source.folder
+        recipe, plan, folder, date = run.recipe, run.plan, run.source.folder, run.date
         recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder, notify)
     else:
         folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
-        recipe = check({"model": str(target), "data": str(data), "precision": precision, **options})
+        given = str(data) if isinstance(data, str | Path) else list(data)
+        recipe = check({"model": str(target), "data": given, "precision": precision, **options})
         recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut and runs once
         plan = choose(recipe, folder, notify)
-    found = read_all(recipe, data, load_tokenizer(folder), "evaluation")
+    sources = check({"model": "-", "data": str(data) if isinstance(data, str | Path) else list(data)}).data
+    loader = partial(load_tokenizer, folder, date)
+    found = read_all(recipe, sources, loader(), "evaluation", load=loader, notify=notify)
     notify(found)
     check_positions(AutoConfig.from_pretrained(folder, local_files_only=True), found)
     torch.set_num_threads(plan.threads)

@@ -19,11 +19,15 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far something has come, in tokens."""
+    """How far something has come, in tokens; `text` says it where it is not counted in tokens.
+
+    A `total` of 0: it is not known.
+    """
 
     what: str
     done: int
     total: int
+    text: str = ""
 
 
 def silent(event: Any) -> None:

@@ -11,7 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from talik.recipe import Recipe
 
-DATA_FIELDS = ("input_field", "output_field", "train_on", "max_length", "too_long")
+DATA_FIELDS = (
+    *("input_field", "output_field", "format", "bad_rows", "drop_media", "control_tokens"),
+    *("train_on", "train_reasoning", "max_length", "too_long"),
+)
 
 
 def parse(command: str, options: type, argv: list[str], description: str) -> Any:
@@ -49,11 +52,13 @@ def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]
         help = field.description or ""
         if not field.is_required():
             default = shown.get(name, field.get_default(call_default_factory=True))
-            fields.append((name, arg(field.annotation, help), default))
-        elif name in shown:
-            fields.append((name, positional(str | None, help, name.upper()), shown[name]))
+            kind = list[str] | None if name == "eval_data" else field.annotation
+            fields.append((name, arg(kind, help), default))
         else:
-            fields.append((name, positional(str, help, name.upper())))
+            kind: Any = list[str] if name == "data" else str | None if name in shown else str
+            metavar = "DATA [DATA ...]" if name == "data" else name.upper()
+            default = (shown[name],) if name in shown else ()
+            fields.append((name, positional(kind, help, metavar), *default))
     return fields
 
 
@@ -76,3 +81,10 @@ def read_as(name: str, value: Any) -> Any:
     """A value of a recipe.yaml in the field's own type: YAML 1.1 reads 1e-5 as a text."""
     kind: Any = Recipe.model_fields[name].annotation
     return TypeAdapter(kind).validate_python(value)
+
+
+def quiet() -> None:
+    """Turns off the progress bars of Transformers: they would break ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from talik.options import arg, options, parse, positional, recipe_fields
+from talik.options import DATA_FIELDS, arg, options, parse, positional, recipe_fields
 
 PLANNED = (
-    *("input_field", "output_field", "train_on", "max_length", "too_long", "eval_data", "held_out"),
+    *(*DATA_FIELDS, "eval_data", "held_out", "shuffle"),
     *("top_layers", "thaw", "lora", "precision", "optimizer", "clip", "epochs", "steps", "batch_tokens"),
     *("momentum", "eval_every", "seed", "trunk", "device", "revision"),
 )
@@ -51,7 +51,7 @@ def plan_command(argv: list[str]) -> None:
     wanted = options(
         "Plan",
         ("model", positional(str, "a folder (config.json is enough), a hub id or a .gguf file", "MODEL")),
-        ("data", positional(str | None, "a file of rows, for the true lengths", "[DATA]"), None),
+        ("data", positional(list[str], "rows, for the true lengths", "[DATA] ..."), []),
         ("top_layers", arg(int | Literal["auto"], "train the last N layers; auto: the most that fit"), 5),
         ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
         ("ram", arg(str | None, "what it may take of the RAM beside a GPU"), None),
@@ -205,16 +205,17 @@ def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None
     return dataclasses.replace(planned, changes=changes)
 
 
-def _model_and_data(recipe: Any, data: str | None, notify: Any) -> tuple[Path, Any]:
+def _model_and_data(recipe: Any, data: Any, notify: Any) -> tuple[Path, Any]:
     """The model's folder, and the data to train on and to evaluate on, if there are any."""
     from talik.data.dataset import read_sets
     from talik.model.source import find_model
     from talik.model.tokenizer_files import load_tokenizer
 
     folder = find_model(recipe.model, revision=recipe.revision, weights=False).folder
-    if data is None:
+    if not data:
         return folder, (None, None)
-    sets = read_sets(recipe, load_tokenizer(folder))
+    load = partial(load_tokenizer, folder)
+    sets = read_sets(recipe, load(), load=load, notify=notify)
     for found in sets:
         if found is not None:
             notify(found)

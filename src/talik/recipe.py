@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from talik.data_source import DataSources
 from talik.errors import RecipeError, UsageError, listed
-from talik.files import read_json, write_text
+from talik.files import read_json
 from talik.lora import read_lora
 from talik.thaw import PARTS, Thawed, check_thaw, thawed
 
-_AS_YAML = "Write one `field: value` a line, in UTF-8."
 _ADAM = ("adamw", "adamw-8bit", "muon")
 Tier = Literal["memory", "ram", "disk"]  # the device's memory, the RAM beside it, files
 READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
@@ -32,23 +31,49 @@ class Recipe(BaseModel):
     model: str = Field(
         description="a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file", min_length=1
     )
-    data: str = Field(description="a file of rows: JSON, JSON lines or CSV", min_length=1)
+    data: DataSources = Field(
+        description="rows: files, folders, globs, - (standard input), hf:ORG/NAME or modelscope:ORG/NAME; in "
+        "recipe.yaml also with weight, limit, format, input_field and output_field for each",
+        min_length=1,
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
 
     input_field: str | None = Field(
         default=None, description="the field that holds the input, in rows of your own"
     )
     output_field: str | None = Field(default=None, description="the field that holds the output")
+    format: str | None = Field(
+        default=None, description="the data format of the rows, in place of the recognised one"
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="what happens to rows that cannot be used: name them all and stop, or leave them out, "
+        "counted, with the reasons in the run's rejected.jsonl",
+    )
+    drop_media: bool = Field(
+        default=False,
+        description="leave out rows with pictures, video or sound, counted",
+    )
+    control_tokens: Literal["refuse", "escape", "keep"] = Field(
+        default="refuse",
+        description="what happens to control tokens in the text of a row: refuse it, train them as ordinary "
+        "text, or keep them as control tokens",
+    )
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant", description="every assistant turn, the last one only, or every token"
     )
+    train_reasoning: bool = Field(default=True, description="train the reasoning of answers, too")
     max_length: int = Field(default=2048, ge=2, description="longest example, in tokens")
     too_long: Literal["drop", "cut", "refuse"] = Field(
         default="drop", description="what happens to a longer one; counted and shown in any case"
     )
-    eval_data: str | None = Field(default=None, description="a file of rows to evaluate on")
+    eval_data: DataSources | None = Field(
+        default=None, description="rows to evaluate on, named as DATA are; each source is reported by itself"
+    )
     held_out: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the questions in DATA held out for evaluation"
+        default=0.0,
+        ge=0,
+        description="questions in DATA held out for evaluation: a share below 1, or a whole number of them",
     )
 
     top_layers: int = Field(default=5, ge=1, description="train the last N layers and the final norm")
@@ -99,6 +124,10 @@ class Recipe(BaseModel):
         "step before, so that no gradient is kept until all are known",
     )
 
+    shuffle: Literal["seed", "file"] = Field(
+        default="seed",
+        description="order of the examples in an epoch: drawn by the seed, or as in the data (a curriculum)",
+    )
     eval_every: int = Field(
         default=0, ge=0, description="evaluate every N steps; 0: at the end of every epoch"
     )
@@ -132,6 +161,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Recipe:
         """All contradictions at once; single fields have been checked by then."""
         wrong = []
+        if self.held_out > 1 and self.held_out % 1:
+            wrong.append("held_out is a share below 1 or a whole number of questions")
         if (self.input_field is None) != (self.output_field is None):
             wrong.append("input_field and output_field go together: name both or neither")
         if self.eval_data and self.held_out:
@@ -259,40 +290,3 @@ def _in_words(problem: Any) -> str:
     if not field:
         return problem["msg"].removeprefix("Value error, ")
     return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a recipe.yaml, unchecked, as a dictionary."""
-    if not path.is_file():
-        raise RecipeError("there is no such recipe file", where=path.absolute())
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        where = f"{path}:{error.problem_mark.line + 1}" if error.problem_mark else path
-        raise RecipeError(f"is not YAML: {error.problem}", where=where, remedy=_AS_YAML) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"is not YAML in UTF-8: {error}", where=path, remedy=_AS_YAML) from None
-    if not isinstance(fields, dict):
-        raise RecipeError("holds no fields", where=path, remedy=_AS_YAML)
-    return {str(name): value for name, value in fields.items()}
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes every field, defaults included, as YAML."""
-    write_text(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
-
-
-def table() -> str:
-    """docs/recipe.md: every field with its help and its default."""
-    rows = [
-        "| field | default | what it does |\n|---|---|---|\n",
-        *(
-            f"| `{name}` | {'' if field.is_required() else f'`{field.default}`'} | {field.description} |\n"
-            for name, field in Recipe.model_fields.items()
-        ),
-    ]
-    head = (
-        "# The recipe\n\nEvery field is an option of `talik train` (`top_layers` is `--top-layers`) and a "
-        "line of recipe.yaml (`talik train -c recipe.yaml`). This page is written from the code.\n\n"
-    )
-    return head + "".join(rows)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, read_sets
+from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, keep_facts, read_sets
+from talik.data.sources import whole_source
+from talik.data.template import date_of
 from talik.errors import DoesNotFitError, UsageError, together
 from talik.events import Notify, Progress, Said, silent
 from talik.files import need_room, read_json, write_json
 from talik.machine import choose_device, hard_limit
 from talik.model.adapters import idle_adapters
-from talik.model.adapters import in_words as adapters_in_words
 from talik.model.digests import remembered
 from talik.model.products import bf16_as_fp32
 from talik.model.source import Source, find_model
@@ -35,10 +36,9 @@ from talik.plan.target import machine_here, slack_of, target_of
 from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits, settle_allocators
-from talik.thaw import layers_in_words
 from talik.train.checkpoint_digests import verified
-from talik.train.evaluation import Evaluation, evaluate_top
-from talik.train.loading import Loaded, load
+from talik.train.evaluation import Evaluation, evaluate_ranges
+from talik.train.loading import Loaded, load, what_is_trained
 from talik.train.loop import Job, StepDone, train_loop
 from talik.train.resume import (
     State,
@@ -101,7 +101,8 @@ def train(
     notify(Said("model", f"{recipe.model} in {source.folder}"))
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     check_layers(recipe, config.get_text_config(decoder=True).num_hidden_layers)
-    sets = _read_sets(recipe, source.folder, notify)
+    date = date_of(load_tokenizer(source.folder))
+    sets = _read_sets(recipe, source.folder, date, notify)
     check_positions(config, *sets)
     if plan is None:
         plan = _planned(recipe, source, folder, sets, memory, notify)
@@ -110,7 +111,8 @@ def train(
     _limit(plan, enforce)  # refused, if it is, before there is a folder
     if not remembered(source.folder):
         notify(Said("model", "its weights are read once, to know them by their content"))
-    started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets))
+    started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets), date)
+    keep_facts(folder, *sets)
     return _carry_out(started, *sets, enforce, notify)
 
 
@@ -119,7 +121,7 @@ def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -
     settle_allocators()
     opened = open_run(run, notify)
     choose_device(opened.plan.device)
-    sets = _read_sets(opened.recipe, opened.source.folder, notify)
+    sets = _read_sets(opened.recipe, opened.source.folder, opened.date, notify)
     check_same_data(opened, examples_fingerprint(*sets))
     return _carry_out(opened, *sets, enforce, notify)
 
@@ -150,13 +152,24 @@ def _planned(
 
 def _findable(recipe: Recipe, source: Source) -> Recipe:
     """The recipe with whole paths, so that the run goes on from any folder."""
-    fields = ["data", "eval_data", "cache"] + (["model"] if source.kind in ("folder", "gguf") else [])
+    fields = ["cache"] + (["model"] if source.kind in ("folder", "gguf") else [])
     paths = {field: getattr(recipe, field) for field in fields}
-    return recipe.model_copy(update={k: str(Path(v).absolute()) for k, v in paths.items() if v})
+    found = {k: str(Path(v).absolute()) for k, v in paths.items() if v}
+    sets = {"data": recipe.data, "eval_data": recipe.eval_data}
+    found |= {name: tuple(map(whole_source, sources)) for name, sources in sets.items() if sources}
+    return recipe.model_copy(update=found)
 
 
-def _read_sets(recipe: Recipe, folder: Path, notify: Notify) -> tuple[Data, Data | None]:
-    sets = read_sets(recipe, load_tokenizer(folder))
+def _read_sets(recipe: Recipe, folder: Path, date: str | None, notify: Notify) -> tuple[Data, Data | None]:
+    if date is not None:
+        notify(
+            Said(
+                "note",
+                f"the chat template writes a date; this run has {date} for it, now and when it goes on",
+            )
+        )
+    load = partial(load_tokenizer, folder, date)
+    sets = read_sets(recipe, load(), load=load, notify=notify)
     for data in sets:
         if data is not None:
             notify(data)
@@ -197,7 +210,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     checkpoint = verified(newest) if newest else None  # before anything that takes long
     torch.set_num_threads(run.plan.threads)
     loaded = load(run.recipe, run.plan, run.source.folder)
-    notify(Said("trained", _what_is_trained(loaded, run.recipe)))
+    notify(Said("trained", what_is_trained(loaded, run.recipe)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
     with bf16_as_fp32(), contextlib.ExitStack() as stack:
         promise.phase("trunk")
@@ -205,7 +218,9 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         promise.phase("load")
         top, store, evaluate = loaded.top(), loaded.store, None
         if evaluation is not None:
-            evaluate = partial(evaluate_top, top, evaluation.examples, states[1], run.plan, store)
+            evaluate = partial(
+                evaluate_ranges, top, evaluation.examples, states[1], run.plan, store, evaluation.ranges
+            )
         scratch = stack.enter_context(loaded.working(top, run.folder / "work", checkpoint))
         prepare_top(top, run.recipe, store, scratch)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
@@ -254,24 +269,6 @@ def _logged(folder: Path, notify: Notify) -> Notify:
         notify(event)
 
     return both
-
-
-def _what_is_trained(loaded: Loaded, recipe: Recipe) -> str:
-    named = loaded.chain.model.named_parameters()
-    sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
-    parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
-    layers = {layer: f"layer {layer}" in parts for layer in range(loaded.plan.layers)}
-    shown = layers_in_words(layer for layer, trained in layers.items() if trained)
-    shown += [part for part in parts if not part.startswith("layer ")]
-    trained, total = sum(sizes.values()), loaded.weights.parameters
-    if recipe.lora is not None:
-        share = f"{trained:,} parameters beside {total:,} ({100 * trained / total:.1f} %), all of them frozen"
-        return f"{', '.join(shown)}: {recipe.lora}, {adapters_in_words(loaded.chain.model)}; {share}"
-    share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
-    frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)
-    frozen += [] if "embeddings" in parts else ["the embeddings"]
-    rest = f"{' and '.join(frozen)} are" if frozen else "nothing is"
-    return f"{', '.join(shown)}: {share}; {rest} frozen"
 
 
 def _result(folder: Path, state: State, seconds: float, promise: Promise) -> Result:

@@ -22,8 +22,20 @@ from talik.files import in_words
 
 if TYPE_CHECKING:
     from talik.data.dataset import Data
+    from talik.data.report import Report
     from talik.train.cache_folder import CacheFolder
     from talik.train.loop import Evaluated, StepDone
+
+# Counts of a report that are shown where they are not 0.
+COUNTS = {
+    "ends_added": "{} examples got an end token: the template writes no end of turn",
+    "boundary_merged": "{} examples have a token that spans prompt and answer",
+    "split_turns": "{} conversations became several examples: the template rewrites earlier answers",
+    "thoughts": "{} answers keep reasoning that the template drops, or close a thought that the prompt opens",
+    "quoted": "{} examples have control tokens as ordinary text",
+    "developers": "{} developer messages became system messages: the template does not know the role",
+    "pieces": "{} examples are pieces of documents",
+}
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -89,11 +101,15 @@ class Watch:
         if isinstance(event, Said):
             self._line(event.topic, event.text)
         elif isinstance(event, Advanced):
-            self._move(event.what, event.done, event.total, f"{event.done:,} of {event.total:,} tokens")
+            self._move(
+                event.what, event.done, event.total, event.text or f"{event.done:,} of {event.total:,} tokens"
+            )
         elif kind == "StepDone":
             self._move("train", event.step, event.steps, step_line(event))
         elif kind == "Evaluated":
             self._line("eval", evaluated_line(event))
+            for name, part in event.by_source.items():
+                self._line("eval", f"  {name}: loss {part.loss:.4f}, accuracy {100 * part.accuracy:.1f} %")
         elif kind == "Saved":
             self._line("saved", str(event.path))
         elif kind == "Data":
@@ -118,7 +134,7 @@ class Watch:
             columns = (TextColumn(f"[bold]{what:<8}"), BarColumn(20), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=err)
             self._bar.start()
-            self._task, self._what = self._bar.add_task(text, total=total), what
+            self._task, self._what = self._bar.add_task(text, total=total or None), what
         self._bar.update(self._task, completed=done, description=text)
 
     def _end_bar(self) -> None:
@@ -162,11 +178,28 @@ def data_lines(data: Data) -> list[str]:
         lines.append(
             f"{report.tails_cut:,} examples cut behind their last trained token, where nothing is lost"
         )
-    if report.ends_added:
-        lines.append(f"{report.ends_added:,} answers got an end token: the template has no end of turn")
-    if report.boundary_merged:
-        lines.append(f"{report.boundary_merged:,} examples have a token that spans prompt and answer")
+    lines += [text.format(f"{count:,}") for name, text in COUNTS.items() if (count := getattr(report, name))]
+    if len(data.sources) > 1:
+        lines += [
+            f"{source.path}: {source.examples:,} examples, {source.tokens:,} tokens, "
+            f"{100 * source.trained_tokens / max(1, report.trained_tokens):.1f} % of the trained ones"
+            for source in data.sources
+        ]
+    if data.problems:
+        kinds = ", ".join(f"{kind}: {count:,}" for kind, count in data.problems.items())
+        lines.append(f"{sum(data.problems.values()):,} rows cannot be used and are left out ({kinds})")
+    if data.media:
+        lines.append(f"{data.media:,} rows with pictures, video or sound are left out (--drop-media)")
+    if data.unread:
+        lines.append(
+            "not used: " + ", ".join(f"{name} ({count:,} rows)" for name, count in data.unread.items())
+        )
     return lines
+
+
+def template_lines(report: Report) -> list[str]:
+    """The facts about a chat template, in words."""
+    return [f"template: {line}" for line in report.facts.lines()] if report.facts else []
 
 
 def answers(questions: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Table:

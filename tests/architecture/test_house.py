@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import talik
-from talik.recipe import Recipe, table
+from talik.recipe import Recipe
+from talik.recipe_file import table
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

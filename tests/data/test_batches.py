@@ -132,7 +132,9 @@ def test_new_rows_move_no_other() -> None:
     assert split_held_out(rows[:150], 0.1, seed=4)[1] != held
 
 
-@pytest.mark.parametrize(("fraction", "held"), [(0.0, 0), (1e-9, 1), (1.0, 4)])
+@pytest.mark.parametrize(
+    ("fraction", "held"), [(0.0, 0), (1e-9, 1), (1 - 1e-9, 4), (1.0, 1), (3.0, 3), (99.0, 4)]
+)
 def test_no_side_is_empty_unless_asked_for(fraction: float, held: int) -> None:
     rows = [asked(f"question {n}", "a") for n in range(5)]
     trained, out = split_held_out(rows, fraction, seed=0)

@@ -160,6 +160,7 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
         "source.json",
         "metrics.jsonl",
         "results.json",
+        "template.json",
         "log.txt",
         "checkpoints",
         "run.lock",

@@ -31,11 +31,17 @@ class Batch(TypedDict):
     labels: Int64[Tensor, "batch sequence"]
 
 
-def steps_of_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """The steps of an epoch: every example exactly once, in an order drawn from `seed` and `epoch`.
+def steps_of_epoch(
+    lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int, shuffle: str = "seed"
+) -> list[list[int]]:
+    """The steps of an epoch: every example exactly once.
+
+    In an order drawn from `seed` and `epoch`, or with `shuffle` "file" in that of the data.
 
     A step holds at most `batch_tokens` tokens, or one example that is longer.
     """
+    if shuffle == "file":
+        return _fill(range(len(lengths)), lengths, batch_tokens)
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
     order = torch.randperm(len(lengths), generator=generator).tolist()
     return _fill(order, lengths, batch_tokens)
@@ -109,14 +115,30 @@ def split_held_out(
     side. The side depends on the question and `seed` alone, so new rows move no other. Where that would leave
     a side empty, one question goes there; a single question is trained on.
     """
-    draws = [_draw(conversation, seed) for conversation in conversations]
-    least, most = min(draws, default=0.0), max(draws, default=0.0)
-    limit = min(max(fraction, least + DRAWS), most) if fraction > 0 else 0.0
+    draws = [question_draw(conversation, seed) for conversation in conversations]
+    limit = draws_limit(draws, fraction)
     trained = [c for c, draw in zip(conversations, draws, strict=True) if draw >= limit]
     return trained, [c for c, draw in zip(conversations, draws, strict=True) if draw < limit]
 
 
-def _draw(conversation: Conversation | Document, seed: int) -> float:
+def draws_limit(draws: Sequence[float], wanted: float) -> float:
+    """The draw from which on questions are trained on; those below it are held out.
+
+    Args:
+        draws: The draw of every example (`question_draw`).
+        wanted: A share below 1, or a number of questions. Neither side is left empty where there are two
+            questions.
+    """
+    if not wanted or not len(draws):
+        return 0.0
+    least, most = float(min(draws)), float(max(draws))
+    if wanted >= 1:
+        known = sorted({float(draw) for draw in draws})
+        return known[min(int(wanted), len(known) - 1)]
+    return min(max(wanted, least + DRAWS), most)
+
+
+def question_draw(conversation: Conversation | Document, seed: int) -> float:
     """A number in [0, 1) that is the same for the same question and seed."""
     if isinstance(conversation, Document):
         question = [conversation.text.strip()]

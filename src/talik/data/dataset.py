@@ -1,93 +1,111 @@
-"""A file of rows -> examples, with what was recognised and counted."""
+"""The data of a run: sources of rows -> examples, with what was recognised and counted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from talik.data.batches import split_held_out
-from talik.data.examples import Example
-from talik.data.formats import conversations
-from talik.data.labels import make_examples
-from talik.data.messages import Conversation, Document
+import numpy as np
+
+from talik.data.batches import draws_limit
+from talik.data.prepared import Data, Prepared
 from talik.data.preview import length_histogram, preview_text
-from talik.data.reading import check_file, read_rows
-from talik.data.report import Report
+from talik.data.sources import check_data
+from talik.data.store import lengths_of
+from talik.data_source import DataSource
 from talik.errors import DataError, UsageError, together
-from talik.files import fingerprint
+from talik.events import Notify, silent
+from talik.files import fingerprint, write_json, write_text
 from talik.recipe import Recipe, check
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Examples made of a file of rows: what they are for, the format recognised, what was counted."""
-
-    path: str
-    use: str
-    format: str
-    examples: list[Example]
-    report: Report
-
-
 def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
-    """Reads a file of rows and makes examples of it.
+    """Reads rows and makes examples of them.
 
-    `tokenizer` is a fast tokenizer of Transformers; `options` are the fields of a Recipe that concern data:
-    input_field, output_field, train_on, max_length, too_long. Raises DataError with file and line.
+    Args:
+        path: A file, a folder, a glob, `-`, `hf:ORG/NAME` or `modelscope:ORG/NAME`.
+        tokenizer: A tokenizer of Transformers.
+        options: The fields of a Recipe that concern data (`talik.options.DATA_FIELDS`).
+
+    Raises:
+        DataError: Rows that cannot be used, with file and line.
     """
     recipe = check({"model": "-", "data": str(path), **options})
-    return read_all(recipe, path, tokenizer, "reading")
+    return read_all(recipe, recipe.data, tokenizer, "reading")
 
 
-def read_all(recipe: Recipe, path: str | Path, tokenizer: Any, use: str) -> Data:
-    """All rows of one file, by the recipe's options."""
-    form, found = conversations(read_rows(Path(path)), recipe.input_field, recipe.output_field)
-    return _make(recipe, path, form, found, tokenizer, use)
+def read_all(
+    recipe: Recipe,
+    sources: Sequence[DataSource] | str | Path,
+    tokenizer: Any,
+    use: str,
+    *,
+    load: Callable[[], Any] | None = None,
+    notify: Notify = silent,
+) -> Data:
+    """All rows of some sources, by the recipe's options."""
+    if isinstance(sources, str | Path):
+        sources = (DataSource(path=str(sources)),)
+    made = Prepared.of(recipe, sources, tokenizer, load, notify)
+    return made.data(_weighted(made, sources, np.arange(len(made.examples))), use)
 
 
 def check_files(recipe: Recipe) -> None:
-    """DataError for files of rows that are not there: what can be said before anything is read."""
-    together(*(partial(check_file, Path(path)) for path in (recipe.data, recipe.eval_data) if path))
+    """DataError for data that are not there: what can be said before anything is read."""
+    sources = (*recipe.data, *(recipe.eval_data or ()))
+    together(*(partial(check_data, source.path) for source in sources))
 
 
-def read_sets(recipe: Recipe, tokenizer: Any) -> tuple[Data, Data | None]:
-    """What a recipe trains on, and what it evaluates on: a file of its own, or the questions held out."""
+def read_sets(
+    recipe: Recipe, tokenizer: Any, *, load: Callable[[], Any] | None = None, notify: Notify = silent
+) -> tuple[Data, Data | None]:
+    """The examples that a recipe trains on, and those to evaluate on: other rows, or questions held out.
+
+    Args:
+        recipe: Names the sources and the options.
+        tokenizer: A tokenizer of Transformers.
+        load: Loads it in another process.
+        notify: Told what is going on.
+    """
+    read = partial(Prepared.of, recipe, tokenizer=tokenizer, load=load, notify=notify)
+    made = read(recipe.data)
+    everything = np.arange(len(made.examples))
     if recipe.eval_data:
-        train = read_all(recipe, recipe.data, tokenizer, "training")
-        return train, read_all(recipe, recipe.eval_data, tokenizer, "evaluation")
+        train = made.data(_weighted(made, recipe.data, everything), "training")
+        other = read(recipe.eval_data)
+        evaluated = _weighted(other, recipe.eval_data, np.arange(len(other.examples)))
+        return train, other.data(evaluated, "evaluation")
     if not recipe.held_out:
-        return read_all(recipe, recipe.data, tokenizer, "training"), None
-    form, found = conversations(read_rows(Path(recipe.data)), recipe.input_field, recipe.output_field)
-    kept, held = split_held_out(found, recipe.held_out, recipe.seed)
-    if not (kept and held):
+        return made.data(_weighted(made, recipe.data, everything), "training"), None
+    draws = made.examples.column("question")
+    held = draws < draws_limit(draws, recipe.held_out)
+    if held.all() or not held.any():
         raise DataError(
-            f"held_out {recipe.held_out} leaves {len(kept)} rows to train on and {len(held)} held out",
-            where=recipe.data,
+            f"held_out {recipe.held_out:g} leaves {int((~held).sum())} examples to train on and "
+            f"{int(held.sum())} held out",
+            where=", ".join(source.path for source in recipe.data),
             remedy="Name more rows, another share, or a file of its own with --eval-data.",
         )
-    train = _make(recipe, recipe.data, form, kept, tokenizer, "training")
-    return train, _make(recipe, recipe.data, form, held, tokenizer, "evaluation")
+    train = made.data(_weighted(made, recipe.data, everything[~held]), "training")
+    return train, made.data(everything[held], "evaluation", whole=False)
 
 
-def _make(
-    recipe: Recipe,
-    path: str | Path,
-    form: str,
-    found: Sequence[Conversation | Document],
-    tokenizer: Any,
-    use: str,
-) -> Data:
-    examples, report = make_examples(
-        found,
-        tokenizer,
-        train_on=recipe.train_on,
-        max_length=recipe.max_length,
-        too_long=recipe.too_long,
-    )
-    return Data(str(path), use, form, examples, report)
+def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> Any:
+    """The indices of examples as often as the weights of their sources say; parts of rows are drawn."""
+    if all(source.weight == 1 for source in sources):
+        return indices
+    weights = {source.path: source.weight for source in sources}
+    of_file = np.array([weights[of.file.origin] for of in made.files])
+    view = made.examples.at(indices)
+    weight = of_file[view.column("file")]
+    copies = np.floor(weight).astype(np.int64) + (view.column("row") < weight % 1)
+    chosen = np.repeat(indices, copies)
+    if not len(chosen):
+        raise UsageError("the weights of the sources leave no example", remedy="Raise a weight.")
+    return chosen
 
 
 def examples_fingerprint(*sets: Data | None) -> str:
@@ -99,15 +117,25 @@ def examples_fingerprint(*sets: Data | None) -> str:
 def preview(data: Data, tokenizer: Any, count: int = 3) -> list[Any]:
     """The first `count` examples with their masks, and a histogram of the lengths, as texts of rich."""
     shown: list[Any] = [preview_text(example, tokenizer) for example in data.examples[:count]]
-    return [*shown, length_histogram([example.length for example in data.examples])]
+    return [*shown, length_histogram(lengths_of(data.examples))]
 
 
 def check_positions(config: Any, *sets: Data | None) -> None:
     """UsageError if an example is longer than the model of this config has positions."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(example.length for data in sets if data for example in data.examples)
+    longest = max(max(lengths_of(data.examples)) for data in sets if data)
     if limit and longest > limit:
         raise UsageError(
             f"the longest example has {longest:,} tokens, and the model has {limit:,} positions",
             remedy=f"Use --max-length {limit}.",
         )
+
+
+def keep_facts(folder: Path, *sets: Data | None) -> None:
+    """Keeps with a run the facts about its chat template, and the rows that were left out."""
+    found = [data for data in sets if data is not None]
+    facts = found[0].report.facts
+    write_json(folder / "template.json", facts.as_dict() if facts else {})
+    if rejected := [row for data in found for row in data.rejected]:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejected)
+        write_text(folder / "rejected.jsonl", "".join(lines))

@@ -9,20 +9,27 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from talik.data.fields import MISSING, WRONG_TYPE, Fields, text
+from talik.data.fields import MISSING, Fields
+from talik.data.format_fields import (
+    Converted,
+    document,
+    instruction,
+    of_messages,
+    one_answer,
+    prompt_completion,
+    sharegpt,
+    two_fields,
+)
 from talik.data.media import COLUMNS, check_media
-from talik.data.message_lists import read_messages
 from talik.data.messages import Conversation, Document, Message
 from talik.data.preferences import check_preferences
-from talik.data.rows import Problem, Row, RowError, describe, refuse
-from talik.data.tools import Tools, read_tools
+from talik.data.rows import Problem, Row, RowError, refuse
+from talik.data.tools import read_tools
 from talik.data.turn_rules import check_turns
 from talik.errors import DataError, UsageError
-
-Converted = tuple[list[Message], Tools] | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,119 +56,27 @@ class RowOptions:
     format: str | None = None
 
 
-def _messages(fields: Fields) -> Converted:
-    return _list(fields, "messages")
-
-
-def _sharegpt(fields: Fields) -> Converted:
-    return _list(fields, "conversations")
-
-
-def _list(fields: Fields, name: str) -> Converted:
-    messages, tools = read_messages(fields.named(name), fields.get(name))
-    return _with_system(fields, messages), tools
-
-
-def _prompt_completion(fields: Fields) -> Converted:
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    if isinstance(prompt, list) != isinstance(completion, list):
-        problem = "fields 'prompt' and 'completion' must both be strings or both be lists of messages"
-        raise RowError(WRONG_TYPE, problem, "prompt")
-    if not isinstance(prompt, list):
-        return _pair(fields, fields.text("prompt"), fields.text("completion"))
-    asked, tools = read_messages(fields.named("prompt"), prompt)
-    answered, more = read_messages(fields.named("completion"), completion)
-    asked = [replace(m, trained=False) if m.role == "assistant" else m for m in asked]
-    return _with_system(fields, asked) + answered, tools + more
-
-
-def _instruction(*answers: str) -> Callable[[Fields], Converted]:
-    def convert(fields: Fields) -> Converted:
-        question = fields.text("instruction")
-        for name in ("input", "context"):
-            more = fields.optional(name)
-            question += f"\n\n{more}" if more else ""
-        answer = next(name for name in answers if name in fields)
-        return _pair(fields, question, fields.text(answer))
-
-    return convert
-
-
-def _two_fields(asked: str, answered: str, answer: Callable[[Fields, str], str] = Fields.text) -> Format:
-    def convert(fields: Fields) -> Converted:
-        return _pair(fields, fields.text(asked), answer(fields, answered))
-
-    return Format((asked, answered), convert)
-
-
-def _one_answer(fields: Fields, name: str) -> str:
-    """The answer of a row: text, or a list with one text."""
-    value, own = fields.get(name), fields.named(name)
-    if isinstance(value, list) and len(value) == 1:
-        return text(f"{own}[0]", value[0])
-    if isinstance(value, list) and value:
-        problem = f"field '{own}' holds {len(value)} answers, and one is needed"
-        raise RowError("several answers", problem, own)
-    return text(own, value)
-
-
-def _pair(fields: Fields, question: str, answer: str) -> Converted:
-    turns = [Message("user", question), Message("assistant", answer)]
-    return [*_with_system(fields, []), *_history(fields), *turns], ()
-
-
-def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
-    """The messages with the system message of a field of its own, and without an empty one."""
-    if messages and messages[0].role in ("system", "developer") and not messages[0].content.strip():
-        messages = messages[1:]
-    system = fields.optional("system") or fields.optional("system_prompt")
-    if not system:
-        return messages
-    if messages and messages[0].role in ("system", "developer"):
-        if messages[0].content.strip() == system.strip():
-            return messages
-        raise RowError("two system messages", "field 'system' and the first message differ", "system")
-    return [Message("system", system), *messages]
-
-
-def _history(fields: Fields) -> list[Message]:
-    """The pairs of question and answer before the question."""
-    value, own = fields.get("history"), fields.named("history")
-    if value in (None, "", []):
-        return []
-    if not isinstance(value, list):
-        raise RowError(WRONG_TYPE, f"field '{own}' must be a list of pairs, it is {describe(value)}", own)
-    messages = []
-    for index, pair in enumerate(value):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            problem = f"field '{own}[{index}]' must be a question and its answer, it is {describe(pair)}"
-            raise RowError(WRONG_TYPE, problem, f"{own}[{index}]")
-        messages.append(Message("user", text(f"{own}[{index}][0]", pair[0])))
-        messages.append(Message("assistant", text(f"{own}[{index}][1]", pair[1])))
-    return messages
-
-
-def _document(fields: Fields) -> Converted:
-    return fields.text("text")
+def _two(asked: str, answered: str, answer: Callable[[Fields, str], str] = Fields.text) -> Format:
+    return Format((asked, answered), two_fields(asked, answered, answer))
 
 
 _OF_INSTRUCTION = ("input", "context", "system", "history", "tools")
 _OF_LISTS = ("system", "tools", "functions")
 # The first whose fields a row has is its format: 'instruction' rows have 'input' and 'output' too.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), _messages, _OF_LISTS),
-    "conversations": Format(("conversations",), _sharegpt, _OF_LISTS),
-    "instruction": Format(("instruction", "output"), _instruction("output"), _OF_INSTRUCTION),
-    "instruction-response": Format(("instruction", "response"), _instruction("response"), _OF_INSTRUCTION),
-    "prompt-completion": Format(("prompt", "completion"), _prompt_completion),
-    "prompt-response": _two_fields("prompt", "response"),
-    "query-response": _two_fields("query", "response"),
-    "question-answer": _two_fields("question", "answer", _one_answer),
-    "question-response": _two_fields("question", "response"),
-    "input-output": _two_fields("input", "output"),
-    "input-target": _two_fields("input", "target"),
-    "user-assistant": _two_fields("user", "assistant"),
-    "text": Format(("text",), _document, ()),
+    "messages": Format(("messages",), of_messages, _OF_LISTS),
+    "conversations": Format(("conversations",), sharegpt, _OF_LISTS),
+    "instruction": Format(("instruction", "output"), instruction("output"), _OF_INSTRUCTION),
+    "instruction-response": Format(("instruction", "response"), instruction("response"), _OF_INSTRUCTION),
+    "prompt-completion": Format(("prompt", "completion"), prompt_completion),
+    "prompt-response": _two("prompt", "response"),
+    "query-response": _two("query", "response"),
+    "question-answer": _two("question", "answer", one_answer),
+    "question-response": _two("question", "response"),
+    "input-output": _two("input", "output"),
+    "input-target": _two("input", "target"),
+    "user-assistant": _two("user", "assistant"),
+    "text": Format(("text",), document, ()),
 }
 _KNOWN = {name for form in FORMATS.values() for name in (*form.needs, *form.reads)} | {"chosen", "rejected"}
 
@@ -245,7 +160,7 @@ def converter_of(rows: Sequence[Row], options: RowOptions = RowOptions()) -> Con
         remedy = f"Give both or neither: {columns(rows[0].fields)}"
         raise UsageError(f"--{given}-field needs --{other}-field", remedy=remedy)
     if options.input_field is not None and options.output_field is not None:
-        return Converter("fields", _two_fields(options.input_field, options.output_field))
+        return Converter("fields", _two(options.input_field, options.output_field))
     name = options.format or _recognised(rows)
     if name not in FORMATS:
         raise UsageError(f"there is no format {name!r}", remedy=f"Name one of {', '.join(FORMATS)}.")

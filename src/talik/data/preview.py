@@ -70,7 +70,12 @@ def preview_text(example: Example, tokenizer: Any) -> Text:
 
 def preview_html(examples: Sequence[Example], tokenizer: Any) -> str:
     """The examples as one HTML page that needs no other file; resting on a token shows its id."""
-    return PAGE.format(sections="\n".join(_section(example, tokenizer) for example in examples))
+    return PAGE.format(sections=sections(examples, tokenizer))
+
+
+def sections(examples: Sequence[Example], tokenizer: Any) -> str:
+    """Each example as a heading and its tokens, in HTML."""
+    return "\n".join(_section(example, tokenizer) for example in examples)
 
 
 def length_histogram(lengths: Sequence[int], width: int = 40) -> str:

@@ -67,6 +67,12 @@ class Report:
     quoted: int = 0
     developers: int = 0
 
+    @classmethod
+    def counts(cls) -> list[str]:
+        """The names of the attributes that are numbers."""
+        others = ("template", "facts", "too_long")
+        return [item.name for item in fields(cls) if item.name not in others]
+
     def merge(self, other: Report) -> None:
         """Adds the counts of more rows."""
         for name in (item.name for item in fields(self)):

@@ -20,6 +20,7 @@ from typing import Any
 
 from talik.data.reading import TEXT, check_file, suffix_of
 from talik.data.streams import DataFile
+from talik.data_source import DataSource
 from talik.errors import DataError
 from talik.files import read_json
 from talik.libraries import need_packages, one_line
@@ -68,6 +69,13 @@ def find_data(data: str, say: Say = lambda line: None) -> list[DataFile]:
     if data.startswith(MODELSCOPE):
         return _from_modelscope(data, say)
     return [DataFile(path, str(path), data) for path in _local(data, say)]
+
+
+def whole_source(source: DataSource) -> DataSource:
+    """A source with a whole path; names of hubs and standard input stay as they are."""
+    if source.path == INPUT or source.path.startswith((HUB, MODELSCOPE)):
+        return source
+    return source.model_copy(update={"path": str(Path(source.path).expanduser().absolute())})
 
 
 def file_state(file: DataFile) -> str:

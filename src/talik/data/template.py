@@ -23,7 +23,6 @@ from talik.errors import UsageError
 # Errors that a template raises: by itself (an unknown role), or where an expression meets the wrong messages.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 PRIVATE_USE = range(0xE000, 0xF900)
-_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 Chat = list[dict[str, Any]]
 
@@ -149,23 +148,9 @@ def template_of(tokenizer: Any) -> Template:
     return _with_arguments(template)
 
 
-def fix_date(tokenizer: Any, now: datetime) -> bool:
-    """Makes a tokenizer's template write this date wherever it would write today's; whether it writes one.
-
-    A template asks for the date as `strftime_now("%d %b %Y")`, which is replaced by the date itself.
-    """
-    if not asks_for_today(tokenizer):
-        return False
-    text = tokenizer.chat_template
-    if isinstance(text, dict):
-        tokenizer.chat_template = {name: _dated(one, now) for name, one in text.items()}
-    else:
-        tokenizer.chat_template = _dated(text, now)
-    return True
-
-
-def _dated(text: str, now: datetime) -> str:
-    return _NOW.sub(lambda found: repr(now.strftime(found["format"])), text)
+def date_of(tokenizer: Any) -> str | None:
+    """Today's date and time, if the tokenizer's template writes them: what a run keeps."""
+    return datetime.now().isoformat(timespec="seconds") if asks_for_today(tokenizer) else None
 
 
 def asks_for_today(tokenizer: Any) -> bool:

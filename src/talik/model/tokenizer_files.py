@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ PATTERNS = (
     ),
     *("tekken.json", "*.codes", "spiece*", "chat_template*", "*.jinja"),
 )
+_NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 _KNOWN_TO_ALL = {
     "TokenizersBackend": "PreTrainedTokenizerFast"
 }  # a class of Transformers 5: what it was before
@@ -33,8 +36,13 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, date: str | None = None) -> Any:
     """The tokenizer of a model folder, with the chat template of chat_template.json where it has no other.
+
+    Args:
+        folder: The model's folder.
+        date: Date and time (ISO 8601) that the chat template writes in place of today's, for which a template
+            asks as `strftime_now("%d %b %Y")`.
 
     Raises:
         SourceError: chat_template.json holds no template.
@@ -50,7 +58,16 @@ def load_tokenizer(folder: Path) -> Any:
             problem = "holds no template: a JSON object with 'chat_template' is needed"
             raise SourceError(problem, where=file, remedy="Get the file again from where the model came.")
         tokenizer.chat_template = template
+    if date is not None and tokenizer.chat_template is not None:
+        text, now = tokenizer.chat_template, datetime.fromisoformat(date)
+        several = isinstance(text, dict)
+        dated = {name: _dated(one, now) for name, one in (text if several else {"": text}).items()}
+        tokenizer.chat_template = dated if several else dated[""]
     return tokenizer
+
+
+def _dated(text: str, now: datetime) -> str:
+    return _NOW.sub(lambda found: repr(now.strftime(found["format"])), text)
 
 
 def readable(config: dict[str, Any]) -> dict[str, Any]:

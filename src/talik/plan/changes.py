@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.errors import DoesNotFitError
 from talik.events import Notify, Said, silent
 from talik.plan.planned import Change, Planned
@@ -95,7 +96,7 @@ def _candidates(
     if "head" in wanted.parts and (wanted.layers or len(wanted.parts) > 1):
         without = _with(recipe, thaw=str(replace(wanted, parts=wanted.parts - {"head"})))
         yield _option(without), without, "without the head"
-    longest = recipe.max_length if examples is None else max(example.length for example in examples)
+    longest = recipe.max_length if examples is None else max(lengths_of(examples))
     shorter = 1 << (longest - 1).bit_length() - 1  # the next power of two below
     if shorter >= SHORTEST:
         note = ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.machine import Machine, Rates
 from talik.model.freeze import trained_parameters
 from talik.plan.account import Simulation
@@ -49,8 +50,8 @@ def seconds_of(
     def of_phase(name: str) -> float:
         return result.flops.get(name, 0) / rate + result.moved.get(name, 0) / rates.copy
 
-    lengths = [example.length for example in examples]
-    tokens, held_out = sum(lengths), sum(example.length for example in evaluated)
+    lengths = lengths_of(examples)
+    tokens, held_out = sum(lengths), sum(lengths_of(evaluated))
     layers = max(1, enough_layers(subject.chain, plan.cut))
     share = plan.cut / layers * (tokens + held_out) / sum(group.tokens for group in work.groups)
     trunk = of_phase("trunk") * share
@@ -58,7 +59,7 @@ def seconds_of(
         shards = 1 + (tokens + held_out) * token_bytes(subject, plan) // plan.hidden_bytes
         trunk = max(trunk, shards * _file_bytes(subject, plan.cut) / min(rates.disk_read, rates.to_device))
     in_steps = sum(lengths[i] for step in work.steps for i in step)
-    steps = len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, 0))
+    steps = len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, 0, recipe.shuffle))
     epoch = sum(map(of_phase, ("forward", "loss", "backward"))) * tokens / in_steps
     epoch += of_phase("update") * steps / len(work.steps)
     if plan.top == "streamed":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.events import silent
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.anatomy import parts_of
@@ -126,7 +127,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))
 
     def states_of(of: Sequence[Example]) -> States | None:
-        return None if plan.cache == "none" else FakeStates([example.length for example in of], *form)
+        return None if plan.cache == "none" else FakeStates(lengths_of(of), *form)
 
     if work.evaluated:
         log.phase("evaluate")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.events import Notify, Said, silent
 from talik.files import in_words
 from talik.model.freeze import trained_parameters
@@ -100,7 +101,7 @@ class Search:
     @property
     def longest(self) -> int:
         """Tokens of the longest example to train on."""
-        return max(example.length for example in self.examples)
+        return max(lengths_of(self.examples))
 
     def ram(self, plan: Plan) -> int:
         """Bytes of RAM that a way takes beside an accelerator, about.
@@ -229,7 +230,7 @@ def _disk(
     subject: Subject, plan: Plan, examples: Sequence[Example], evaluated: Sequence[Example]
 ) -> dict[str, int]:
     """What the trunk's cache and the checkpoints take at most, in bytes."""
-    tokens = sum(example.length for example in (*examples, *evaluated))
+    tokens = sum(lengths_of(examples)) + sum(lengths_of(evaluated))
     trained = trained_parameters(subject.chain.model)
     weights = sum(parameter.nbytes for parameter in trained.values())
     work = {} if subject.recipe.lora else {"working copy": weights}  # adapters stay in memory

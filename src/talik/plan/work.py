@@ -10,6 +10,7 @@ from dataclasses import replace
 from talik.data.batches import micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
 from talik.data.rows import Place
+from talik.data.store import lengths_of
 from talik.model.chain import Chain
 from talik.plan.simulate import Work
 from talik.recipe import Plan, Recipe
@@ -45,7 +46,7 @@ def work_of(
     if held_out:
         held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
     steps = _largest_steps(examples, plan, recipe, chain)
-    lengths = [example.length for example in examples]
+    lengths = lengths_of(examples)
     return Work(
         examples=both,
         groups=chosen,
@@ -82,7 +83,7 @@ def _largest_steps(
     examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> list[tuple[list[int], list[int]]]:
     """Of each step that is simulated the examples of its largest micro-batches, and those that wait."""
-    lengths = [example.length for example in examples]
+    lengths = lengths_of(examples)
     steps = _all_steps(lengths, recipe)
     fullest = _fullest(steps, lengths)
     longest = max(steps, key=lambda step: max(lengths[i] for i in step))
@@ -103,7 +104,7 @@ def _largest_steps(
 
 def padded_tokens(examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain) -> int:
     """Tokens of a step's micro-batches with their padding, the most of the steps that have most tokens."""
-    lengths = [example.length for example in examples]
+    lengths = lengths_of(examples)
     return max(
         sum(len(batch) * max(lengths[i] for i in batch) for batch in _batches(step, examples, plan, chain))
         for step in _fullest(_all_steps(lengths, recipe), lengths)
@@ -118,7 +119,7 @@ def _all_steps(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
     steps: list[list[int]] = []
     count, epochs = count_steps(lengths, recipe), itertools.count()
     while len(steps) < count:
-        steps += steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, next(epochs))
+        steps += steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, next(epochs), recipe.shuffle)
     return steps[:count]
 
 

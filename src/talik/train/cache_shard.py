@@ -21,6 +21,7 @@ from torch import Tensor
 
 from talik.data.batches import equal_length_groups
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.errors import ChainError, TalikError
 from talik.files import fingerprint, read_json
 from talik.model.checkpoint import tensor_bytes
@@ -58,7 +59,7 @@ class Damaged(ValueError):
 
 def groups_of(examples: Sequence[Example], batch_tokens: int) -> list[Group]:
     """All examples in groups of at most `batch_tokens` tokens (or one longer example), shortest first."""
-    lengths = [example.length for example in examples]
+    lengths = lengths_of(examples)
     return [
         Group(
             tuple(indices),

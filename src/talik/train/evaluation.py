@@ -34,14 +34,43 @@ class Evaluation:
         return {"loss": self.loss, "perplexity": perplexity, "accuracy": self.accuracy}
 
 
+def evaluate_ranges(
+    top: Top,
+    examples: Sequence[Example],
+    states: States | None,
+    plan: Plan,
+    store: Store,
+    ranges: Sequence[tuple[str, int, int]],
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """The evaluation of all examples, and that of each named range of them; {} where there is only one."""
+    if len(ranges) < 2:
+        return evaluate_top(top, examples, states, plan, store), {}
+    parts = {
+        name: evaluate_top(top, examples, states, plan, store, range(start, stop))
+        for name, start, stop in ranges
+    }
+    count = sum(part.trained_tokens for part in parts.values())
+    loss = sum(part.loss * part.trained_tokens for part in parts.values()) / count
+    right = sum(part.accuracy * part.trained_tokens for part in parts.values()) / count
+    return Evaluation(loss, right, count), parts
+
+
 @torch.no_grad()
 def evaluate_top(
-    top: Top, examples: Sequence[Example], states: States | None, plan: Plan, store: Store
+    top: Top,
+    examples: Sequence[Example],
+    states: States | None,
+    plan: Plan,
+    store: Store,
+    indices: range | None = None,
 ) -> Evaluation:
-    """The mean loss over all trained tokens of the examples, and the share of them guessed right."""
+    """The mean loss over all trained tokens of the examples, and the share of them guessed right.
+
+    `indices`: of these examples alone.
+    """
     top.train_mode(False)
     loss, right, count = 0.0, 0, 0
-    batches = load_micro_batches(examples, range(len(examples)), states, plan, top.chain)
+    batches = load_micro_batches(examples, indices or range(len(examples)), states, plan, top.chain)
     for batch, hidden in _through(top, batches, plan, store):
         batch_loss, batch_right = _evaluate_batch(top, batch, hidden, plan.loss_chunk)
         loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)

@@ -18,12 +18,14 @@ from talik.data.examples import Example
 from talik.errors import ChainError
 from talik.machine import choose_device
 from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
+from talik.model.adapters import in_words as adapters_in_words
 from talik.model.chain import Chain, load_model, verify_layers
 from talik.model.freeze import thaw, trained_parameters
 from talik.model.hollow import hollow_model
 from talik.model.weights import Weights
 from talik.model.working_copy import Saved, WorkingCopy
 from talik.recipe import Plan, Recipe
+from talik.thaw import layers_in_words
 from talik.train.scratch import Scratch, TieredScratch
 from talik.train.store import FileStore, ResidentStore, Store
 from talik.train.top import Top, make_top
@@ -174,3 +176,22 @@ def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedMode
     fill_adapters(model, recipe.seed, model.device)
     measure_lengths(model)
     return model, make_top(Chain(model), trained_parameters(model), plan.cut)
+
+
+def what_is_trained(loaded: Loaded, recipe: Recipe) -> str:
+    """The trained parameters and the frozen ones, in words."""
+    named = loaded.chain.model.named_parameters()
+    sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
+    parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
+    layers = {layer: f"layer {layer}" in parts for layer in range(loaded.plan.layers)}
+    shown = layers_in_words(layer for layer, trained in layers.items() if trained)
+    shown += [part for part in parts if not part.startswith("layer ")]
+    trained, total = sum(sizes.values()), loaded.weights.parameters
+    if recipe.lora is not None:
+        share = f"{trained:,} parameters beside {total:,} ({100 * trained / total:.1f} %), all of them frozen"
+        return f"{', '.join(shown)}: {recipe.lora}, {adapters_in_words(loaded.chain.model)}; {share}"
+    share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
+    frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)
+    frozen += [] if "embeddings" in parts else ["the embeddings"]
+    rest = f"{' and '.join(frozen)} are" if frozen else "nothing is"
+    return f"{', '.join(shown)}: {share}; {rest} frozen"

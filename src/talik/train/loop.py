@@ -23,6 +23,7 @@ from torch import Tensor
 
 from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
+from talik.data.store import lengths_of
 from talik.errors import Interrupted, NonFiniteError
 from talik.files import write_text
 from talik.recipe import Plan, Recipe
@@ -57,6 +58,7 @@ class Evaluated:
     step: int
     evaluation: Evaluation
     best: bool
+    by_source: dict[str, Evaluation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Job:
     recipe: Recipe
     plan: Plan
     run: Path
-    evaluate: Callable[[], Evaluation] | None
+    evaluate: Callable[[], tuple[Evaluation, dict[str, Evaluation]]] | None
     watch: Watch
     notify: Callable[[Any], None]
     interrupted: Callable[[], bool]
@@ -114,12 +116,16 @@ def count_steps(lengths: Sequence[int], recipe: Recipe) -> int:
     if recipe.steps is not None:
         return recipe.steps
     epochs = range(recipe.epochs)
-    return sum(len(steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, e)) for e in epochs)
+    return sum(len(_epoch(lengths, recipe, e)) for e in epochs)
+
+
+def _epoch(lengths: Sequence[int], recipe: Recipe, epoch: int) -> list[list[int]]:
+    return steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch, recipe.shuffle)
 
 
 def train_loop(job: Job, state: State) -> State:
     """Trains from `state` to the end. Raises NonFiniteError, or Interrupted after saving."""
-    lengths = [example.length for example in job.examples]
+    lengths = lengths_of(job.examples)
     steps = count_steps(lengths, job.recipe)
     metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: nothing is saved yet
     with metrics:
@@ -128,7 +134,7 @@ def train_loop(job: Job, state: State) -> State:
         epoch: list[list[int]] = []
         while state.step < steps and not _patience_lost(job.recipe, state):
             if not epoch or state.step_in_epoch == 0:
-                epoch = steps_of_epoch(lengths, job.recipe.batch_tokens, job.recipe.seed, state.epoch)
+                epoch = _epoch(lengths, job.recipe, state.epoch)
             done = _one_step(job, state, epoch[state.step_in_epoch], steps)
             metrics.write(json.dumps(_without(asdict(done), "steps")) + "\n")
             metrics.flush()
@@ -200,7 +206,7 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
 def _evaluate(job: Job, state: State, metrics: Any) -> None:
     assert job.evaluate is not None
     job.watch.phase("evaluate")
-    evaluation = job.evaluate()
+    evaluation, by_source = job.evaluate()
     # The base is what the tuned ones are compared with; it has no checkpoint to be the best.
     tuned = state.step > 0
     best = tuned and (state.best_loss is None or evaluation.loss < state.best_loss)
@@ -208,11 +214,13 @@ def _evaluate(job: Job, state: State, metrics: Any) -> None:
         state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0
     elif tuned:
         state.worse += 1
-    state.evaluations.append({"step": state.step, **asdict(evaluation)})
-    record = {"step": state.step, "eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy}
+    record: dict[str, Any] = {"step": state.step, **asdict(evaluation)}
+    each = {"by_source": {name: asdict(part) for name, part in by_source.items()}} if by_source else {}
+    state.evaluations.append(record | each)
+    record = {"step": state.step, "eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, **each}
     metrics.write(json.dumps(record) + "\n")
     metrics.flush()
-    job.notify(Evaluated(state.step, evaluation, best))
+    job.notify(Evaluated(state.step, evaluation, best, by_source))
 
 
 def _patience_lost(recipe: Recipe, state: State) -> bool:

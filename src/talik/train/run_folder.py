@@ -15,7 +15,8 @@ from talik.events import Notify, Said, silent
 from talik.files import check_folder_place, finished_folder, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
-from talik.recipe import Plan, Recipe, check, read_fields, read_plan, write_recipe
+from talik.recipe import Plan, Recipe, check, read_plan
+from talik.recipe_file import read_fields, write_recipe
 from talik.train.checkpoint_digests import STATE, WEIGHTS, verified
 from talik.train.resume import checkpoint_path, latest_checkpoint
 
@@ -31,6 +32,7 @@ class Run:
     recipe: Recipe
     plan: Plan
     source: Source
+    date: str | None = None  # that the chat template writes for today's
 
 
 def is_run(path: str | Path) -> bool:
@@ -49,7 +51,9 @@ def check_new(folder: Path) -> None:
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
 
 
-def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: str) -> Run:
+def start_run(
+    folder: Path, recipe: Recipe, plan: Plan, source: Source, data: str, date: str | None = None
+) -> Run:
     """Makes the folder with what the run will be, whole or not at all; `data` names the examples."""
     known = {
         "folder": str(source.folder.resolve()),
@@ -58,6 +62,7 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
         "revision": source.revision,
         "weights": weights_fingerprint(source.folder),
         "data": data,
+        "date": date,
     }
     check_new(folder)  # once more: another run may have begun in it while this one was planned
     (folder / REFUSED).unlink(missing_ok=True)
@@ -65,7 +70,7 @@ def start_run(folder: Path, recipe: Recipe, plan: Plan, source: Source, data: st
         write_json(part / "source.json", known)
         write_json(part / "plan.json", plan.model_dump())
         write_recipe(recipe, part / "recipe.yaml")
-    return Run(folder, recipe, plan, source)
+    return Run(folder, recipe, plan, source, date)
 
 
 def refuse_run(folder: Path, recipe: Recipe, planned: dict[str, Any]) -> None:
@@ -92,7 +97,7 @@ def check_same_data(run: Run, data: str) -> None:
     """RunError if the examples are not those that the run began with."""
     if read_json(run.folder / "source.json")["data"] != data:
         raise RunError(
-            f"the examples that {run.recipe.data} gives are not those that this run began with",
+            "the examples that the data give are not those that this run began with",
             where=run.folder,
             remedy="Put the former rows, tokenizer and chat template back, or start a new run.",
         )
@@ -118,7 +123,7 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
             where=source.folder,
             remedy="Put the former weights back, or begin a new run: talik train",
         )
-    return Run(folder, recipe, plan, source)
+    return Run(folder, recipe, plan, source, known.get("date"))
 
 
 def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:

@@ -1,0 +1,1 @@
+"""`talik check`: everything about a data set before an hour is spent on it."""
