@@ -85,7 +85,7 @@ ROWS: dict[str, tuple[str | bytes | None, list[str], list[str]]] = {
     "mixed.jsonl": (
         GOOD * 4 + '{"prompt": "a", "completion": "b"}\n',
         [],
-        ["mixed.jsonl:1", "'input-output'", "'prompt-completion' first in mixed.jsonl:5", "file of its own"],
+        ["mixed.jsonl:5", "'prompt-completion', and its file 'input-output'", "file of its own"],
     ),
     "gbk.jsonl": (
         GOOD.encode() + '{"input": "你好", "output": "世界"}'.encode("gb18030"),

@@ -17,9 +17,9 @@ import yaml
 
 from talik import show
 from talik.chat import Talk, load_for_chat
-from talik.data.batches import split_held_out
 from talik.data.dataset import preview, read_all
 from talik.data.formats import conversations
+from talik.data.held_out import split_held_out
 from talik.data.messages import Conversation
 from talik.data.reading import read_rows
 from talik.errors import UsageError

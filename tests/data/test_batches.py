@@ -15,10 +15,10 @@ from talik.data.batches import (
     collate,
     equal_length_groups,
     micro_batches,
-    split_held_out,
     steps_of_epoch,
 )
 from talik.data.examples import Example, Span
+from talik.data.held_out import split_held_out
 from talik.data.messages import Conversation, Message
 from talik.data.rows import Place
 

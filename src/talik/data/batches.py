@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypedDict, TypeVar
+from typing import TypedDict
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from talik.data.examples import IGNORED, Example
-from talik.data.messages import Conversation, Document
 from talik.files import fingerprint
 
 OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens
-Made = TypeVar("Made", bound=Conversation | Document)
-DRAWS = 2.0**-52  # what two draws that differ are apart at least
 
 
 class Batch(TypedDict):
@@ -104,47 +101,6 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         attention_mask[row, : example.length] = 1
         labels[row, : example.length] = torch.tensor(example.labels)
     return Batch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-
-
-def split_held_out(
-    conversations: Sequence[Made], fraction: float, seed: int
-) -> tuple[list[Made], list[Made]]:
-    """The conversations to train on and those held out, about `fraction` of the questions.
-
-    A question is all text before the last answer, without case and outer blanks; all its answers are on one
-    side. The side depends on the question and `seed` alone, so new rows move no other. Where that would leave
-    a side empty, one question goes there; a single question is trained on.
-    """
-    draws = [question_draw(conversation, seed) for conversation in conversations]
-    limit = draws_limit(draws, fraction)
-    trained = [c for c, draw in zip(conversations, draws, strict=True) if draw >= limit]
-    return trained, [c for c, draw in zip(conversations, draws, strict=True) if draw < limit]
-
-
-def draws_limit(draws: Sequence[float], wanted: float) -> float:
-    """The draw from which on questions are trained on; those below it are held out.
-
-    Args:
-        draws: The draw of every example (`question_draw`).
-        wanted: A share below 1, or a number of questions. Neither side is left empty where there are two
-            questions.
-    """
-    if not wanted or not len(draws):
-        return 0.0
-    least, most = float(min(draws)), float(max(draws))
-    if wanted >= 1:
-        known = sorted({float(draw) for draw in draws})
-        return known[min(int(wanted), len(known) - 1)]
-    return min(max(wanted, least + DRAWS), most)
-
-
-def question_draw(conversation: Conversation | Document, seed: int) -> float:
-    """A number in [0, 1) that is the same for the same question and seed."""
-    if isinstance(conversation, Document):
-        question = [conversation.text.strip()]
-    else:
-        question = [message.content.strip().casefold() for message in conversation.messages[:-1]]
-    return int(fingerprint(str(seed), *question)[:13], 16) * DRAWS
 
 
 def _fill(order: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from talik.data.batches import draws_limit
+from talik.data.held_out import draws_limit
 from talik.data.prepared import Data, Prepared
 from talik.data.preview import length_histogram, preview_text
 from talik.data.sources import check_data
-from talik.data.store import lengths_of
+from talik.data.store import examples_digest, lengths_of
 from talik.data_source import DataSource
 from talik.errors import DataError, UsageError, together
 from talik.events import Notify, silent
-from talik.files import fingerprint, write_json, write_text
+from talik.files import atomic, write_json
 from talik.recipe import Recipe, check
 
 
@@ -94,24 +94,29 @@ def read_sets(
 
 
 def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> Any:
-    """The indices of examples as often as the weights of their sources say; parts of rows are drawn."""
+    """The indices of examples as often as the weights of their sources say; parts of rows are drawn.
+
+    Source after source, and all examples of one that are used again after all of them.
+    """
     if all(source.weight == 1 for source in sources):
         return indices
-    weights = {source.path: source.weight for source in sources}
-    of_file = np.array([weights[of.file.origin] for of in made.files])
     view = made.examples.at(indices)
-    weight = of_file[view.column("file")]
+    source = np.array([of.source for of in made.files])[view.column("file")]
+    weight = np.array([source.weight for source in sources])[source]
     copies = np.floor(weight).astype(np.int64) + (view.column("row") < weight % 1)
-    chosen = np.repeat(indices, copies)
-    if not len(chosen):
+    chosen = [
+        indices[(source == number) & (copies > time)]
+        for number in range(len(sources))
+        for time in range(int(copies[source == number].max(initial=0)))
+    ]
+    if not chosen:
         raise UsageError("the weights of the sources leave no example", remedy="Raise a weight.")
-    return chosen
+    return np.concatenate(chosen)
 
 
 def examples_fingerprint(*sets: Data | None) -> str:
     """Names the examples of some sets: every token and which are trained, in order."""
-    examples = (example for data in sets if data for example in data.examples)
-    return fingerprint(*(part for e in examples for part in (e.input_ids.tobytes(), repr(e.spans))))
+    return examples_digest([data.examples for data in sets if data])
 
 
 def preview(data: Data, tokenizer: Any, count: int = 3) -> list[Any]:
@@ -136,6 +141,7 @@ def keep_facts(folder: Path, *sets: Data | None) -> None:
     found = [data for data in sets if data is not None]
     facts = found[0].report.facts
     write_json(folder / "template.json", facts.as_dict() if facts else {})
-    if rejected := [row for data in found for row in data.rejected]:
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rejected)
-        write_text(folder / "rejected.jsonl", "".join(lines))
+    lines = (line for data in found for line in data.rejected)
+    if (first := next(iter(lines), None)) is not None:
+        with atomic(folder / "rejected.jsonl") as file:
+            file.writelines(line.encode("utf-8", "backslashreplace") for line in chain([first], lines))

@@ -7,37 +7,33 @@ depend on the number of processes. Only a few chunks and the packed examples are
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections import Counter, deque
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
-from talik.data.batches import question_draw
+from talik.data.examples import Example
 from talik.data.formats import Converter, RowOptions, converter_of, other_format
+from talik.data.held_out import question_draw, row_draw
 from talik.data.json_rows import row_of_line
 from talik.data.labels import Labeller
-from talik.data.media import MEDIA
 from talik.data.messages import Conversation, Document
+from talik.data.parts import Part, packed
 from talik.data.reading import kind_of, rows_of
 from talik.data.report import LabelOptions, Report
 from talik.data.rows import SHOWN, Place, Problem, Row, RowError
-from talik.data.store import Part, packed
 from talik.data.streams import LONGEST_ROW, DataFile, TextStream
 from talik.data.template import template_of
-from talik.errors import TalikError
-from talik.files import fingerprint
+from talik.data.workers import in_order
 
 CHUNK_BYTES = 2 << 20
 CHUNK_ROWS = 1000
 PEEKED = 100  # rows by which a file's format is recognised
+OTHER_FORMAT = "another format"
+_NAMES = 1000  # fields that are not read and are counted by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +41,16 @@ class PrepareOptions:
     """How examples are made of rows."""
 
     label: LabelOptions
-    drop_media: bool
-    keep_rejected: bool
     seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
-    """A file, the number of it, its format and the options of its source."""
+    """A file, its number and that of its source, its format and the options of its source."""
 
     file: DataFile
     number: int
+    source: int
     form: str
     rows: RowOptions
     limit: int | None = None
@@ -63,27 +58,56 @@ class FileOptions:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive rows of a file: whole lines with the number of the first, or rows."""
+    """Consecutive rows of a file: as whole lines, or as rows where the file has none.
+
+    Attributes:
+        first: The number of the first line, or of the first row; both start at 1.
+        size: Bytes of the lines; 0 where they are not known.
+    """
 
     of: FileOptions
     lines: bytes | None
     first: int
     rows: Sequence[Row | Problem] = ()
+    size: int = 0
+
+    def bare(self) -> Chunk:
+        """The chunk without its rows."""
+        return replace(self, lines=None, rows=())
+
+
+@dataclass(slots=True)
+class Rejected:
+    """Rows that cannot be used, as lines of JSON: some in memory, others in files."""
+
+    lines: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            with file.open(encoding="utf-8") as stream:
+                yield from stream
+        yield from self.lines
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Results of some chunks; they can be added up."""
+    """Results of some chunks; they can be added up.
+
+    Attributes:
+        problems: The first of each kind.
+        kinds: How many there are of each kind.
+        over: The first examples that are too long.
+        unread: Fields that are not read, with their numbers of rows.
+    """
 
     parts: list[Part] = field(default_factory=list)
     report: Report | None = None
-    problems: list[Problem] = field(default_factory=list)  # the first of each kind and in all
+    problems: list[Problem] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     over: list[tuple[Place, str]] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    rejected: Rejected = field(default_factory=Rejected)
     unread: Counter[str] = field(default_factory=Counter)
-    media: int = 0
-    formats: dict[str, Place] = field(default_factory=dict)
     rows: int = 0
 
     def add(self, other: Outcome) -> None:
@@ -93,13 +117,16 @@ class Outcome:
             self.report = other.report
         elif other.report is not None:
             self.report.merge(other.report)
-        self.problems = (self.problems + other.problems)[:SHOWN]
+        known = Counter(problem.kind for problem in self.problems)
+        for problem in other.problems:
+            known[problem.kind] += 1
+            if known[problem.kind] <= SHOWN:
+                self.problems.append(problem)
         self.kinds += other.kinds
         self.over = (self.over + other.over)[:SHOWN]
-        self.rejected += other.rejected
-        self.unread += other.unread
-        self.media += other.media
-        self.formats = {**other.formats, **self.formats}
+        self.rejected.lines += other.rejected.lines
+        self.rejected.files += other.rejected.files
+        self.unread = Counter(dict((self.unread + other.unread).most_common(_NAMES)))
         self.rows += other.rows
 
 
@@ -108,49 +135,63 @@ class Preparer:
 
     def __init__(self, tokenizer: Any, options: PrepareOptions) -> None:
         self._labeller = Labeller(template_of(tokenizer), options.label)
-        self._options = options
+        self._seed = options.seed
 
     def prepare(self, chunk: Chunk) -> Outcome:
         """The examples of a chunk, and the problems of its rows."""
-        done = Outcome()
         converter = _converter(chunk.of)
+        # Several rows may stand in one line: a row is known by its place as an object, which examples share.
+        rows: dict[int, Row] = {}
+        numbers: dict[int, int] = {}
         made: list[Conversation | Document] = []
-        rows: dict[Place, Row] = {}
-        for row in _rows(chunk):
-            done.rows += 1
+        problems: list[tuple[Problem, Row | None]] = []
+        count = 0
+        for number, row in _rows(chunk):
+            count += 1
             if isinstance(row, Problem):
-                self._reject(row, None, done)
+                problems.append((row, None))
                 continue
-            if (other := other_format(row, converter)) is not None:
-                done.formats.setdefault(other, row.place)
-                continue
-            done.formats.setdefault(converter.name, row.place)
-            rows[row.place] = row
+            rows[id(row.place)], numbers[id(row.place)] = row, number
             try:
-                made.append(converter.convert(row))
+                made.append(_converted(row, converter))
             except RowError as error:
-                self._reject(error.at(row.place), row, done)
+                problems.append((error.at(row.place), row))
         labelled = self._labeller.label(made)
-        for problem in labelled.problems:
-            self._reject(problem, rows.get(problem.place), done)
-        draws = {row.place: question_draw(row, self._options.seed) for row in made}
-        examples = labelled.examples
-        questions = [draws[example.place] for example in examples]
-        own = [_row_draw(chunk.of, example.place.line, self._options.seed) for example in examples]
-        done.parts = [packed(examples, chunk.of.number, questions, own)]
-        done.report, done.over = labelled.report, labelled.over[:SHOWN]
+        problems += [(problem, rows.get(id(problem.place))) for problem in labelled.problems]
+        done = Outcome(report=labelled.report, over=labelled.over[:SHOWN], rows=count)
         done.unread = converter.unread
+        done.parts = [self._packed(labelled.examples, made, numbers, chunk.of.number)]
+        _reject(problems, done)
         return done
 
-    def _reject(self, problem: Problem, row: Row | None, done: Outcome) -> None:
-        if problem.kind == MEDIA and self._options.drop_media:
-            done.media += 1
-            return
+    def _packed(
+        self,
+        examples: Sequence[Example],
+        made: Sequence[Conversation | Document],
+        numbers: dict[int, int],
+        file: int,
+    ) -> Part:
+        questions = {id(row.place): question_draw(row, self._seed) for row in made}
+        own = {place: row_draw(self._seed, file, number) for place, number in numbers.items()}
+        places = [id(example.place) for example in examples]
+        return packed(examples, file, [questions[p] for p in places], [own[p] for p in places])
+
+
+def _converted(row: Row, converter: Converter) -> Conversation | Document:
+    if (other := other_format(row, converter)) is not None:
+        raise RowError(OTHER_FORMAT, f"the row has the format '{other}', and its file '{converter.name}'")
+    return converter.convert(row)
+
+
+def _reject(problems: list[tuple[Problem, Row | None]], done: Outcome) -> None:
+    """Counts rows that cannot be used, and keeps them as lines."""
+    problems.sort(key=lambda item: item[0].place.line)
+    for problem, row in problems:
         done.kinds[problem.kind] += 1
-        if len(done.problems) < SHOWN:
+        if done.kinds[problem.kind] <= SHOWN:
             done.problems.append(problem)
-        if self._options.keep_rejected:
-            done.rejected.append({**as_dict(problem), "row": row.fields if row else None})
+        whole = {**as_dict(problem), "row": row.fields if row else None}
+        done.rejected.lines.append(json.dumps(whole, ensure_ascii=False, default=str) + "\n")
 
 
 def as_dict(problem: Problem) -> dict[str, Any]:
@@ -171,25 +212,23 @@ def _converter(of: FileOptions) -> Converter:
     return converter_of([], replace(of.rows, format=of.form, input_field=None, output_field=None))
 
 
-def _row_draw(of: FileOptions, line: int, seed: int) -> float:
-    return int(fingerprint(str(seed), "row", str(of.number), str(line))[:13], 16) * 2.0**-52
-
-
-def _rows(chunk: Chunk) -> Iterator[Row | Problem]:
-    """The rows of a chunk, at most up to the limit of its source."""
+def _rows(chunk: Chunk) -> Iterator[tuple[int, Row | Problem]]:
+    """The rows of a chunk, each with its number: of the line, or of the row where the file has no lines."""
     if chunk.lines is None:
-        yield from chunk.rows
+        yield from enumerate(chunk.rows, start=chunk.first)
         return
     text = TextStream(chunk.of.file).decoded(chunk.lines, chunk.first)
     for number, line in enumerate(text.split("\n"), start=chunk.first):
+        place = Place(chunk.of.file.name, number)
         if len(line) >= LONGEST_ROW:
-            place = Place(chunk.of.file.name, number)
-            yield Problem(place, "row too large", f"the row has more than {LONGEST_ROW >> 20} MiB")
+            yield number, Problem(place, "row too large", f"the row has more than {LONGEST_ROW >> 20} MiB")
         elif line.strip():
-            yield row_of_line(Place(chunk.of.file.name, number), line)
+            yield number, row_of_line(place, line)
 
 
-def file_options(file: DataFile, number: int, options: RowOptions, limit: int | None) -> FileOptions:
+def file_options(
+    file: DataFile, number: int, source: int, options: RowOptions, limit: int | None
+) -> FileOptions:
     """A file with its format, recognised from its first rows.
 
     Raises:
@@ -197,35 +236,19 @@ def file_options(file: DataFile, number: int, options: RowOptions, limit: int | 
     """
     first = [row for row in islice(rows_of(file), PEEKED) if isinstance(row, Row)]
     form = converter_of(first, options).name if first or options.format else "messages"
-    return FileOptions(file, number, form, options, limit)
+    return FileOptions(file, number, source, form, options, limit)
 
 
 def chunks(of: FileOptions) -> Iterator[Chunk]:
-    """The chunks of a file, the same ones each time."""
+    """The chunks of a file, the same ones each time; at most up to the limit of its source."""
     if of.limit is None and kind_of(of.file) == "jsonl":
         for first, block in TextStream(of.file).blocks(CHUNK_BYTES):
-            yield Chunk(of, block, first)
+            yield Chunk(of, block, first, size=len(block))
         return
-    rows = islice(rows_of(of.file), of.limit)
+    rows, first = islice(rows_of(of.file), of.limit), 1
     while held := list(islice(rows, CHUNK_ROWS)):
-        yield Chunk(of, None, held[0].place.line, held)
-
-
-# All cores
-
-_worker: Preparer | None = None  # of a worker process
-
-
-def _start_worker(load: Callable[[], Any], options: PrepareOptions) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Preparer(load(), options)
-
-
-def _in_worker(chunk: Chunk) -> Outcome:
-    assert _worker is not None
-    return _worker.prepare(chunk)
+        yield Chunk(of, None, first, held)
+        first += len(held)
 
 
 def prepare_all(
@@ -235,7 +258,7 @@ def prepare_all(
     load: Callable[[], Any] | None,
     workers: int,
 ) -> Iterator[tuple[Chunk, Outcome]]:
-    """Each chunk and its outcome, in order.
+    """Each chunk, perhaps without its rows, and its outcome, in order.
 
     Args:
         work: The chunks.
@@ -250,35 +273,5 @@ def prepare_all(
     if load is None or workers < 2:
         preparer = Preparer(tokenizer, options)
         yield from ((chunk, preparer.prepare(chunk)) for chunk in work)
-        return
-    start = partial(_start_worker, load, options)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start)
-    try:
-        yield from _in_order(work, pool, 2 * workers)
-    except BrokenProcessPool:
-        problem = "A process that prepared rows has died, for lack of memory as a rule."
-        raise TalikError(problem, remedy="Run it again: what is prepared is kept.") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    work: Iterator[Chunk], pool: ProcessPoolExecutor, ahead: int
-) -> Iterator[tuple[Chunk, Outcome]]:
-    """Hands chunks to the workers, at most `ahead` of them at once."""
-    waiting: deque[tuple[Chunk, Future[Outcome]]] = deque()
-    for chunk in work:
-        waiting.append((replace(chunk, lines=b"", rows=()), pool.submit(_in_worker, chunk)))
-        if len(waiting) >= ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    else:
+        yield from in_order(work, load, options, workers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 
 from talik.data.examples import Example
 from talik.data.formats import RowOptions
+from talik.data.json_rows import BROKEN, LINES_REMEDY
 from talik.data.kept import Told, in_files, work_of
 from talik.data.labels import refuse_too_long
+from talik.data.media import MEDIA
+from talik.data.parts import joined
 from talik.data.prepare import (
+    OTHER_FORMAT,
     FileOptions,
     Outcome,
     PrepareOptions,
@@ -21,15 +26,26 @@ from talik.data.prepare import (
     prepare_all,
 )
 from talik.data.report import LabelOptions, Report
-from talik.data.rows import SHOWN
-from talik.data.sources import find_data
-from talik.data.store import StoredExamples, joined
+from talik.data.rows import SHOWN, Problem
+from talik.data.sources import INPUT, find_data
+from talik.data.store import StoredExamples
+from talik.data.streams import DataFile
 from talik.data_source import DataSource
 from talik.errors import DataError
 from talik.events import Notify, Said
 from talik.recipe import Recipe
 
 LARGE = 32 << 20  # bytes of data from which on all cores prepare it, into files
+_PACKED = 5  # bytes of text in a byte of a compressed file, about
+_COMPRESSED = (".gz", ".zst", ".xz", ".parquet")
+_SKIP = "--bad-rows skip leaves them out and says so."
+REMEDIES = {
+    BROKEN: f"{LINES_REMEDY} {_SKIP}",
+    MEDIA: "--drop-media leaves rows with pictures, video or sound out.",
+    "control token": "Only the chat template may write control tokens: take them out of the text, or train "
+    "them as ordinary text with --control-tokens escape.",
+    OTHER_FORMAT: f"Put the rows of each format into a file of its own; {_SKIP}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +70,7 @@ class Data:
         report: Counts of rows and examples.
         sources: How much comes from each source.
         problems: Rows that were left out, by kind.
-        rejected: These rows, each with its place and the reason.
+        rejected: These rows as lines of JSON, each with its place and the reason.
         unread: Fields that are not read, with their numbers of rows.
         media: Rows with pictures, video or sound that were left out.
         ranges: For each source, the name and the range of its examples, where they follow each other.
@@ -67,7 +83,7 @@ class Data:
     report: Report
     sources: tuple[SourceCount, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)
-    rejected: Sequence[dict[str, Any]] = ()
+    rejected: Iterable[str] = ()
     unread: dict[str, int] = field(default_factory=dict)
     media: int = 0
     ranges: tuple[tuple[str, int, int], ...] = ()
@@ -97,10 +113,9 @@ class Prepared:
             DataError: There are rows that cannot be used and that are not to be skipped.
         """
         files = _files(recipe, sources, notify)
-        keep = recipe.bad_rows == "skip"
-        options = PrepareOptions(label_options(recipe), recipe.drop_media, keep, recipe.seed)
-        size = sum(of.file.path.stat().st_size for of in files)
-        if size < LARGE or load is None or any(of.file.name == "-" for of in files):
+        options = PrepareOptions(label_options(recipe), recipe.seed)
+        size = sum(_size(of.file) for of in files)
+        if size < LARGE or load is None or any(of.file.name == INPUT for of in files):
             outcome = _in_memory(files, tokenizer, options, size, notify)
         else:
             outcome = in_files(files, tokenizer, options, load, size, notify)
@@ -109,35 +124,47 @@ class Prepared:
         return cls(StoredExamples(outcome.parts, places), outcome, files, recipe)
 
     def data(self, indices: Any, use: str, *, whole: bool = True) -> Data:
-        """A set of the examples; `whole`: the counts of rows belong to it."""
+        """A set of the examples; `whole`: the counts of rows that are left out belong to it."""
         examples = self.examples.at(indices)
-        outcome, report = self.outcome, self.outcome.report
-        assert report is not None
-        tokens, trained = int(examples.column("length").sum()), int(examples.column("trained").sum())
-        rows = len({*zip(examples.column("file").tolist(), examples.column("line").tolist(), strict=True)})
-        kept = {"rows": rows} if not whole or len(examples) < len(self.examples) else {}
-        own = report if whole else Report(rows, report.template, report.facts, longest=report.longest)
-        own = replace(own, **kept, examples=len(examples), tokens=tokens, trained_tokens=trained)
+        bad, media = _left_out(self.outcome, self.recipe)
+        skipped = bool(bad or media)
         return Data(
             ", ".join(dict.fromkeys(of.file.origin for of in self.files)),
             use,
             ", ".join(dict.fromkeys(of.form for of in self.files)),
             examples,
-            own,
+            self._report(examples, whole),
             tuple(self._counts(examples)),
-            dict(outcome.kinds) if whole else {},
-            outcome.rejected if whole else (),
-            dict(outcome.unread) if whole else {},
-            outcome.media if whole else 0,
+            dict(bad) if whole else {},
+            self.outcome.rejected if whole and skipped else (),
+            dict(self.outcome.unread) if whole else {},
+            media if whole else 0,
             tuple(self._ranges(examples)),
         )
 
+    def _report(self, examples: StoredExamples, whole: bool) -> Report:
+        report = self.outcome.report
+        assert report is not None
+        own = report if whole else Report(0, report.template, report.facts, longest=report.longest)
+        return replace(
+            own,
+            rows=len(np.unique(examples.column("row")))
+            if len(examples) != len(self.examples)
+            else report.rows,
+            examples=len(examples),
+            tokens=int(examples.column("length").sum()),
+            trained_tokens=int(examples.column("trained").sum()),
+        )
+
     def _counts(self, examples: StoredExamples) -> Iterator[SourceCount]:
+        """How much comes from each source, in the order of the sources."""
         number, lengths = examples.column("file"), examples.column("length")
         trained = examples.column("trained")
-        for origin in dict.fromkeys(of.file.origin for of in self.files):
-            mine = np.isin(number, [of.number for of in self.files if of.file.origin == origin])
-            yield SourceCount(origin, int(mine.sum()), int(lengths[mine].sum()), int(trained[mine].sum()))
+        for source in dict.fromkeys(of.source for of in self.files):
+            files = [of for of in self.files if of.source == source]
+            mine = np.isin(number, [of.number for of in files])
+            count = int(mine.sum())
+            yield SourceCount(files[0].file.origin, count, int(lengths[mine].sum()), int(trained[mine].sum()))
 
     def _ranges(self, examples: StoredExamples) -> Iterator[tuple[str, int, int]]:
         at = 0
@@ -158,18 +185,24 @@ def _unit(of: FileOptions) -> str:
     return "row" if of.file.path.suffix in (".parquet", ".arrow") else "line"
 
 
+def _size(file: DataFile) -> int:
+    """Bytes of text in a file, about."""
+    size = file.path.stat().st_size
+    return size * _PACKED if file.path.suffix.lower() in _COMPRESSED else size
+
+
 def _files(recipe: Recipe, sources: Sequence[DataSource], notify: Notify) -> list[FileOptions]:
     """The files of all sources, each with its format; a source without options has those of the recipe."""
     found: list[FileOptions] = []
-    for source in sources:
+    for number, source in enumerate(sources):
         own = RowOptions(source.input_field, source.output_field, source.format)
         of_recipe = RowOptions(recipe.input_field, recipe.output_field, recipe.format)
         options = of_recipe if own == RowOptions() else own
         left = source.limit
         for file in find_data(source.path, lambda line: notify(Said("data", line))):
-            found.append(file_options(file, len(found), options, left))
+            found.append(file_options(file, len(found), number, options, left))
             if left is not None:
-                left -= sum(chunk.of.limit is not None and len(chunk.rows) for chunk in chunks(found[-1]))
+                left -= sum(len(chunk.rows) for chunk in chunks(found[-1]))
                 if left <= 0:
                     break
     return found
@@ -186,50 +219,33 @@ def _in_memory(
     return whole
 
 
+def _left_out(outcome: Outcome, recipe: Recipe) -> tuple[Counter[str], int]:
+    """How many rows cannot be used, by kind, and how many have media and are left out for that."""
+    kinds = Counter(outcome.kinds)
+    return kinds, kinds.pop(MEDIA, 0) if recipe.drop_media else 0
+
+
 def _check(outcome: Outcome, recipe: Recipe, files: Sequence[FileOptions]) -> None:
-    """DataError for what a recipe does not want to pass: mixed formats, bad rows, long rows, nothing left."""
-    _refuse_mixed(outcome, files)
-    if outcome.kinds and recipe.bad_rows == "refuse":
-        raise _bad_rows(outcome)
+    """DataError for what a recipe does not want to pass: bad rows, long rows, nothing left."""
+    bad, media = _left_out(outcome, recipe)
+    if bad and recipe.bad_rows == "refuse":
+        raise _bad_rows([problem for problem in outcome.problems if problem.kind in bad], bad)
     assert outcome.report is not None
     count = sum(len(part) for part in outcome.parts)
     refuse_too_long(outcome.over, count, outcome.report, label_options(recipe))
     if not count:
-        left_out = sum(outcome.kinds.values())
-        problem = f"no row is left: {left_out:,} cannot be used and {outcome.media:,} have media"
+        problem = f"no row is left: {bad.total():,} cannot be used and {media:,} have media"
         raise DataError(
             problem, where=files[0].file.name, remedy="Look at them: talik check DATA --model MODEL"
         )
 
 
-def _bad_rows(outcome: Outcome) -> DataError:
+def _bad_rows(problems: Sequence[Problem], kinds: Counter[str]) -> DataError:
     """The error for rows that cannot be used: the first places, and the number of each kind."""
-    problems = outcome.problems
-    count = sum(outcome.kinds.values())
     lines = [problems[0].text, *(f"{p.place}: {p.text}" for p in problems[1:SHOWN])]
-    if count > 1:
-        lines.append(f"{count:,} rows in all")
-    if len(outcome.kinds) > 1:
-        lines.append("; ".join(f"{kind}: {number:,}" for kind, number in outcome.kinds.most_common()))
-    remedy = "Correct these rows or take them out of the file; --bad-rows skip leaves them out and says so."
-    if problems[0].kind == "media":
-        remedy = "--drop-media leaves rows with pictures, video or sound out."
-    if problems[0].kind == "control token":
-        remedy = (
-            "Only the chat template may write control tokens: take them out of the text, or train them as "
-            "ordinary text with --control-tokens escape."
-        )
-    return DataError("\n".join(lines), where=problems[0].place, remedy=remedy)
-
-
-def _refuse_mixed(outcome: Outcome, files: Sequence[FileOptions]) -> None:
-    """DataError for rows of several formats in one file."""
-    forms = {of.file.name: of.form for of in files}
-    for name, place in outcome.formats.items():
-        own = forms.get(place.file)
-        if own is not None and name != own:
-            raise DataError(
-                f"the rows have several formats: '{own}', and '{name}' first in {place}",
-                where=place,
-                remedy="Put the rows of each format into a file of its own.",
-            )
+    if kinds.total() > 1:
+        lines.append(f"{kinds.total():,} rows in all")
+    if len(kinds) > 1:
+        lines.append("; ".join(f"{kind}: {number:,}" for kind, number in kinds.most_common()))
+    remedy = f"Correct these rows or take them out of the file; {_SKIP}"
+    return DataError("\n".join(lines), where=problems[0].place, remedy=REMEDIES.get(problems[0].kind, remedy))

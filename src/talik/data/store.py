@@ -1,152 +1,80 @@
-"""Examples in flat arrays: in memory, or in files that are mapped, so that millions of them take no memory.
-
-    KEY/part-00000/ids.bin      token ids, 32-bit, one example after the other
-    KEY/part-00000/table.npz    where each example and each span ends, its row, and the draws for shares
-    KEY/part-00000/about.json   counts, and the digest of ids.bin
-
-A part appears once it is whole, so preparation that was broken off goes on after the last part.
-"""
+"""Examples in flat arrays, in memory or mapped, so that millions of them take no memory as objects."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from talik.data.examples import Example, Span
-from talik.data.rows import Place
+from talik.data.examples import Example
+from talik.data.parts import TYPES, Part, gathered, joined, packed
 
-# Arrays of a part beside the ids: their names and types.
-_TABLE = {
-    "ends": np.int64,  # of each example in the ids
-    "stops": np.int32,  # of each span in its example
-    "span_ends": np.int64,  # of each example in the stops
-    "first": np.uint8,  # whether the first span is trained
-    "trained": np.int32,  # trained tokens
-    "file": np.int32,
-    "line": np.int64,
-    "question": np.float64,  # a draw in [0, 1), the same for the same question
-    "row": np.float64,  # a draw in [0, 1) for the row
-}
-
-
-@dataclass(slots=True)
-class Part:
-    """Examples of consecutive rows, as arrays; the attributes are those of `_TABLE`."""
-
-    ids: Any
-    ends: Any
-    stops: Any
-    span_ends: Any
-    first: Any
-    trained: Any
-    file: Any
-    line: Any
-    question: Any
-    row: Any
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def example(self, index: int, files: Sequence[tuple[str, str]]) -> Example:
-        """The example at an index; `files` are the names and units of places."""
-        start = int(self.ends[index - 1]) if index else 0
-        first = int(self.span_ends[index - 1]) if index else 0
-        ids = array("i")
-        ids.frombytes(self.ids[start : int(self.ends[index])].tobytes())
-        spans, at, trained = [], 0, bool(self.first[index])
-        for stop in self.stops[first : int(self.span_ends[index])].tolist():
-            spans.append(Span(at, stop, trained))
-            at, trained = stop, not trained
-        name, unit = files[int(self.file[index])]
-        return Example(ids, tuple(spans), Place(name, int(self.line[index]), unit))  # pyright: ignore[reportArgumentType]
-
-
-def packed(examples: Sequence[Example], file: int, questions: Sequence[float], rows: Sequence[float]) -> Part:
-    """A part of examples of one file, with the draws of each."""
-    stops = [span.stop for example in examples for span in example.spans]
-    return Part(
-        ids=np.frombuffer(b"".join(e.input_ids.tobytes() for e in examples), np.int32),
-        ends=np.cumsum([e.length for e in examples], dtype=np.int64),
-        stops=np.array(stops, np.int32),
-        span_ends=np.cumsum([len(e.spans) for e in examples], dtype=np.int64),
-        first=np.array([e.spans[0].trained for e in examples], np.uint8),
-        trained=np.array([e.trained_tokens for e in examples], np.int32),
-        file=np.full(len(examples), file, np.int32),
-        line=np.array([e.place.line for e in examples], np.int64),
-        question=np.array(questions, np.float64),
-        row=np.array(rows, np.float64),
-    )
-
-
-def joined(parts: Sequence[Part]) -> Part:
-    """Parts as one."""
-    made: dict[str, Any] = {}
-    for name in (item.name for item in fields(Part)):
-        arrays = [getattr(part, name) for part in parts]
-        if name in ("ends", "span_ends"):
-            starts = np.cumsum([0, *(int(a[-1]) if len(a) else 0 for a in arrays)])
-            arrays = [a + start for a, start in zip(arrays, starts[:-1], strict=True)]
-        made[name] = np.concatenate(arrays) if arrays else np.zeros(0, _TABLE.get(name, np.int32))
-    return Part(**made)
-
-
-def write_part(part: Part, folder: Path, about: dict[str, Any]) -> None:
-    """Writes a part into a folder that is there and empty."""
-    with (folder / "ids.bin").open("wb") as file:
-        file.write(np.ascontiguousarray(part.ids).tobytes())
-    np.savez(folder / "table.npz", **{name: getattr(part, name) for name in _TABLE})
-    (folder / "about.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-
-
-def read_part(folder: Path) -> tuple[Part, dict[str, Any]]:
-    """A part that was written; its ids are mapped, not read. Raises OSError, ValueError or KeyError."""
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    with np.load(folder / "table.npz", allow_pickle=False) as table:
-        arrays = {name: table[name].astype(kind, copy=False) for name, kind in _TABLE.items()}
-    size = (folder / "ids.bin").stat().st_size
-    if size != 4 * (int(arrays["ends"][-1]) if len(arrays["ends"]) else 0):
-        raise ValueError("ids.bin has another size than its table says")
-    ids: Any = np.memmap(folder / "ids.bin", np.int32, "r") if size else np.zeros(0, np.int32)
-    return Part(ids=ids, **arrays), about
+_BLOCK = 4096  # examples that are gathered at once
 
 
 class StoredExamples(Sequence[Example]):
     """Examples of some parts, all of them or those at some indices; each is made when it is asked for.
 
-    Attributes:
-        lengths: Tokens of each example.
+    Args:
+        parts: The arrays.
+        files: The name of each file, and what its places count: "line" or "row".
+        indices: Which of all examples, in which order; None: all of them.
     """
 
     def __init__(self, parts: Sequence[Part], files: Sequence[tuple[str, str]], indices: Any = None) -> None:
         self._parts, self._files = list(parts), list(files)
         self._starts = np.cumsum([0, *(len(part) for part in self._parts)]).tolist()
         self._indices = indices
+        self._lengths: array[int] | None = None
 
     def column(self, name: str) -> Any:
-        """One of the arrays of the table, or the lengths, for these examples."""
+        """One of the arrays with an entry for each example, or "length"."""
         if name == "length":
-            columns = [np.diff(part.ends, prepend=0) for part in self._parts]
+            columns = [np.diff(part.ends, prepend=0).astype(np.int32) for part in self._parts]
         else:
             columns = [getattr(part, name) for part in self._parts]
-        whole = np.concatenate(columns) if columns else np.zeros(0, np.int64)
+        whole = np.concatenate(columns) if columns else np.zeros(0, np.int32)
         return whole if self._indices is None else whole[self._indices]
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> array[int]:
         """Tokens of each example."""
-        return self.column("length").tolist()
+        if self._lengths is None:
+            self._lengths = array("i", np.ascontiguousarray(self.column("length")).tobytes())
+        return self._lengths
 
     def at(self, indices: Any) -> StoredExamples:
-        """The examples at these indices of all examples, in that order."""
+        """The examples at these indices of these examples, in that order."""
         own = indices if self._indices is None else self._indices[indices]
         return StoredExamples(self._parts, self._files, np.asarray(own, np.int64))
+
+    def ids(self, index: int) -> bytes:
+        """The token ids of one example, as bytes."""
+        part, at = self._find(index)
+        return part.ids_of(at).tobytes()
+
+    def blocks(self) -> Iterator[Part]:
+        """All examples in order, some thousands at a time, as arrays of their own."""
+        for start in range(0, len(self), _BLOCK):
+            own = np.arange(start, min(start + _BLOCK, len(self)))
+            own = own if self._indices is None else self._indices[own]
+            numbers = np.searchsorted(self._starts, own, side="right") - 1
+            cuts = np.flatnonzero(np.diff(numbers)) + 1
+            runs = zip(np.split(numbers, cuts), np.split(own, cuts), strict=True)
+            parts = [(self._parts[of[0]], at - self._starts[of[0]]) for of, at in runs]
+            yield joined([gathered(part, at) for part, at in parts])
+
+    def _find(self, index: int) -> tuple[Part, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        at = index % len(self)
+        at = at if self._indices is None else int(self._indices[at])
+        number = bisect_right(self._starts, at) - 1
+        return self._parts[number], at - self._starts[number]
 
     def __len__(self) -> int:
         return self._starts[-1] if self._indices is None else len(self._indices)
@@ -158,19 +86,48 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        at = index % len(self)
-        at = at if self._indices is None else int(self._indices[at])
-        part = bisect_right(self._starts, at) - 1
-        return self._parts[part].example(at - self._starts[part], self._files)
+        part, at = self._find(index)
+        return part.example(at, self._files)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
 
-def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example."""
+def examples_digest(sets: Sequence[Sequence[Example]]) -> str:
+    """32 hexadecimal digits that name examples: every token and which are trained, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for examples in sets:
+        digest.update(len(examples).to_bytes(8, "little"))
+        for part in _stored(examples).blocks():
+            for name in ("ends", "ids", "span_ends", "stops", "first"):
+                digest.update(np.ascontiguousarray(getattr(part, name), TYPES[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _stored(examples: Sequence[Example]) -> StoredExamples:
+    if isinstance(examples, StoredExamples):
+        return examples
+    nothing = [0.0] * len(examples)
+    return StoredExamples([packed(examples, 0, nothing, nothing)], [("", "line")])
+
+
+def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
+    """Tokens of each example, without making the examples."""
     if isinstance(examples, StoredExamples):
         return examples.lengths
-    return [example.length for example in examples]
+    return array("i", [example.length for example in examples])
+
+
+def ids_of(examples: Sequence[Example], index: int) -> bytes:
+    """The token ids of an example as bytes, without making the example."""
+    return (
+        examples.ids(index) if isinstance(examples, StoredExamples) else examples[index].input_ids.tobytes()
+    )
+
+
+def not_longer(examples: Sequence[Example], limit: int) -> Sequence[Example]:
+    """The examples of at most `limit` tokens."""
+    chosen = np.flatnonzero(np.asarray(lengths_of(examples)) <= limit)
+    if isinstance(examples, StoredExamples):
+        return examples.at(chosen)
+    return [examples[index] for index in chosen.tolist()]

@@ -1,0 +1,48 @@
+"""A process that prepares chunks for another one: they come in by standard input, outcomes go out.
+
+It ends when its input does: when the other process has nothing more for it, or is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    """Reads how to load the tokenizer and how to prepare, then answers each chunk with its outcome."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Transformers loads tokenizers without torch if there is none, and torch takes 200 MB of every process.
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a line that some library prints must not get between the outcomes
+    try:
+        from talik.data.prepare import Preparer
+
+        load, options = pickle.load(inward)
+        preparer = Preparer(load(), options)
+        while True:
+            _answer(outward, preparer.prepare(pickle.load(inward)))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        _answer(outward, _portable(error))
+
+
+def _answer(outward: Any, value: Any) -> None:
+    pickle.dump(value, outward, protocol=pickle.HIGHEST_PROTOCOL)
+    outward.flush()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot be given to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
