@@ -16,7 +16,7 @@ from talik.data.parts import Damaged, joined, read_part, write_part
 from talik.data.prepare import Chunk, FileOptions, Outcome, PrepareOptions, Rejected, chunks, prepare_all
 from talik.data.report import Counted, Report
 from talik.data.rows import Place, Problem
-from talik.data.workers import cores
+from talik.data.workers import worker_count
 from talik.errors import DataError
 from talik.events import Notify, Progress, Said
 from talik.files import atomic, fingerprint, read_json, write_json
@@ -76,7 +76,7 @@ def in_files(
             notify(Said("data", f"goes on after {whole.rows:,} rows that are prepared in {folder}"))
         work = work_of(files)
         told = Told(size, notify, sum(next(work).size for _ in range(done)))
-        made = prepare_all(work, tokenizer, options, load, cores())
+        made = prepare_all(work, tokenizer, options, load, worker_count())
         _write_parts(folder, files, made, whole, told)
         for of, state in zip(files, states, strict=True):
             if state_of(of.file) != state:

@@ -29,8 +29,8 @@ from talik.data.streams import LONGEST_ROW, DataFile, TextStream
 from talik.data.template import template_of
 from talik.data.workers import in_order
 
-CHUNK_BYTES = 2 << 20
-CHUNK_ROWS = 1000
+CHUNK_BYTES = 1 << 20
+CHUNK_ROWS = 500
 PEEKED = 100  # rows by which a file's format is recognised
 OTHER_FORMAT = "another format"
 _NAMES = 1000  # fields that are not read and are counted by name

@@ -23,9 +23,11 @@ def main() -> None:
     os.dup2(2, 1)  # a line that some library prints must not get between the outcomes
     try:
         from talik.data.prepare import Preparer
+        from talik.system import give_back_memory
 
         load, options = pickle.load(inward)
         preparer = Preparer(load(), options)
+        give_back_memory()  # what reading a tokenizer leaves is more than what it is
         while True:
             _answer(outward, preparer.prepare(pickle.load(inward)))
     except (EOFError, BrokenPipeError):

@@ -19,9 +19,16 @@ from queue import SimpleQueue
 from typing import Any
 
 from talik.errors import TalikError
+from talik.system import free_memory
 
 _CODE = "import sys; sys.path[:] = {!r}; from talik.data.worker import main; main()"
+_ROOM = 1 << 30  # bytes of free memory for each worker, which takes a quarter of that as a rule
 _PATIENCE = 10  # seconds in which a worker that has nothing more to do ends by itself
+
+
+def worker_count() -> int:
+    """How many workers there should be: one for each core, fewer where memory is short."""
+    return max(1, min(cores(), free_memory() // _ROOM))
 
 
 def cores() -> int:
