@@ -23,6 +23,7 @@ from talik.options import (
     recipe_fields,
 )
 
+DATE = "for a chat template that writes today's: a date as 2026-01-31, or `run` for that of the training"
 ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the diagnosis"
 
 
@@ -93,6 +94,7 @@ def _show_recipe(recipe: Any) -> None:
 
 def _show_result(result: Any, as_json: bool) -> None:
     from talik import show
+    from talik.files import quoted
 
     if as_json:
         show.result_json(dataclasses.asdict(result))
@@ -102,7 +104,8 @@ def _show_result(result: Any, as_json: bool) -> None:
         rows = [("base", result.base.measures()), ("tuned", result.tuned.measures())]
         show.result(show.comparison(rows))
     show.result(show.memory(result.memory))
-    show.result(f"talk to it: talik chat {result.run}\nexport it:  talik export {result.run} FOLDER")
+    run = quoted(result.run)
+    show.result(f"talk to it: talik chat {run}\nexport it:  talik export {run} FOLDER")
 
 
 def resume_command(argv: list[str]) -> None:
@@ -157,18 +160,20 @@ def chat_command(argv: list[str]) -> None:
         ("base", arg(bool, "of a run: talk to the model as it was before"), False),
         ("max_tokens", arg(int, "longest answer"), 256),
         ("temperature", arg(float, "0: always the likeliest token"), 0.0),
+        ("date", arg(str | None, DATE), None),
     )
     parsed = parse("chat", wanted, argv, "Talks to a run or a model. An empty line or Ctrl-D ends it.")
     from talik import show
-    from talik.chat import Talk, load_for_chat
+    from talik.chat import Talk, chat_date, load_for_chat
     from talik.errors import UsageError
 
     if parsed.max_tokens < 1 or parsed.temperature < 0:
         raise UsageError("--max-tokens must be at least 1, and --temperature at least 0")
+    date = chat_date(parsed.target, parsed.date)
 
     quiet()
     with show.Watch() as watch:
-        model, tokenizer = load_for_chat(parsed.target, base=parsed.base, notify=watch)
+        model, tokenizer = load_for_chat(parsed.target, base=parsed.base, date=date, notify=watch)
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
     talk = Talk(model, tokenizer, system, parsed.max_tokens, parsed.temperature)
     for question in [parsed.prompt] if parsed.prompt is not None else show.questions():
