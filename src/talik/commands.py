@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from talik.options import (
     DATA_FIELDS,
+    MORE_DATA,
     arg,
     fits,
     optional,
@@ -39,7 +40,7 @@ def train_command(argv: list[str]) -> None:
     written = read_fields(Path(config)) if config else {}
     shown = {key: read_as(key, value) for key, value in written.items() if fits(key, value)}
     if config:  # MODEL and DATA keep their places, whichever of them the file names
-        shown = {"model": None, "data": [], **shown}
+        shown = {"model": None, "data": None, **shown}
     help_config = "a recipe.yaml whose fields stand in for the defaults"
     wanted = options(
         "Train",
@@ -131,7 +132,8 @@ def eval_command(argv: list[str]) -> None:
     wanted = options(
         "Eval",
         ("target", positional(str, "folder of a run, or a model", "RUN|MODEL")),
-        ("data", positional(list[str], "rows: files, folders, hf:ORG/NAME, ...", "DATA [DATA ...]")),
+        ("data", positional(str, "rows: a file, a folder, hf:ORG/NAME, ...", "DATA")),
+        MORE_DATA,
         *fields,
         ("json", arg(bool, "print the result as JSON"), False),
     )

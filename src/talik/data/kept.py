@@ -146,7 +146,7 @@ def _about(outcome: Outcome) -> dict[str, Any]:
         "rejected": outcome.rejected,
         "unread": outcome.unread,
         "media": outcome.media,
-        "formats": {name: [place.file, place.line, place.unit] for name, place in outcome.formats.items()},
+        "formats": [[name, p.file, p.line, p.unit] for (_, name), p in outcome.formats.items()],
         "rows": outcome.rows,
     }
 
@@ -171,7 +171,7 @@ def _outcome_of(about: dict[str, Any]) -> Outcome:
         rejected=about["rejected"],
         unread=Counter(about["unread"]),
         media=about["media"],
-        formats={name: Place(*place) for name, place in about["formats"].items()},
+        formats={(place[0], name): Place(*place) for name, *place in about["formats"]},
         rows=about["rows"],
     )
 

@@ -83,7 +83,7 @@ class Outcome:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     media: int = 0
-    formats: dict[str, Place] = field(default_factory=dict)
+    formats: dict[tuple[str, str], Place] = field(default_factory=dict)  # the first of each file and format
     rows: int = 0
 
     def add(self, other: Outcome) -> None:
@@ -122,9 +122,9 @@ class Preparer:
                 self._reject(row, None, done)
                 continue
             if (other := other_format(row, converter)) is not None:
-                done.formats.setdefault(other, row.place)
+                done.formats.setdefault((row.place.file, other), row.place)
                 continue
-            done.formats.setdefault(converter.name, row.place)
+            done.formats.setdefault((row.place.file, converter.name), row.place)
             rows[row.place] = row
             try:
                 made.append(converter.convert(row))

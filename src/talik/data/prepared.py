@@ -20,8 +20,9 @@ from talik.data.prepare import (
     file_options,
     prepare_all,
 )
+from talik.data.reading import READING, remedy_for
 from talik.data.report import LabelOptions, Report
-from talik.data.rows import SHOWN
+from talik.data.rows import SHOWN, Place
 from talik.data.sources import find_data
 from talik.data.store import StoredExamples, joined
 from talik.data_source import DataSource
@@ -188,7 +189,7 @@ def _in_memory(
 
 def _check(outcome: Outcome, recipe: Recipe, files: Sequence[FileOptions]) -> None:
     """DataError for what a recipe does not want to pass: mixed formats, bad rows, long rows, nothing left."""
-    _refuse_mixed(outcome, files)
+    _refuse_mixed(outcome)
     if outcome.kinds and recipe.bad_rows == "refuse":
         raise _bad_rows(outcome)
     assert outcome.report is not None
@@ -212,6 +213,8 @@ def _bad_rows(outcome: Outcome) -> DataError:
     if len(outcome.kinds) > 1:
         lines.append("; ".join(f"{kind}: {number:,}" for kind, number in outcome.kinds.most_common()))
     remedy = "Correct these rows or take them out of the file; --bad-rows skip leaves them out and says so."
+    if problems[0].kind in READING:
+        remedy = f"{remedy_for(problems)} --bad-rows skip leaves such rows out and says so."
     if problems[0].kind == "media":
         remedy = "--drop-media leaves rows with pictures, video or sound out."
     if problems[0].kind == "control token":
@@ -222,14 +225,16 @@ def _bad_rows(outcome: Outcome) -> DataError:
     return DataError("\n".join(lines), where=problems[0].place, remedy=remedy)
 
 
-def _refuse_mixed(outcome: Outcome, files: Sequence[FileOptions]) -> None:
+def _refuse_mixed(outcome: Outcome) -> None:
     """DataError for rows of several formats in one file."""
-    forms = {of.file.name: of.form for of in files}
-    for name, place in outcome.formats.items():
-        own = forms.get(place.file)
-        if own is not None and name != own:
+    files: dict[str, dict[str, Place]] = {}
+    for (file, name), place in outcome.formats.items():
+        files.setdefault(file, {})[name] = place
+    for places in files.values():
+        if len(places) > 1:
+            named = ", ".join(f"'{name}' first in {place}" for name, place in places.items())
             raise DataError(
-                f"the rows have several formats: '{own}', and '{name}' first in {place}",
-                where=place,
+                f"the rows have {len(places)} formats: {named}",
+                where=next(iter(places.values())),
                 remedy="Put the rows of each format into a file of its own.",
             )
