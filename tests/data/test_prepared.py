@@ -151,10 +151,11 @@ def test_it_is_found_again_and_not_prepared_again(large: Any, monkeypatch: pytes
 
 
 def test_it_goes_on_after_the_last_whole_part(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = large()
+    expected = list(large().examples)
     (folder,) = home_folder().glob("data/*/")
     parts = sorted(folder.glob("part-*"))
     (folder / "whole.json").unlink()
+    (parts[3] / "ids.bin").unlink()  # it may still be mapped: cut off in place it would end the process
     (parts[3] / "ids.bin").write_bytes(b"cut off")
     prepared_again: list[Any] = []
     real = kept.prepare_all
@@ -165,6 +166,6 @@ def test_it_goes_on_after_the_last_whole_part(large: Any, monkeypatch: pytest.Mo
             yield chunk, outcome
 
     monkeypatch.setattr(kept, "prepare_all", counted)
-    assert list(large().examples) == list(first.examples)
+    assert list(large().examples) == expected
     about = [json.loads((part / "about.json").read_text()) for part in parts[:3]]
     assert min(prepared_again) > sum(one["rows"] for one in about) - 1 > 0
