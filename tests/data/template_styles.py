@@ -158,7 +158,8 @@ def glm4_5(message: Message, _: str) -> str:
     called = []
     for call in message.tool_calls:
         values = [
-            f"<arg_key>{key}</arg_key>\n<arg_value>{value if isinstance(value, str) else as_json(value)}</arg_value>\n"
+            f"<arg_key>{key}</arg_key>\n"
+            f"<arg_value>{value if isinstance(value, str) else as_json(value)}</arg_value>\n"
             for key, value in call.arguments.items()
         ]
         called.append(f"\n<tool_call>{call.name}\n{''.join(values)}</tool_call>")

@@ -1,4 +1,4 @@
-"""Every style of chat template against a reference of its own: what is asked, what is written, what is masked."""
+"""Every style of chat template against a reference of its own: prompts, answers and masks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from talik.data.facts import facts_of, stops_of
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message, ToolCall
 from talik.data.rows import Place
-from talik.data.template import fix_date, template_of
+from talik.data.template import template_of
 from talik.errors import DataError
+from talik.model.tokenizer_files import fix_date
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "styles"
 Q, Q2 = Message("user", "How are you?"), Message("user", "Name a colour.")
@@ -67,7 +68,8 @@ CASES: dict[str, tuple[Message, ...]] = {
 }
 # The thought at the start of what is written; the prompt may have opened it.
 REASONING = re.compile(
-    r"(<\|channel\|>final<\|message\|>)?\s*(<think>)?\n?(Say blue\.|2 \+ 3 gives \{5\}\.|Look first\.)?\n?</think>\s*"
+    r"(<\|channel\|>final<\|message\|>)?\s*(<think>)?\n?(Say blue\.|2 \+ 3 gives \{5\}\.|Look first\.)?\n?"
+    r"</think>\s*"
     r"|<\|channel\|>analysis<\|message\|>(2 \+ 3 gives \{5\}\.|Look first\.)"
 )
 OPTIONS: dict[str, dict[str, Any]] = {

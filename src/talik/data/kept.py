@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def in_files(
     """Prepares into files that later runs find again, and goes on where an earlier start was broken off."""
     root = home_folder() / "data"
     states = [f"{file_state(of.file)} {of.form} {of.rows} {of.limit}" for of in files]
-    key = fingerprint(VERSION, repr(options), _tokenizer_state(tokenizer), *states)
+    forms = [item.name for kind in (Report, Facts) for item in fields(kind)]
+    key = fingerprint(VERSION, *forms, repr(options), _tokenizer_state(tokenizer), *states)
     folder = root / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
@@ -159,7 +160,7 @@ def _as_list(problem: Any) -> list[Any]:
 def _outcome_of(about: dict[str, Any]) -> Outcome:
     """The counts that `_about` wrote."""
     facts = about["facts"]
-    known = Facts(**{**facts, "ends": tuple(facts["ends"])}) if facts else None
+    known = Facts(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}) if facts else None
     report = Report(about["report"].pop("rows"), about["template"], known, **about["report"])
     for kind, count in about["too_long"].items():
         report.too_long[kind].count = count
