@@ -199,10 +199,16 @@ def test_missing_names_are_named(refused: Refused) -> None:
 
 def test_every_wrong_field_at_once(model_folder: Path, rows: Path, refused: Refused, here: Path) -> None:
     (here / "r.yaml").write_text("epochs: 0\nmax_length: long\ntrain_on: me\ndatta: x\nlearning_rate: 3\n")
-    options = ["-c", "r.yaml", "--held-out", "2", "--learning-rate", "-1"]
+    options = ["-c", "r.yaml", "--held-out", "-2", "--learning-rate", "-1"]
     message = refused("train", model_folder, rows, "-o", "run", *options)
     assert_says(message, "r.yaml: 6 problems:", "epochs: 0:", "max_length: 'long':", "train_on: 'me':")
-    assert_says(message, "datta: there is no such field", "held_out: 2.0:", "learning_rate: -1.0:", "--help")
+    assert_says(
+        message,
+        "datta: there is no such field",
+        "held_out: -2.0:",
+        "learning_rate: -1.0:",
+        "--help",
+    )
 
 
 def test_what_is_wrong_in_different_places_is_said_at_once(

@@ -17,8 +17,9 @@ import pytest
 import talik
 from talik.errors import SourceError, TalikError, UsageError
 from talik.files import finished_folder, read_json, write_json
+from talik.model.older_readers import older_tokenizer
 from talik.model.source import find_model
-from talik.model.tokenizer_files import load_tokenizer, readable
+from talik.model.tokenizer_files import load_tokenizer
 from talik.train.resume import latest_checkpoint
 from talik.train.run_folder import check_new
 
@@ -32,7 +33,7 @@ KEPT = [
     "params.json",
 ]
 KEPT += ["own.tiktoken", "bpe.codes", "video_preprocessor_config.json", "USE_POLICY.md"]
-GONE = ["modeling_own.py", "pytorch_model.bin", "model.gguf", ".gitattributes"]
+GONE = ["rows.jsonl", "modeling_own.py", "pytorch_model.bin", "model.gguf", ".gitattributes"]
 
 
 def trained(source: Path, rows: Path, run: Path, **fields: Any) -> Path:
@@ -110,12 +111,21 @@ def test_an_adapter_has_template_tokenizer_and_end(source: Path, rows: Path, tmp
 
 
 def test_a_tokenizer_class_that_older_readers_know() -> None:
-    config = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "auto_map": {}}
-    assert readable(config) == {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "additional_special_tokens": ["<a>"],
-    }
-    assert readable({"extra_special_tokens": {"image": "<i>"}}) == {"extra_special_tokens": {"image": "<i>"}}
+    config = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<a>"]}
+    assert older_tokenizer(config, fast=True) == expected
+    named = {"extra_special_tokens": {"image": "<i>"}}
+    assert older_tokenizer(named, fast=True) == named
+
+
+def test_a_config_in_the_older_style_stays_as_it_is(source: Path, rows: Path, tmp_path: Path) -> None:
+    config = read_json(source / "config.json")
+    for name in ("rope_parameters", "dtype"):
+        config.pop(name)
+    config |= {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "made_by": "somebody"}
+    write_json(source / "config.json", config | {"auto_map": {"AutoConfig": "x.Y"}})
+    talik.export(trained(source, rows, tmp_path / "run"), tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json") == {**config, "torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "", "1.5", "[" * 10**5, '{"cache_implementation": "evil"}'])

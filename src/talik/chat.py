@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from talik.data.facts import facts_of, stops_of
 from talik.data.template import Template, template_of
 from talik.errors import UsageError
 from talik.events import Notify, Said, silent
+from talik.files import read_json
 from talik.machine import choose_device
 from talik.model.chain import load_model
 from talik.model.products import bf16_as_fp32
@@ -34,7 +36,7 @@ _UNBENT = {
 
 
 def load_for_chat(
-    target: str | Path, *, base: bool = False, notify: Notify = silent
+    target: str | Path, *, base: bool = False, date: str | None = None, notify: Notify = silent
 ) -> tuple[PreTrainedModel, Any]:
     """The model to talk to and its tokenizer: any model, or a run with what it trained (unless `base`)."""
     if is_run(target):
@@ -44,13 +46,35 @@ def load_for_chat(
         model, top = load_whole(run.recipe, plan, run.source.folder)
         if checkpoint:
             load_weights(checkpoint, dict(top.parameters()))
-        return model, load_tokenizer(run.source.folder)
+        return model, load_tokenizer(run.source.folder, date)
     if base:
         raise UsageError("--base is for a run: a model by itself has no other", where=target)
     folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
     dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
     assert dtype is None or isinstance(dtype, torch.dtype)
-    return load_model(folder, dtype or torch.float32, choose_device("auto")), load_tokenizer(folder)
+    return load_model(folder, dtype or torch.float32, choose_device("auto")), load_tokenizer(folder, date)
+
+
+def chat_date(target: str | Path, date: str | None) -> str | None:
+    """The date that a chat template gets for today's: one in ISO 8601, or with "run" the one of the training.
+
+    Raises:
+        UsageError: It is no date, or the target is no run with one.
+    """
+    if date is None:
+        return None
+    if date == "run":
+        file = Path(target) / "source.json"
+        known = read_json(file).get("date") if file.is_file() else None
+        if known is None:
+            raise UsageError(
+                "--date run: no date is kept there", where=target, remedy="Name a date: 2026-01-31"
+            )
+        return str(known)
+    try:
+        return datetime.fromisoformat(date).isoformat()
+    except ValueError:
+        raise UsageError(f"--date: {date!r} is no date", remedy="Write it as 2026-01-31.") from None
 
 
 @dataclass

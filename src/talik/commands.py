@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from talik.options import (
     DATA_FIELDS,
+    MORE_DATA,
     arg,
     fits,
     optional,
@@ -23,6 +24,7 @@ from talik.options import (
     recipe_fields,
 )
 
+DATE = "for a chat template that writes today's: a date as 2026-01-31, or `run` for that of the training"
 ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the diagnosis"
 
 
@@ -38,7 +40,7 @@ def train_command(argv: list[str]) -> None:
     written = read_fields(Path(config)) if config else {}
     shown = {key: read_as(key, value) for key, value in written.items() if fits(key, value)}
     if config:  # MODEL and DATA keep their places, whichever of them the file names
-        shown = {"model": None, "data": [], **shown}
+        shown = {"model": None, "data": None, **shown}
     help_config = "a recipe.yaml whose fields stand in for the defaults"
     wanted = options(
         "Train",
@@ -93,6 +95,7 @@ def _show_recipe(recipe: Any) -> None:
 
 def _show_result(result: Any, as_json: bool) -> None:
     from talik import show
+    from talik.files import quoted
 
     if as_json:
         show.result_json(dataclasses.asdict(result))
@@ -102,7 +105,8 @@ def _show_result(result: Any, as_json: bool) -> None:
         rows = [("base", result.base.measures()), ("tuned", result.tuned.measures())]
         show.result(show.comparison(rows))
     show.result(show.memory(result.memory))
-    show.result(f"talk to it: talik chat {result.run}\nexport it:  talik export {result.run} FOLDER")
+    run = quoted(result.run)
+    show.result(f"talk to it: talik chat {run}\nexport it:  talik export {run} FOLDER")
 
 
 def resume_command(argv: list[str]) -> None:
@@ -128,7 +132,8 @@ def eval_command(argv: list[str]) -> None:
     wanted = options(
         "Eval",
         ("target", positional(str, "folder of a run, or a model", "RUN|MODEL")),
-        ("data", positional(list[str], "rows: files, folders, hf:ORG/NAME, ...", "DATA [DATA ...]")),
+        ("data", positional(str, "rows: a file, a folder, hf:ORG/NAME, ...", "DATA")),
+        MORE_DATA,
         *fields,
         ("json", arg(bool, "print the result as JSON"), False),
     )
@@ -157,18 +162,20 @@ def chat_command(argv: list[str]) -> None:
         ("base", arg(bool, "of a run: talk to the model as it was before"), False),
         ("max_tokens", arg(int, "longest answer"), 256),
         ("temperature", arg(float, "0: always the likeliest token"), 0.0),
+        ("date", arg(str | None, DATE), None),
     )
     parsed = parse("chat", wanted, argv, "Talks to a run or a model. An empty line or Ctrl-D ends it.")
     from talik import show
-    from talik.chat import Talk, load_for_chat
+    from talik.chat import Talk, chat_date, load_for_chat
     from talik.errors import UsageError
 
     if parsed.max_tokens < 1 or parsed.temperature < 0:
         raise UsageError("--max-tokens must be at least 1, and --temperature at least 0")
+    date = chat_date(parsed.target, parsed.date)
 
     quiet()
     with show.Watch() as watch:
-        model, tokenizer = load_for_chat(parsed.target, base=parsed.base, notify=watch)
+        model, tokenizer = load_for_chat(parsed.target, base=parsed.base, date=date, notify=watch)
     system = [{"role": "system", "content": parsed.system}] if parsed.system else []
     talk = Talk(model, tokenizer, system, parsed.max_tokens, parsed.temperature)
     for question in [parsed.prompt] if parsed.prompt is not None else show.questions():

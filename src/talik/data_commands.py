@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from talik.options import DATA_FIELDS, arg, options, parse, positional, quiet, recipe_fields
+from talik.options import DATA_FIELDS, MORE_DATA, arg, options, parse, positional, quiet, recipe_fields
 
 DATA_HELP = "rows: files, folders, globs, -, hf:ORG/NAME, modelscope:ORG/NAME"
 
@@ -12,7 +12,8 @@ DATA_HELP = "rows: files, folders, globs, -, hf:ORG/NAME, modelscope:ORG/NAME"
 def preview_command(argv: list[str]) -> None:
     wanted = options(
         "Preview",
-        ("data", positional(list[str], DATA_HELP, "DATA [DATA ...]")),
+        ("data", positional(str, DATA_HELP, "DATA")),
+        MORE_DATA,
         ("model", arg(str, "the model whose tokenizer and chat template are used")),
         ("count", arg(int, "how many examples; 0 for the counts alone", "-n"), 3),
         ("html", arg(str | None, "write a page to this file, too"), None),
@@ -45,7 +46,8 @@ def check_command(argv: list[str]) -> None:
     fields = (*DATA_FIELDS, "eval_data")
     wanted = options(
         "Check",
-        ("data", positional(list[str], DATA_HELP, "DATA [DATA ...]")),
+        ("data", positional(str, DATA_HELP, "DATA")),
+        MORE_DATA,
         ("model", arg(str, "the model whose tokenizer and chat template are used")),
         ("html", arg(str | None, "write a page to this file, too"), None),
         ("json", arg(bool, "print it as JSON"), False),
@@ -78,7 +80,8 @@ def convert_command(argv: list[str]) -> None:
     fields = ("input_field", "output_field", "format", "bad_rows", "drop_media")
     wanted = options(
         "Convert",
-        ("data", positional(list[str], f"{DATA_HELP}; then the file to write", "DATA [DATA ...] OUT.jsonl")),
+        ("data", positional(str, DATA_HELP, "DATA")),
+        ("more_data", positional(list[str], "more rows; last the file to write", "[DATA ...] OUT.jsonl")),
         *recipe_fields(fields),
     )
     parsed = vars(parse("convert", wanted, argv, "Writes any data format as JSON lines of messages."))

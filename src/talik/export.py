@@ -23,7 +23,7 @@ from talik.errors import RunError, TalikError, UsageError
 from talik.events import Notify, Said, silent
 from talik.export_adapters import Merged, Named, write_adapter
 from talik.export_check import verify_logits
-from talik.export_config import check_config, exported_config
+from talik.export_config import exported_config
 from talik.export_files import write_companions
 from talik.files import check_folder_place, finished_folder, need_room, write_json
 from talik.model.anatomy import parts_of
@@ -72,7 +72,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
     with finished_folder(out) as folder, _held(opened.folder, folder, notify) as checkpoint:
         if adapter:
             card = model_card(opened, checkpoint, adapter=True)
-            exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card))
+            exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card, notify))
             whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
         else:
             exported = _write_whole(opened, checkpoint, folder, out, notify)
@@ -123,7 +123,6 @@ def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: No
     card = model_card(run, checkpoint)
     exported = write_model(run.source.folder, trained, folder, dtype, untied=untied, out=out)
     write_companions(run.source.folder, folder, card, notify)
-    check_config(run.source.folder, folder)
     notify(
         Said(
             "export",

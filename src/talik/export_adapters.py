@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from talik.card import base_name
+from talik.events import Notify
 from talik.export_files import write_adapter_companions
 from talik.files import need_room
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
@@ -67,12 +68,12 @@ class Merged(Mapping[str, Tensor]):
         return found
 
 
-def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str) -> int:
+def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str, notify: Notify) -> int:
     """Writes what was trained as a folder of PEFT, with what it takes to use it; returns its bytes."""
     weights = checkpoint / "weights.safetensors"
     need_room(folder, weights.stat().st_size, "export")
     model = hollow_model(run.source.folder, working_dtype(run.recipe))
     thaw(model, run.recipe)
     write_adapter_folder(model, weights, folder, base_name(run))
-    write_adapter_companions(run.source.folder, folder, card)
+    write_adapter_companions(run.source.folder, folder, card, notify)
     return sum(file.stat().st_size for file in folder.iterdir())

@@ -11,14 +11,16 @@ from transformers import AutoConfig, GenerationConfig
 from talik.data.facts import Stops, stops_of
 from talik.data.template import plain_template
 from talik.events import Notify, Said
+from talik.export_tokenizer import write_tokenizer
 from talik.files import read_json, write_json, write_text
-from talik.model.tokenizer_files import is_tokenizer_file, load_tokenizer, readable
+from talik.model.tokenizer_files import is_tokenizer_file, load_tokenizer
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".index.json", ".tflite", ".mlmodel", ".pdparams", ".ot", ".data", ".safetensors.json"),
 )
-_MADE = {"config.json", "generation_config.json", "tokenizer_config.json", "README.md", "talik_source.json"}
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+_MADE = {"config.json", "generation_config.json", "README.md", "talik_source.json", "adapter_config.json"}
 
 
 def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
@@ -41,17 +43,19 @@ def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> N
         shutil.copy2(path, folder / "additional_chat_templates")
     if left_out:
         notify(Said("export", f"not copied from the source: {', '.join(left_out)}"))
-    write_tokenizer_config(source, folder)
+    write_template(source, folder)
+    write_tokenizer(folder, load_tokenizer(source), notify)
     write_generation_config(source, folder)
     write_text(folder / "README.md", card)
 
 
-def write_adapter_companions(source: Path, folder: Path, card: str) -> None:
+def write_adapter_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
     """Writes what somebody needs to use adapters: tokenizer, chat template, ends of turns, and the card."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_tokenizer_file(path.name) and not _is_left_out(path, source):
             shutil.copy2(path, folder / path.name)
-    write_tokenizer_config(source, folder)
+    write_template(source, folder)
+    write_tokenizer(folder, load_tokenizer(source), notify)
     write_generation_config(source, folder)
     write_text(folder / "README.md", card)
 
@@ -59,14 +63,14 @@ def write_adapter_companions(source: Path, folder: Path, card: str) -> None:
 def _belongs(path: Path) -> bool:
     """Whether a file of the source belongs to the model and is no weight."""
     name = path.name
-    return not (name.startswith(".") or name in _MADE or name.endswith(_WEIGHTS))
+    return not (name.startswith(".") or name in _MADE or name.endswith((*_WEIGHTS, *_DATA)))
 
 
 def _is_left_out(path: Path, source: Path) -> bool:
     """Whether a file or folder is left out in words: code, folders, and links to somewhere else."""
     if path.name.startswith(".") or path.name in ("additional_chat_templates", "README.md"):
         return False
-    if path.is_dir() or path.suffix == ".py":
+    if path.is_dir() or path.suffix == ".py" or path.name.endswith(_DATA):
         return True
     if path.name.endswith(_WEIGHTS):
         return False
@@ -75,25 +79,20 @@ def _is_left_out(path: Path, source: Path) -> bool:
     return not real.is_relative_to(home) and not real.is_relative_to(cache)
 
 
-def write_tokenizer_config(source: Path, folder: Path) -> None:
-    """Writes tokenizer_config.json as all readers know it, and the template that training used, once.
+def write_template(source: Path, folder: Path) -> None:
+    """Makes every place in an export that has a chat template hold the one that training used.
 
-    The template stays where the source has it. Where the source has two that differ, both places get the one
-    that training used.
+    It stays where the source has it; a tokenizer without one gets the plain template that it was trained by.
     """
     tokenizer = load_tokenizer(source)
     template = tokenizer.chat_template
-    file = source / "tokenizer_config.json"
-    config: dict[str, Any] = readable(read_json(file)) if file.is_file() else {}
     if template is None:
         write_text(folder / "chat_template.jinja", plain_template(tokenizer))
-    elif isinstance(template, str):
-        if isinstance(config.get("chat_template"), str):
-            config["chat_template"] = template
-        if (folder / "chat_template.json").is_file():
-            write_json(folder / "chat_template.json", {"chat_template": template})
-    if config:
-        write_json(folder / "tokenizer_config.json", config)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        file = folder / name
+        fields = read_json(file) if isinstance(template, str) and file.is_file() else {}
+        if isinstance(fields.get("chat_template"), str) and fields["chat_template"] != template:
+            write_json(file, {**fields, "chat_template": template})
 
 
 def write_generation_config(source: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -183,6 +184,14 @@ def fingerprint(*parts: bytes | memoryview | str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def quoted(path: object) -> str:
+    """A path as one types it in a command: quoted where it has blanks or other special characters."""
+    text = str(path)
+    if os.name == "nt":
+        return f'"{text}"' if re.search(r"[\s&()^;,=]", text) else text
+    return shlex.quote(text)
 
 
 def need_room(folder: Path, needed: int, what: str) -> None:

@@ -18,8 +18,13 @@ DATA_FIELDS = (
 
 
 def parse(command: str, options: type, argv: list[str], description: str) -> Any:
-    """The parsed options; on help or a wrong option tyro prints it and exits."""
-    return tyro.cli(options, args=argv, prog=f"talik {command}", description=description, add_help=True)
+    """The parsed options; on help or a wrong option tyro prints it and exits. `data` is a list."""
+    parsed = tyro.cli(options, args=argv, prog=f"talik {command}", description=description, add_help=True)
+    if hasattr(parsed, "more_data"):
+        first = parsed.data if isinstance(parsed.data, list) else [parsed.data] if parsed.data else []
+        parsed.data = [*first, *parsed.more_data]
+        del parsed.more_data
+    return parsed
 
 
 def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:
@@ -30,6 +35,9 @@ def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:
 def positional(kind: Any, help: str, metavar: str) -> Any:
     """The annotation of a positional one."""
     return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=help, metavar=metavar)]
+
+
+MORE_DATA = ("more_data", positional(list[str], "more rows, named in the same ways", "[DATA ...]"), [])
 
 
 def options(name: str, *fields: tuple[str, Any] | tuple[str, Any, Any]) -> type:
@@ -55,10 +63,11 @@ def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]
             kind = list[str] | None if name == "eval_data" else field.annotation
             fields.append((name, arg(kind, help), default))
         else:
-            kind: Any = list[str] if name == "data" else str | None if name in shown else str
-            metavar = "DATA [DATA ...]" if name == "data" else name.upper()
+            kind: Any = str | None if name in shown else str
             default = (shown[name],) if name in shown else ()
-            fields.append((name, positional(kind, help, metavar), *default))
+            fields.append((name, positional(kind, help, name.upper()), *default))
+            if name == "data":
+                fields.append(MORE_DATA)
     return fields
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from talik.options import DATA_FIELDS, arg, options, parse, positional, recipe_fields
+from talik.options import DATA_FIELDS, MORE_DATA, arg, options, parse, positional, recipe_fields
 
 PLANNED = (
     *(*DATA_FIELDS, "eval_data", "held_out", "shuffle"),
@@ -51,7 +51,8 @@ def plan_command(argv: list[str]) -> None:
     wanted = options(
         "Plan",
         ("model", positional(str, "a folder (config.json is enough), a hub id or a .gguf file", "MODEL")),
-        ("data", positional(list[str], "rows, for the true lengths", "[DATA] ..."), []),
+        ("data", positional(str | None, "rows, for the true lengths", "[DATA]"), None),
+        MORE_DATA,
         ("top_layers", arg(int | Literal["auto"], "train the last N layers; auto: the most that fit"), 5),
         ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
         ("ram", arg(str | None, "what it may take of the RAM beside a GPU"), None),

@@ -21,7 +21,7 @@ from talik.data.sources import whole_source
 from talik.data.template import date_of
 from talik.errors import DoesNotFitError, UsageError, together
 from talik.events import Notify, Progress, Said, silent
-from talik.files import need_room, read_json, write_json
+from talik.files import need_room, quoted, read_json, write_json
 from talik.machine import choose_device, hard_limit
 from talik.model.adapters import idle_adapters
 from talik.model.digests import remembered
@@ -143,7 +143,9 @@ def _planned(
         notify(Said("plan", line))
     if not planned.fits:
         refuse_run(folder, _findable(recipe, source), planned.as_dict())
-        raise DoesNotFitError(planned.problem, remedy=f"See why, and what would fit: talik explain {folder}")
+        raise DoesNotFitError(
+            planned.problem, remedy=f"See why, and what would fit: talik explain {quoted(folder)}"
+        )
     need_room(folder, planned.disk_bytes - planned.disk["cache"], "the run's checkpoints and working files")
     if note := slow_precision(recipe, machine):
         notify(Said("note", note))

@@ -1,8 +1,8 @@
 """Rows that are there twice: exactly, nearly, with another answer, or in training and evaluation both.
 
 Only hashes are kept, 8 bytes for each row and for each band. Near duplicates are found by MinHash (Broder,
-"On the resemblance and containment of documents", 1997): rows whose sets of three consecutive words agree in a
-band of the signature are compared by the whole signature.
+"On the resemblance and containment of documents", 1997): rows whose sets of three consecutive words agree in
+a band of the signature are compared by the whole signature.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def in_files(
     """Prepares into files that later runs find again, and goes on where an earlier start was broken off."""
     facts = {
         "version": VERSION,
+        "kept": [item.name for kind in (Report, Facts) for item in fields(kind)],
         "options": asdict(options),
         "tokenizer": tokenizer_state(tokenizer),
         "read": [[of.form, *asdict(of.rows).values(), of.limit] for of in files],
@@ -205,7 +206,7 @@ def _outcome_of(about: dict[str, Any], files: Sequence[FileOptions]) -> Outcome:
         return Place(files[number].file.name, line, unit)
 
     facts, counts = about["facts"], dict(about["report"])
-    known = Facts(**{**facts, "ends": tuple(facts["ends"])}) if facts else None
+    known = Facts(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}) if facts else None
     report = Report(counts.pop("rows"), about["template"], known, **counts)
     for kind, (count, places) in about["too_long"].items():
         report.too_long[kind] = Counted(count, [place(p) for p in places])

@@ -11,7 +11,6 @@ import numpy as np
 
 from talik.data.examples import Example
 from talik.data.formats import RowOptions
-from talik.data.json_rows import BROKEN, LINES_REMEDY
 from talik.data.kept import Told, in_files, work_of
 from talik.data.labels import refuse_too_long
 from talik.data.media import MEDIA
@@ -25,6 +24,7 @@ from talik.data.prepare import (
     file_options,
     prepare_all,
 )
+from talik.data.reading import READING, remedy_for
 from talik.data.report import LabelOptions, Report
 from talik.data.rows import SHOWN, Problem
 from talik.data.sources import INPUT, find_data
@@ -40,7 +40,6 @@ _PACKED = 5  # bytes of text in a byte of a compressed file, about
 _COMPRESSED = (".gz", ".zst", ".xz", ".parquet")
 _SKIP = "--bad-rows skip leaves them out and says so."
 REMEDIES = {
-    BROKEN: f"{LINES_REMEDY} {_SKIP}",
     MEDIA: "--drop-media leaves rows with pictures, video or sound out.",
     "control token": "Only the chat template may write control tokens: take them out of the text, or train "
     "them as ordinary text with --control-tokens escape.",
@@ -240,7 +239,7 @@ def _check(outcome: Outcome, recipe: Recipe, files: Sequence[FileOptions]) -> No
         )
 
 
-def _bad_rows(problems: Sequence[Problem], kinds: Counter[str]) -> DataError:
+def _bad_rows(problems: list[Problem], kinds: Counter[str]) -> DataError:
     """The error for rows that cannot be used: the first places, and the number of each kind."""
     lines = [problems[0].text, *(f"{p.place}: {p.text}" for p in problems[1:SHOWN])]
     if kinds.total() > 1:
@@ -248,4 +247,6 @@ def _bad_rows(problems: Sequence[Problem], kinds: Counter[str]) -> DataError:
     if len(kinds) > 1:
         lines.append("; ".join(f"{kind}: {number:,}" for kind, number in kinds.most_common()))
     remedy = f"Correct these rows or take them out of the file; {_SKIP}"
+    if problems[0].kind in READING:
+        remedy = f"{remedy_for(problems)} {_SKIP}"
     return DataError("\n".join(lines), where=problems[0].place, remedy=REMEDIES.get(problems[0].kind, remedy))

@@ -21,6 +21,7 @@ from talik.errors import DataError
 
 TEXT = (".txt", ".md", ".text", ".markdown")
 LINES = (".jsonl", ".ndjson")
+READING = (BROKEN, "wrong number of fields", "not an object")  # kinds of problems that reading finds
 _COMPRESSED = (".gz", ".zst", ".xz")
 _HEADER = re.compile(
     rb"[\w-]{1,40}([,;\t])[\w-]{1,40}(\1[\w-]{1,40})*\r?\n"

@@ -12,6 +12,7 @@ from typing import Any
 from talik import files
 from talik.errors import SourceError, TalikError
 from talik.libraries import need_packages, one_line
+from talik.model.older_readers import rewrite
 from talik.system import give_back_memory, home_folder
 
 
@@ -41,21 +42,18 @@ def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Pat
 def _convert(file: Path, folder: Path, weights: bool) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    from talik.model.tokenizer_files import readable
-
     try:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         model = _read_gguf(file, folder) if weights else None
         config = model.config if model else AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         vars(config).pop("_model_name_or_path", None)  # the title in the GGUF file
         (model or config).save_pretrained(folder)
+        rewrite(folder)
     except TalikError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower, readers of broken files anything
         remedy = "Is it wholly downloaded, and does Transformers know this architecture?"
         raise SourceError(f"cannot be read: {one_line(error)}", where=file, remedy=remedy) from error
-    config_file = folder / "tokenizer_config.json"
-    files.write_json(config_file, readable(files.read_json(config_file)))
     files.write_json(folder / "talik_source.json", {"file": str(file), "bytes": file.stat().st_size})
 
 

@@ -26,9 +26,6 @@ PATTERNS = (
     *("tekken.json", "*.codes", "spiece*", "chat_template*", "*.jinja"),
 )
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
-_KNOWN_TO_ALL = {
-    "TokenizersBackend": "PreTrainedTokenizerFast"
-}  # a class of Transformers 5: what it was before
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -58,23 +55,19 @@ def load_tokenizer(folder: Path, date: str | None = None) -> Any:
             problem = "holds no template: a JSON object with 'chat_template' is needed"
             raise SourceError(problem, where=file, remedy="Get the file again from where the model came.")
         tokenizer.chat_template = template
-    if date is not None and tokenizer.chat_template is not None:
-        text, now = tokenizer.chat_template, datetime.fromisoformat(date)
-        several = isinstance(text, dict)
-        dated = {name: _dated(one, now) for name, one in (text if several else {"": text}).items()}
-        tokenizer.chat_template = dated if several else dated[""]
+    if date is not None:
+        fix_date(tokenizer, datetime.fromisoformat(date))
     return tokenizer
+
+
+def fix_date(tokenizer: Any, now: datetime) -> None:
+    """Makes a tokenizer's chat template write this date wherever it would write today's."""
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        tokenizer.chat_template = {name: _dated(one, now) for name, one in text.items()}
+    elif text is not None:
+        tokenizer.chat_template = _dated(text, now)
 
 
 def _dated(text: str, now: datetime) -> str:
     return _NOW.sub(lambda found: repr(now.strftime(found["format"])), text)
-
-
-def readable(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a tokenizer_config.json in the form that Transformers 4 and 5 both read."""
-    made = {key: value for key, value in config.items() if key != "auto_map"}
-    made["tokenizer_class"] = _KNOWN_TO_ALL.get(made.get("tokenizer_class", ""), made.get("tokenizer_class"))
-    if isinstance(made.get("extra_special_tokens"), list):  # a dictionary before Transformers 5
-        more = made.pop("extra_special_tokens")
-        made["additional_special_tokens"] = [*made.get("additional_special_tokens", []), *more]
-    return {key: value for key, value in made.items() if key != "tokenizer_class" or value is not None}

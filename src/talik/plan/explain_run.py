@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from talik.errors import RunError
-from talik.files import in_words, read_json
+from talik.files import in_words, quoted, read_json
 from talik.plan.findings import Finding
 from talik.plan.target import slack_of
 
@@ -22,7 +22,9 @@ def explain_run(folder: Path) -> list[Finding]:
     if (folder / BROKEN).is_file():
         return [_broken(folder, read_json(folder / BROKEN))]
     if not (folder / "results.json").is_file():
-        raise RunError("has neither ended nor broken", where=folder, remedy=f"Go on: talik resume {folder}")
+        raise RunError(
+            "has neither ended nor broken", where=folder, remedy=f"Go on: talik resume {quoted(folder)}"
+        )
     return list(_beyond(read_json(folder / "results.json")["memory"]))
 
 
@@ -32,7 +34,7 @@ def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
     had = rows.get(phase, {}).get("measured", 0)
     if promised and had <= promised + slack_of(promised):
         why = "The run kept its promise: something else on this machine, or a limit, took the memory."
-        line = f"talik resume {folder}  # once {in_words(promised + slack_of(promised))} are free"
+        line = f"talik resume {quoted(folder)}  # once {in_words(promised + slack_of(promised))} are free"
     else:
         why = "The run took more than it was promised."
         line = "talik train ... --memory SIZE  # with a smaller SIZE: another way is chosen, with more room"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from talik.errors import DoesNotFitError
-from talik.files import in_words
+from talik.files import in_words, quoted
 from talik.machine import PeakMemory
 from talik.plan.account import account
 from talik.plan.storage_log import StorageLog
@@ -153,7 +153,7 @@ class Promise:
         beside = f", and {in_words(promised)} were promised for this phase" if promised else ""
         return DoesNotFitError(
             f"no memory was left in {where}{asked}; {had}{beside}",
-            remedy=f"See what takes it: talik explain {run}",
+            remedy=f"See what takes it: talik explain {quoted(run)}",
         )
 
 

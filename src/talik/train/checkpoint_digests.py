@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from talik.errors import RunError, listed
-from talik.files import read_json, write_json
+from talik.files import quoted, read_json, write_json
 
 WEIGHTS, OPTIMIZER, STATE = FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 DIGESTS = "digests.json"
@@ -121,10 +121,10 @@ def _way_out(checkpoint: Path) -> str:
     if not whole:
         return (
             "No other checkpoint of this run is whole. Put the file back from a copy; or remove "
-            f"{damaged}: then `talik resume {run}` begins at the first step."
+            f"{damaged}: then `talik resume {quoted(run)}` begins at the first step."
         )
     newest = whole[-1].name
     return (
         f"Whole: {', '.join(path.name for path in whole)}. Remove {damaged}: then {newest} is used, and "
-        f"`talik resume {run}` goes on from it."
+        f"`talik resume {quoted(run)}` goes on from it."
     )

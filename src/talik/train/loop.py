@@ -25,7 +25,7 @@ from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
 from talik.data.store import lengths_of
 from talik.errors import Interrupted, NonFiniteError
-from talik.files import write_text
+from talik.files import quoted, write_text
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
 from talik.train.evaluation import Evaluation
@@ -195,7 +195,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
     if interrupted and not last:
         raise Interrupted(
             f"stopped after step {state.step}; everything up to it is saved",
-            remedy=f"Go on with: talik resume {job.run}",
+            remedy=f"Go on with: talik resume {quoted(job.run)}",
         )
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from talik.errors import RunError
 from talik.events import Notify, Said, silent
-from talik.files import check_folder_place, finished_folder, read_json, write_json
+from talik.files import check_folder_place, finished_folder, quoted, read_json, write_json
 from talik.model.digests import weights_fingerprint
 from talik.model.source import Source, find_model
 from talik.recipe import Plan, Recipe, check, read_plan
@@ -47,7 +47,7 @@ def check_new(folder: Path) -> None:
         raise RunError(problem, where=folder, remedy="Name another place.")
     check_folder_place(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {REFUSED}):
-        go_on = f"Go on with it: talik resume {folder}\n  Or name" if is_run(folder) else "Name"
+        go_on = f"Go on with it: talik resume {quoted(folder)}\n  Or name" if is_run(folder) else "Name"
         raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
 
 
@@ -136,7 +136,9 @@ def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:
     """
     newest = latest_checkpoint(folder)
     if newest is None:
-        raise RunError("has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {folder}")
+        raise RunError(
+            "has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {quoted(folder)}"
+        )
     best = read_json(verified(newest, [STATE]) / STATE)["best_step"]
     chosen = checkpoint_path(folder, best) if best else newest
     if not chosen.is_dir():
