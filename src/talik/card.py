@@ -34,9 +34,12 @@ def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
     mark = next((mark for mark in marks[1:] if mark["step"] == state["step"]), None)
     measured = "Not evaluated.\n"
     if mark:
+        rows = [("base", marks[0]), ("tuned", mark)]
+        for source, tuned in mark.get("by_source", {}).items():
+            name = Path(source).name
+            rows += [(f"base, {name}", marks[0]["by_source"][source]), (f"tuned, {name}", tuned)]
         measured = "| model | loss per trained token | token accuracy |\n|---|---|---|\n" + "".join(
-            f"| {name} | {one['loss']:.4f} | {100 * one['accuracy']:.1f} % |\n"
-            for name, one in (("base", marks[0]), ("tuned", mark))
+            f"| {name} | {one['loss']:.4f} | {100 * one['accuracy']:.1f} % |\n" for name, one in rows
         )
         measured += f"\nOn {mark['trained_tokens']:,} trained tokens of the evaluation set.\n"
     # Paths of somebody's machine do not belong into a card.

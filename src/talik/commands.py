@@ -6,7 +6,6 @@ What needs torch or Transformers is imported only after the options are known to
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,11 +97,13 @@ def _show_result(result: Any, as_json: bool) -> None:
     from talik.files import quoted
 
     if as_json:
-        show.result_json(dataclasses.asdict(result))
+        show.result_json(result.as_dict())
         return
     show.result(f"{result.steps} steps in {result.seconds:.0f} s; the run is in {result.run}")
     if result.base and result.tuned:
         rows = [("base", result.base.measures()), ("tuned", result.tuned.measures())]
+        for source, marks in result.by_source.items():
+            rows += [(f"{name}, {source}", mark.measures()) for name, mark in marks.items()]
         show.result(show.comparison(rows))
     show.result(show.memory(result.memory))
     run = quoted(result.run)
@@ -149,6 +150,8 @@ def eval_command(argv: list[str]) -> None:
         show.result_json(report)
         return
     marks = [(name, report[name]) for name in ("model", "base", "tuned") if name in report]
+    for source, parts in report.get("by_source", {}).items():
+        marks += [(f"{name}, {source}", mark) for name, mark in parts.items()]
     show.result(f"{report['examples']:,} examples, {report['trained_tokens']:,} trained tokens")
     show.result(show.comparison(marks))
 

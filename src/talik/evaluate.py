@@ -18,7 +18,7 @@ from talik.model.tokenizer_files import load_tokenizer
 from talik.model.working_copy import Saved
 from talik.plan.ways import choose
 from talik.recipe import check
-from talik.train.evaluation import evaluate_top
+from talik.train.evaluation import evaluate_ranges
 from talik.train.loading import load
 from talik.train.resume import load_weights
 from talik.train.run_folder import is_run, open_run, result_checkpoint
@@ -32,7 +32,8 @@ def evaluate(
 
     A run is evaluated twice from one cache, with the base's top and with the tuned one. `options` are the
     fields of a Recipe that concern data; where none is given, the run's own. Returns {"examples",
-    "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model.
+    "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model; of several
+    sources also {"by_source": {source: {"base": {...}, ...}}}.
     """
     checkpoint = date = None
     if is_run(target):
@@ -56,11 +57,21 @@ def evaluate(
     loaded = load(recipe, plan, folder)
     with bf16_as_fp32(), trunk_states(loaded, [found.examples], recipe, notify) as [states]:
         top = loaded.top()
-        first = evaluate_top(top, found.examples, states, plan, loaded.store)
-        report = {"examples": len(found.examples), "trained_tokens": first.trained_tokens}
-        if checkpoint is None:
-            return {**report, "model": first.measures()}
-        loaded.weights.changed = Saved(checkpoint / "weights.safetensors")  # what is loaded from here on
-        load_weights(checkpoint, dict(top.parameters()))
-        tuned = evaluate_top(top, found.examples, states, plan, loaded.store)
-    return {**report, "base": first.measures(), "tuned": tuned.measures()}
+        found_by = {}
+
+        def measure(name: str) -> dict[str, Any]:
+            whole, found_by[name] = evaluate_ranges(
+                top, found.examples, states, plan, loaded.store, found.ranges
+            )
+            return {"trained_tokens": whole.trained_tokens, name: whole.measures()}
+
+        report = {"examples": len(found.examples), **measure("base" if checkpoint else "model")}
+        if checkpoint is not None:
+            loaded.weights.changed = Saved(checkpoint / "weights.safetensors")  # what is loaded from here on
+            load_weights(checkpoint, dict(top.parameters()))
+            report |= measure("tuned")
+    by_source = {
+        source: {name: parts[source].measures() for name, parts in found_by.items()}
+        for source in next(iter(found_by.values()))
+    }
+    return report | ({"by_source": by_source} if by_source else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from talik.data.sources import whole_source
 from talik.data.template import date_of
 from talik.errors import DoesNotFitError, UsageError, together
 from talik.events import Notify, Progress, Said, silent
-from talik.files import need_room, quoted, read_json, write_json
+from talik.files import need_room, quoted, write_json
 from talik.machine import choose_device, hard_limit
 from talik.model.adapters import idle_adapters
 from talik.model.digests import remembered
@@ -37,9 +37,10 @@ from talik.plan.ways import check_layers, check_plan
 from talik.recipe import Plan, Recipe
 from talik.system import ctrl_c_waits, settle_allocators
 from talik.train.checkpoint_digests import verified
-from talik.train.evaluation import Evaluation, evaluate_ranges
+from talik.train.evaluation import evaluate_ranges
 from talik.train.loading import Loaded, load, what_is_trained
 from talik.train.loop import Job, StepDone, train_loop
+from talik.train.results import Result, earlier_memory, result_of
 from talik.train.resume import (
     State,
     clear_unfinished,
@@ -57,22 +58,6 @@ from talik.train.run_folder import (
 )
 from talik.train.step import prepare_top
 from talik.train.trunk import trunk_states
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a run came to; `base` and `tuned` (the best) are None without anything to evaluate on.
-
-    `memory` has, by phase and in bytes, what was promised, allocated (in the first steps) and measured.
-    """
-
-    run: str
-    steps: int
-    seconds: float
-    base: Evaluation | None
-    tuned: Evaluation | None
-    best_step: int | None
-    memory: dict[str, dict[str, int]]
 
 
 def train(
@@ -192,7 +177,7 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, not
                 raise
             write_json(run.folder / BROKEN, broken_fields(broken, promise))
             raise broken from None
-        write_json(run.folder / "results.json", asdict(result))
+        write_json(run.folder / "results.json", result.as_dict())
     return result
 
 
@@ -246,7 +231,8 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         state = train_loop(job, state)
     promise.phase("end")
     notify(Said("memory", promise.in_words()))
-    return _result(run.folder, state, time.perf_counter() - started, promise)
+    memory = promise.table(earlier_memory(run.folder))
+    return result_of(run.folder, state, time.perf_counter() - started, memory)
 
 
 def _noting_idle_adapters(loaded: Loaded, notify: Notify) -> Notify:
@@ -271,14 +257,3 @@ def _logged(folder: Path, notify: Notify) -> Notify:
         notify(event)
 
     return both
-
-
-def _result(folder: Path, state: State, seconds: float, promise: Promise) -> Result:
-    marks = [
-        Evaluation(mark["loss"], mark["accuracy"], int(mark["trained_tokens"])) for mark in state.evaluations
-    ]
-    best = min(marks[1:], key=lambda mark: mark.loss, default=None)  # the first is the base's
-    base = marks[0] if marks else None
-    written = folder / "results.json"
-    earlier = read_json(written).get("memory") if written.exists() else None
-    return Result(str(folder), state.step, seconds, base, best, state.best_step, promise.table(earlier))

@@ -298,7 +298,7 @@ def test_a_file_may_be_named_twice(folder: Path, tmp_path: Path) -> None:
     path = saved(tmp_path / "rows.jsonl", "row", 9)
     found = in_memory([{"path": path, "limit": 2}, {"path": path, "weight": 2}], folder)
     assert lines(found, path) == [1, 2, *range(1, 10), *range(1, 10)]
-    assert [source.examples for source in found.sources] == [2, 18]
+    assert [(source.path, source.examples) for source in found.sources] == [(path, 2), (f"{path} (2)", 18)]
 
 
 def test_rows_that_stand_in_one_line_are_told_apart(folder: Path, tmp_path: Path) -> None:

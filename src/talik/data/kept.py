@@ -206,7 +206,8 @@ def _outcome_of(about: dict[str, Any], files: Sequence[FileOptions]) -> Outcome:
         return Place(files[number].file.name, line, unit)
 
     facts, counts = about["facts"], dict(about["report"])
-    known = Facts(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}) if facts else None
+    values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in (facts or {}).items()}
+    known = Facts(**values) if facts else None
     report = Report(counts.pop("rows"), about["template"], known, **counts)
     for kind, (count, places) in about["too_long"].items():
         report.too_long[kind] = Counted(count, [place(p) for p in places])

@@ -156,14 +156,17 @@ class Prepared:
         )
 
     def _counts(self, examples: StoredExamples) -> Iterator[SourceCount]:
-        """How much comes from each source, in the order of the sources."""
+        """How much comes from each source, in the order of the sources; each has a name of its own."""
+        names: Counter[str] = Counter()
         number, lengths = examples.column("file"), examples.column("length")
         trained = examples.column("trained")
         for source in dict.fromkeys(of.source for of in self.files):
             files = [of for of in self.files if of.source == source]
             mine = np.isin(number, [of.number for of in files])
-            count = int(mine.sum())
-            yield SourceCount(files[0].file.origin, count, int(lengths[mine].sum()), int(trained[mine].sum()))
+            count, name = int(mine.sum()), files[0].file.origin
+            names[name] += 1
+            name += f" ({names[name]})" if names[name] > 1 else ""
+            yield SourceCount(name, count, int(lengths[mine].sum()), int(trained[mine].sum()))
 
     def _ranges(self, examples: StoredExamples) -> Iterator[tuple[str, int, int]]:
         at = 0

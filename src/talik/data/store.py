@@ -93,6 +93,27 @@ class StoredExamples(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
 
+class Joined(Sequence[Example]):
+    """The examples of two sets, one after the other."""
+
+    def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
+        self._first, self._second = first, second
+        self.lengths = array("i", [*lengths_of(first), *lengths_of(second)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at, before = range(len(self))[index], len(self._first)
+        return self._first[at] if at < before else self._second[at - before]
+
+
 def examples_digest(sets: Sequence[Sequence[Example]]) -> str:
     """32 hexadecimal digits that name examples: every token and which are trained, in order."""
     digest = hashlib.blake2b(digest_size=16)
@@ -113,9 +134,16 @@ def _stored(examples: Sequence[Example]) -> StoredExamples:
 
 def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
     """Tokens of each example, without making the examples."""
-    if isinstance(examples, StoredExamples):
+    if isinstance(examples, StoredExamples | Joined):
         return examples.lengths
     return array("i", [example.length for example in examples])
+
+
+def lengths_at(examples: Sequence[Example], indices: Sequence[int]) -> list[int]:
+    """Tokens of the examples at some indices, without making them."""
+    if isinstance(examples, StoredExamples | Joined):
+        return [examples.lengths[index] for index in indices]
+    return [examples[index].length for index in indices]
 
 
 def ids_of(examples: Sequence[Example], index: int) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from talik.data.examples import Example
-from talik.data.store import lengths_of
+from talik.data.store import lengths_of, not_longer
 from talik.errors import DoesNotFitError
 from talik.events import Notify, Said, silent
 from talik.plan.planned import Change, Planned
@@ -101,7 +101,7 @@ def _candidates(
     if shorter >= SHORTEST:
         note = ""
         if examples is not None:
-            dropped = sum(example.length > shorter for example in examples)
+            dropped = sum(length > shorter for length in lengths_of(examples))
             note = f"{dropped:,} of {len(examples):,} examples are longer"
             if dropped == len(examples):
                 return
@@ -153,13 +153,12 @@ class Thrift:
             self._peaks[key] = tried.peak.bytes
         return self._peaks[key]
 
-    def _examples(self, recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    def _examples(self, recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
         examples, evaluated = self._sets
         if examples is None:
             examples, _ = assumed_examples(recipe)
             evaluated = examples if recipe.held_out or recipe.eval_data else ()
-        train, held_out = ([e for e in of if e.length <= recipe.max_length] for of in (examples, evaluated))
-        return train, held_out
+        return not_longer(examples, recipe.max_length), not_longer(evaluated, recipe.max_length)
 
     def most_layers(self, recipe: Recipe, wanted: Thawed) -> int:
         """How many of the layers of `wanted`, the highest of them, fit at most; 0 if not even one does.

@@ -10,11 +10,11 @@ from dataclasses import replace
 from talik.data.batches import micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
 from talik.data.rows import Place
-from talik.data.store import lengths_of
+from talik.data.store import Joined, lengths_at, lengths_of
 from talik.model.chain import Chain
 from talik.plan.simulate import Work
 from talik.recipe import Plan, Recipe
-from talik.train.cache import groups_of
+from talik.train.cache_shard import longest_groups
 from talik.train.loop import count_steps
 
 LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
@@ -39,14 +39,13 @@ def work_of(
     The largest micro-batch's, the longest example's and that of the one whose loss takes most, where they
     differ: the same step a second time takes as much as the first (docs/log.md).
     """
-    both = [*examples, *evaluated]
-    groups = groups_of(both, plan.trunk_batch_tokens)
-    tokens, chosen = sum(group.tokens for group in groups), groups[-2:]
-    held_out = sorted(range(len(examples), len(both)), key=lambda i: -both[i].length)
+    both = Joined(examples, evaluated)
+    lengths = both.lengths
+    tokens, chosen = sum(lengths), longest_groups(both, plan.trunk_batch_tokens, 2)
+    held_out = sorted(range(len(examples), len(both)), key=lambda i: -lengths[i])
     if held_out:
-        held_out = held_out[: max(1, plan.micro_batch_tokens // both[held_out[0]].length)]
+        held_out = held_out[: max(1, plan.micro_batch_tokens // lengths[held_out[0]])]
     steps = _largest_steps(examples, plan, recipe, chain)
-    lengths = lengths_of(examples)
     return Work(
         examples=both,
         groups=chosen,
@@ -59,7 +58,7 @@ def work_of(
 
 def _batches(step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> list[list[int]]:
     """A step's micro-batches, the largest first; indices into `examples`."""
-    lengths = [examples[i].length for i in step]
+    lengths = lengths_at(examples, step)
     found = micro_batches(range(len(step)), lengths, plan.micro_batch_tokens, chain.rope_group)
     batches = [[step[i] for i in batch] for batch in found]
     return sorted(batches, key=lambda batch: -_size(batch, examples, plan))

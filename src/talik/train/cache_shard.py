@@ -21,7 +21,7 @@ from torch import Tensor
 
 from talik.data.batches import equal_length_groups
 from talik.data.examples import Example
-from talik.data.store import lengths_of
+from talik.data.store import ids_of, lengths_of
 from talik.errors import ChainError, TalikError
 from talik.files import fingerprint, read_json
 from talik.model.checkpoint import tensor_bytes
@@ -60,14 +60,18 @@ class Damaged(ValueError):
 def groups_of(examples: Sequence[Example], batch_tokens: int) -> list[Group]:
     """All examples in groups of at most `batch_tokens` tokens (or one longer example), shortest first."""
     lengths = lengths_of(examples)
-    return [
-        Group(
-            tuple(indices),
-            lengths[indices[0]],
-            fingerprint(*(examples[index].input_ids.tobytes() for index in indices)),
-        )
-        for indices in equal_length_groups(lengths, batch_tokens)
-    ]
+    return [_group(examples, i, lengths[i[0]]) for i in equal_length_groups(lengths, batch_tokens)]
+
+
+def longest_groups(examples: Sequence[Example], batch_tokens: int, count: int) -> list[Group]:
+    """The last `count` of these groups, those with the longest examples."""
+    lengths = lengths_of(examples)
+    chosen = equal_length_groups(lengths, batch_tokens)[-count:]
+    return [_group(examples, indices, lengths[indices[0]]) for indices in chosen]
+
+
+def _group(examples: Sequence[Example], indices: Sequence[int], length: int) -> Group:
+    return Group(tuple(indices), length, fingerprint(*(ids_of(examples, index) for index in indices)))
 
 
 def read_table(file: Path, key: str, token_bytes: int) -> dict[str, Place]:

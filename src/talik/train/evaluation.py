@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Evaluation:
         """Loss, perplexity and accuracy, for people and programs."""
         perplexity = math.exp(min(self.loss, 700.0))
         return {"loss": self.loss, "perplexity": perplexity, "accuracy": self.accuracy}
+
+
+def evaluation_of(mark: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that was kept as JSON."""
+    return Evaluation(mark["loss"], mark["accuracy"], int(mark["trained_tokens"]))
 
 
 def evaluate_ranges(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from talik.data.batches import collate, micro_batches
 from talik.data.examples import Example
+from talik.data.store import lengths_at
 from talik.model.chain import Chain
 from talik.recipe import Plan, Recipe
 from talik.train.cache import States
@@ -21,10 +22,9 @@ def load_micro_batches(
 
     Without `states` there is no trunk.
     """
-    chosen = [examples[i] for i in indices]
-    lengths = [example.length for example in chosen]
-    for group in micro_batches(range(len(chosen)), lengths, plan.micro_batch_tokens, chain.rope_group):
-        batch = collate([chosen[i] for i in group], pad_id=0)
+    lengths = lengths_at(examples, indices)
+    for group in micro_batches(range(len(indices)), lengths, plan.micro_batch_tokens, chain.rope_group):
+        batch = collate([examples[indices[i]] for i in group], pad_id=0)
         rows, targets = trained_rows(batch["labels"])
         hidden = None if states is None else states.read([indices[i] for i in group])
         tensors = (batch["input_ids"], hidden, rows, targets)
