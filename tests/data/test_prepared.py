@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from talik.data import kept, prepare, prepared
@@ -169,3 +173,42 @@ def test_it_goes_on_after_the_last_whole_part(large: Any, monkeypatch: pytest.Mo
     assert list(large().examples) == expected
     about = [json.loads((part / "about.json").read_text()) for part in parts[:3]]
     assert min(prepared_again) > sum(one["rows"] for one in about) - 1 > 0
+
+
+STARTED = """
+import sys, time
+from functools import partial
+from talik.data import prepare
+from talik.data.prepare import PrepareOptions
+from talik.data.report import LabelOptions
+from talik.model.tokenizer_files import load_tokenizer
+from pathlib import Path
+load = partial(load_tokenizer, Path(sys.argv[1]))
+import multiprocessing, threading
+def tell():
+    while len(multiprocessing.active_children()) < 2:
+        time.sleep(0.05)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+threading.Thread(target=tell, daemon=True).start()
+pool = prepare.ProcessPoolExecutor(2, mp_context=prepare.get_context("spawn"),
+    initializer=partial(prepare._start_worker, load, PrepareOptions(LabelOptions(), False, False, 0)))
+for _ in range(4):
+    pool.submit(time.sleep, 600)
+time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(model_folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTED, str(model_folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    workers = [psutil.Process(int(number)) for number in process.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(8)  # they load the tokenizer, and begin to watch
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert len(gone) == 2
