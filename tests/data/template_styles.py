@@ -48,7 +48,7 @@ class Style:
     added: str = ""
     metaspace: bool = False
     rstrip: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[Any, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     tail: str = ""
     arguments_as_text: bool = False

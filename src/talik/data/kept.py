@@ -20,6 +20,7 @@ from talik.data.workers import worker_count
 from talik.errors import DataError
 from talik.events import Notify, Progress, Said
 from talik.files import atomic, fingerprint, read_json, write_json
+from talik.system import give_back_memory
 
 PART_BYTES = 32 << 20  # bytes of token ids, or of rejected rows, of a part
 VERSION = 2  # of how examples are made and kept: others are not found again
@@ -134,6 +135,7 @@ def _write_part(
     write_part(joined(held.parts), file, {"chunks": count, **_about(held, files)})
     held.parts = [read_part(file, verify=False)[0]]
     whole.add(held)
+    give_back_memory()
 
 
 def _known(folder: Path, files: Sequence[FileOptions], notify: Notify) -> tuple[Outcome, int]:
