@@ -113,3 +113,25 @@ def test_wrong_sources_are_named(
     Path("r.yaml").write_text(f"model: {model_folder}\n{fields}\n")
     assert run("train", "-c", "r.yaml", "-o", "run") == 2
     assert words in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_key_that_a_plan_gives_twice_is_named(
+    files: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.json").write_text('{"device": "cpu",\n"device": "cuda"}')
+    assert run("train", model_folder, files[0], "-o", "run", "--plan", "plan.json") == 2
+    assert "plan.json: is not JSON: the key 'device' is given twice" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_not_taken_for_one_with_other_rows(
+    files: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", model_folder, files[0], "-o", "run", *SMALL) == 0
+    source = Path("run/source.json")
+    known = read_json(source)
+    source.write_text(json.dumps({**known, "examples": "0"}))
+    assert run("resume", "run") == 2
+    assert "are not those that this run began with" in capsys.readouterr().err
+    source.write_text(json.dumps({k: v for k, v in known.items() if k != "examples"} | {"data": "0"}))
+    assert run("resume", "run") == 2
+    assert "began with an earlier version of Talik" in capsys.readouterr().err

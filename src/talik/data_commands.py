@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from talik.options import DATA_FIELDS, MORE_DATA, arg, options, parse, positional, quiet, recipe_fields
@@ -29,10 +30,11 @@ def preview_command(argv: list[str]) -> None:
     from talik.recipe import check
 
     quiet()
-    tokenizer = load_tokenizer(find_model(parsed["model"], weights=False).folder)
+    load = partial(load_tokenizer, find_model(parsed["model"], weights=False).folder)
+    tokenizer = load()
     with show.Watch() as watch:
         recipe = check({"model": parsed["model"], **{name: parsed[name] for name in ("data", *DATA_FIELDS)}})
-        data = read_all(recipe, recipe.data, tokenizer, "reading", notify=watch)
+        data = read_all(recipe, recipe.data, tokenizer, "reading", load=load, notify=watch)
     for line in (*show.data_lines(data), *show.template_lines(data.report)):
         show.said("data", line)
     for part in preview(data, tokenizer, max(parsed["count"], 0)):

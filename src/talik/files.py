@@ -76,16 +76,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file in UTF-8.
+def read_json(path: Path, *, once: bool = False) -> Any:
+    """The value of a JSON file in UTF-8; `once`: ValueError for a key that is given twice."""
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
 
-    Raises:
-        ValueError: The file is no JSON, or nested too deeply to be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"the key {name[:60]!r} is given twice")
+        seen.add(name)
+    return dict(pairs)
 
 
 @contextlib.contextmanager

@@ -272,7 +272,7 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         raise RecipeError("there is no such plan", where=path.absolute(), remedy="Name a run's plan.json.")
     try:
-        return Plan.model_validate(read_json(path))
+        return Plan.model_validate(read_json(path, once=True))
     except ValidationError as error:
         problem = f"is not a plan of this version of Talik ({error.error_count()} fields differ)"
         remedy = "Go on with the version that the run began with, or begin a new run."

@@ -17,7 +17,8 @@ def main() -> None:
     """Reads how to load the tokenizer and how to prepare, then answers each chunk with its outcome."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Transformers loads tokenizers without torch if there is none, and torch takes 200 MB of every process.
+    # Transformers loads tokenizers without torch if there is none, with a warning; torch takes 200 MB.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a line that some library prints must not get between the outcomes

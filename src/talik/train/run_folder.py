@@ -61,7 +61,7 @@ def start_run(
         "kind": source.kind,
         "revision": source.revision,
         "weights": weights_fingerprint(source.folder),
-        "data": data,
+        "examples": data,
         "date": date,
     }
     check_new(folder)  # once more: another run may have begun in it while this one was planned
@@ -95,7 +95,12 @@ def only_process(folder: Path) -> Iterator[None]:
 
 def check_same_data(run: Run, data: str) -> None:
     """RunError if the examples are not those that the run began with."""
-    if read_json(run.folder / "source.json")["data"] != data:
+    known = read_json(run.folder / "source.json")
+    if "examples" not in known:
+        problem = "began with an earlier version of Talik, which named its examples in another way"
+        remedy = "Go on with the version that the run began with, or begin a new run."
+        raise RunError(problem, where=run.folder, remedy=remedy)
+    if known["examples"] != data:
         raise RunError(
             "the examples that the data give are not those that this run began with",
             where=run.folder,
