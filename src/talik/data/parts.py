@@ -112,11 +112,11 @@ def write_part(part: Part, file: Path, about: dict[str, Any]) -> None:
     table: dict[str, list[int]] = {}
     with atomic(file.with_suffix(".bin")) as stream:
         for name, kind in TYPES.items():
-            data = np.ascontiguousarray(getattr(part, name), kind).tobytes()
-            data += bytes(-len(data) % 8)  # arrays begin at multiples of 8 bytes
+            values = np.ascontiguousarray(getattr(part, name), kind).view(np.uint8)
             table[name] = [start, len(getattr(part, name))]
-            start, checksum = start + len(data), crc32(data, checksum)
-            stream.write(data)
+            for data in (values.data, bytes(-len(values) % 8)):  # arrays begin at multiples of 8 bytes
+                start, checksum = start + len(data), crc32(data, checksum)
+                stream.write(data)
     whole = {"size": start, "checksum": checksum, "arrays": table, "about": about}
     write_text(file.with_suffix(".json"), json.dumps(whole, ensure_ascii=False))
 

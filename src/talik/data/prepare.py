@@ -29,7 +29,7 @@ from talik.data.streams import LONGEST_ROW, DataFile, TextStream
 from talik.data.template import template_of
 from talik.data.workers import in_order
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 512 << 10
 CHUNK_ROWS = 500
 PEEKED = 100  # rows by which a file's format is recognised
 OTHER_FORMAT = "another format"
