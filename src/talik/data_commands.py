@@ -102,5 +102,10 @@ def convert_command(argv: list[str]) -> None:
     recipe = check({"model": "-", "data": data, **{name: parsed[name] for name in fields}})
     with show.Watch() as watch:
         done = convert(recipe, Path(out), watch)
-    left = f"; {done.left_out:,} rows cannot be used and are left out" if done.left_out else ""
+    rows = (
+        "1 row cannot be used and is"
+        if done.left_out == 1
+        else f"{done.left_out:,} rows cannot be used and are"
+    )
+    left = f"; {rows} left out" if done.left_out else ""
     show.result(f"{out}: {done.rows:,} rows{left}")

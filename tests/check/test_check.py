@@ -127,6 +127,15 @@ def test_control_tokens_that_are_meant_are_a_note(checked: Checked, tmp_path: Pa
     }
 
 
+def test_tools_that_the_template_drops_are_a_problem_though_the_answer_names_them(
+    checked: Checked, tmp_path: Path
+) -> None:
+    tools = [{"type": "function", "function": {"name": "snow_depth", "parameters": {"type": "object"}}}]
+    row = {**turns("Snow in Zell?", '{"name": "snow_depth"}'), "tools": tools}
+    check = checked(write(tmp_path / "x.jsonl", [row]))
+    assert [(f.kind, f.field) for f in check.findings] == [("not written by the chat template", "tools")]
+
+
 def test_many_missing_values_are_meant(checked: Checked, tmp_path: Path) -> None:
     rows = [turns(f"The value of {n}?", "N/A" if n % 3 else str(n)) for n in range(90)]
     check = checked(write(tmp_path / "x.jsonl", rows))

@@ -67,11 +67,9 @@ def test_a_word_in_twenty_makes_a_near_duplicate() -> None:
 
 
 def test_exercises_that_differ_in_their_numbers_are_no_duplicates() -> None:
-    text = (
-        "A farmer has {} sheep and sells some of them at the old market near the river before winter comes."
-    )
-    answer = "The farmer keeps {} sheep, because the others were sold at the market near the river in autumn."
-    assert found(pairs(*((text.format(n), answer.format(n + 3)) for n in range(50, 80)))) == []
+    question = f"{LONG}. {OTHER}. A farmer has {{}} sheep and sells some of them. How many are left?"
+    answer = f"{OTHER}. {LONG}. The farmer keeps {{}} sheep, because the others were sold."
+    assert found(pairs(*((question.format(n), answer.format(n + 3)) for n in range(50, 56)))) == []
 
 
 def test_a_prompt_that_all_rows_share_makes_no_duplicates() -> None:

@@ -27,6 +27,7 @@ from talik.data.rows import Place, Problem, Row, RowError
 from talik.data.sources import find_data
 from talik.data.streams import DataFile
 from talik.data.template import template_of
+from talik.data.written import NOT_WRITTEN
 from talik.data_source import DataSource
 from talik.errors import DataError
 from talik.events import Notify, Progress, Said, silent
@@ -41,7 +42,7 @@ OTHER_ROWS = "Correct the row, or leave such rows out with --bad-rows skip."
 REMEDIES = {
     MEDIA: "Leave such rows out with --drop-media.",
     CONTROL_TOKEN: "Take it out, or train it as ordinary text with --control-tokens escape.",
-    "not written by the chat template": "Move the text into a message that the template writes.",
+    NOT_WRITTEN: "Move the text into a message that the template writes.",
     "broken JSON": "Write one whole object on each line.",
     "wrong number of fields": "Put quotes around a field that holds the delimiter, a quote or a line break.",
     "preferences": "Keep the good answers alone, in a format with one answer.",
@@ -206,6 +207,7 @@ class _Checker:
         for found in text_problems(row):
             self._add(row.place, found.field, found.kind, found.text, found.remedy, found.severity)
         self._foreign_marks(row)
+        self._tools(row)
         self._seen.add(row, evaluation=evaluation)
         scripts = self._done.statistics.add_row(row)
         if len(places := self._mixed.setdefault(scripts, [])) < CHUNK:
@@ -213,6 +215,13 @@ class _Checker:
         if self._tokenised < TOKENISED:
             self._tokenised += 1
             self._done.statistics.add_tokens([text for _, text in texts_of(row)], self._tokenizer)
+
+    def _tools(self, row: Made) -> None:
+        """A problem if a row defines tools and the template writes none, whatever else names them."""
+        if isinstance(row, Conversation) and row.tools and not self._labeller.facts.tools:
+            text = f"the chat template does not write definitions of tools; the row has {len(row.tools):,}"
+            remedy = "Choose a model whose template writes tools, or put them into the system message."
+            self._add(row.place, "tools", NOT_WRITTEN, text, remedy)
 
     def _other_scripts(self) -> None:
         """Notes on answers in another script than their questions, where few rows are so."""
