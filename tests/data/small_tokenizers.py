@@ -95,7 +95,7 @@ KINDS = {
 def make_tokenizer(name: str) -> Any:
     """The tokenizer of that name; pad is the end token, the case that hides end-of-turn tokens elsewhere."""
     kind = KINDS[name]
-    backend = _sentencepiece() if kind.metaspace else _byte_level()
+    backend = untrained(metaspace=kind.metaspace)
     control = {token: token for token in (kind.bos, kind.eos, *kind.others) if token}
     backend.add_special_tokens(list(control))
     steps: list[Any] = [processors.ByteLevel(trim_offsets=True)] if kind.trims_offsets else []
@@ -109,6 +109,11 @@ def make_tokenizer(name: str) -> Any:
     )
     tokenizer.chat_template = kind.template
     return tokenizer
+
+
+def untrained(*, metaspace: bool) -> Tokenizer:
+    """A tokenizer without added tokens: SentencePiece's way with blanks (`metaspace`), or of bytes."""
+    return _sentencepiece() if metaspace else _byte_level()
 
 
 def _byte_level() -> Tokenizer:

@@ -261,7 +261,7 @@ def test_the_next_role_ends_an_answer_where_the_template_writes_no_other_end() -
     (example,), report = make_examples([talk("a", "b", "c", "d")], tokenizer)
     assert trained_texts(example, tokenizer) == ["b\n<|user|>", "d\n<|user|>"]
     assert report.facts and report.facts.end_from == "next role"
-    assert stops_of(tokenizer, 7) == Stops((7,), ("<|user|>",))
+    assert stops_of(tokenizer, 7) == Stops((7,), ("\n<|user|>",))
 
 
 def test_a_template_without_any_end_gets_the_end_token_and_it_is_trained() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -121,11 +121,11 @@ def split_held_out(
     return trained, [c for c, draw in zip(conversations, draws, strict=True) if draw < limit]
 
 
-def draws_limit(draws: Sequence[float], wanted: float) -> float:
+def draws_limit(draws: Any, wanted: float) -> float:
     """The draw from which on questions are trained on; those below it are held out.
 
     Args:
-        draws: The draw of every example (`question_draw`).
+        draws: The draw of every example (`question_draw`), as a list or an array.
         wanted: A share below 1, or a number of questions. Neither side is left empty where there are two
             questions.
     """

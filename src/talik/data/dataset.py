@@ -100,7 +100,7 @@ def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> An
     weights = {source.path: source.weight for source in sources}
     of_file = np.array([weights[of.file.origin] for of in made.files])
     view = made.examples.at(indices)
-    weight = of_file[view.column("file")]
+    weight = of_file[view.column("file_number")]
     copies = np.floor(weight).astype(np.int64) + (view.column("row") < weight % 1)
     chosen = np.repeat(indices, copies)
     if not len(chosen):

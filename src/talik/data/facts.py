@@ -13,7 +13,7 @@ from typing import Any
 from talik.data.messages import Message, ToolCall
 from talik.data.template import Template, asks_for_today, template_of
 
-Q1, A1, Q2, A2 = "talikq1", "talika1", "talikq2", "talika2"
+Q1, A1, Q2, A2, Q3 = "talikq1", "talika1", "talikq2", "talika2", "talikq3"
 _TOOL = {
     "type": "function",
     "function": {"name": "taliktool", "description": "d", "parameters": {"type": "object", "properties": {}}},
@@ -29,8 +29,9 @@ class Facts:
             none.
         answer_header: The text that the model is asked to write before an answer, such as a channel's name.
         ends: The tokens and texts that end an answer, the one after a plain answer first.
-        added_end: The text to add where a rendered conversation ends without one of `ends`; "" where none is
-            needed.
+        added_end: The text to add after an answer for which the template writes none of `ends`; "" where none
+            is needed.
+        added_call_end: The same after an answer that calls tools.
         end_from: Where `ends` come from: "template", "next role" (the opening of the next message ends an
             answer) or "tokenizer" (the template writes no end, so the tokenizer's end token is added).
         system: Whether a system message is "written", "refused" or "dropped".
@@ -47,6 +48,7 @@ class Facts:
     answer_header: str
     ends: tuple[str, ...]
     added_end: str
+    added_call_end: str
     end_from: str
     system: str
     default_system: str
@@ -98,13 +100,15 @@ def facts_of(template: Template) -> Facts:
     prompt, whole = _text(template, [user], prompt=True), _text(template, [user, answer])
     longer = _text(template, [user, answer, Message("user", Q2)], prompt=True)
     end, source, added = _end(template, whole, longer)
-    ends = list(dict.fromkeys([end, *_tool_ends(template)]))
+    call_end, added_call_end = _call_end(template)
+    ends = dict.fromkeys(found for found in (_name_of(template, end), call_end) if found)
     system, default = _system(template, whole)
     return Facts(
-        generation_prompt=_after(prompt, _text(template, [user])),
+        generation_prompt=_generation_prompt(template, prompt, _text(template, [user])),
         answer_header=_after(whole, prompt).partition(A1)[0] if whole.startswith(prompt) else "",
-        ends=tuple(end for end in ends if end),
+        ends=tuple(ends),
         added_end=added,
+        added_call_end=added_call_end or added,
         end_from=source,
         system=system,
         default_system=default,
@@ -112,7 +116,9 @@ def facts_of(template: Template) -> Facts:
         tools="taliktool" in _text(template, [user], tools=[_TOOL], prompt=True),
         reasoning=_reasoning(template),
         trims=f" {A1}  \n" not in _text(template, [user, Message("assistant", f" {A1}  \n")]),
-        prefix_preserving=bool(whole) and longer.startswith(whole.partition(A1)[0] + A1 + end),
+        prefix_preserving=bool(prompt)
+        and whole.startswith(prompt)
+        and longer.startswith(whole.partition(A1)[0] + A1 + end),
         today=asks_for_today(template.tokenizer),
     )
 
@@ -130,38 +136,67 @@ def _after(text: str, start: str) -> str:
 
 
 def _end(template: Template, whole: str, longer: str) -> tuple[str, str, str]:
-    """What ends a plain answer, where that comes from, and the text to add after the last answer."""
+    """The text that ends a plain answer, where that comes from, and what to add after the last answer."""
     last, middle = whole.partition(A1)[2], longer.partition(A1)[2].partition(Q2)[0]
     if token := first_token(template, last):
-        return token.strip(), "template", ""
+        return token, "template", ""
     if token := first_token(template, middle):
-        return token.strip(), "next role", token
+        return token, "next role", token
     opening = middle.rstrip()
-    if opening.strip() and opening.strip() != template.tokenizer.bos_token:
-        return opening.strip(), "next role", opening.removeprefix(last)
+    if opening.strip() and opening.strip() != template.begin and middle == _second_opening(template):
+        return opening, "next role", opening.removeprefix(last)
     end = template.tokenizer.eos_token or ""
     return end, "tokenizer", end
+
+
+def _name_of(template: Template, end: str) -> str:
+    """The token of an end of turn; where it is a text, with the line breaks before it."""
+    return end.strip() if end.strip() in template.added else end.strip(" ")
+
+
+def _generation_prompt(template: Template, prompt: str, asked: str) -> str:
+    """The end of a prompt that the same messages without a generation prompt do not have."""
+    alike = common_prefix(prompt, asked)
+    cut = next((t.start() for t in template.token.finditer(prompt) if t.start() < alike < t.end()), alike)
+    return prompt[cut:]
+
+
+def common_prefix(first: str, second: str) -> int:
+    """How many characters two texts have in common at their start."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low
 
 
 def first_token(template: Template, text: str) -> str:
     """The blanks and the added token at the start of a text; "" if there is none, or it is the BOS token."""
     blanks = len(text) - len(text.lstrip())
     found = template.token.match(text, blanks)
-    return "" if found is None or found[0] == template.tokenizer.bos_token else text[: found.end()]
+    return "" if found is None or found[0] == template.begin else text[: found.end()]
 
 
-def _tool_ends(template: Template) -> list[str]:
-    """The tokens that end an answer which calls a tool."""
+def _second_opening(template: Template) -> str:
+    """The text between a second answer and a third question: another one where turns are numbered."""
+    texts = [Message("user", Q1), Message("assistant", A1), Message("user", Q2), Message("assistant", A2)]
+    text = _text(template, [*texts, Message("user", Q3)], prompt=True)
+    return text.partition(A2)[2].partition(Q3)[0]
+
+
+def _call_end(template: Template) -> tuple[str, str]:
+    """The token that ends an answer which calls a tool; the text to add where the template writes none."""
     asked = Message("user", Q1)
     called = Message("assistant", "", tool_calls=(ToolCall("taliktool", {"key": "talikvalue"}),))
     whole = _text(template, [asked, called], [_TOOL])
     if "talikvalue" not in whole:
-        return []
-    if run := template.ends.search(whole):
-        specials = [token for token in template.token.findall(run[0]) if token in template.special]
-        return specials[-1:]
+        return "", ""
+    run = template.ends.search(whole)
+    if specials := [t for t in template.token.findall(run[0]) if t in template.special] if run else []:
+        return specials[-1], ""
     longer = _text(template, [asked, called, Message("tool", Q2, name="taliktool")], [_TOOL], prompt=True)
-    return [first_token(template, _after(longer, whole)).strip()]
+    added = first_token(template, _after(longer, whole))
+    return added.strip(), added
 
 
 def _system(template: Template, whole: str) -> tuple[str, str]:

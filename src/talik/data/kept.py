@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from talik.data.sources import file_state
 from talik.data.store import Part, joined, read_part, write_part
 from talik.events import Notify, Progress, Said
 from talik.files import fingerprint, finished_folder
-from talik.system import home_folder
+from talik.system import give_back_memory, home_folder
 
 PART_BYTES = 32 << 20  # bytes of token ids of a part
 VERSION = "1"  # of what is prepared and how
@@ -63,7 +63,8 @@ def in_files(
     """Prepares into files that later runs find again, and goes on where an earlier start was broken off."""
     root = home_folder() / "data"
     states = [f"{file_state(of.file)} {of.form} {of.rows} {of.limit}" for of in files]
-    key = fingerprint(VERSION, repr(options), _tokenizer_state(tokenizer), *states)
+    forms = [item.name for kind in (Report, Facts) for item in fields(kind)]
+    key = fingerprint(VERSION, *forms, repr(options), _tokenizer_state(tokenizer), *states)
     folder = root / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
@@ -113,6 +114,7 @@ def _write_part(folder: Path, held: Outcome, count: int, whole: Outcome) -> None
         write_part(joined(held.parts), part, {"chunks": count, **_about(held)})
     held.parts = [read_part(path)[0]]
     whole.add(held)
+    give_back_memory()
 
 
 def _known(folder: Path) -> tuple[list[tuple[Part, dict[str, Any]]], int]:
@@ -159,7 +161,8 @@ def _as_list(problem: Any) -> list[Any]:
 def _outcome_of(about: dict[str, Any]) -> Outcome:
     """The counts that `_about` wrote."""
     facts = about["facts"]
-    known = Facts(**{**facts, "ends": tuple(facts["ends"])}) if facts else None
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (facts or {}).items()}
+    known = Facts(**values) if facts else None
     report = Report(about["report"].pop("rows"), about["template"], known, **about["report"])
     for kind, count in about["too_long"].items():
         report.too_long[kind].count = count

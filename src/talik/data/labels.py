@@ -105,12 +105,10 @@ class Labeller:
         merged = False
         last = rendered.answers[-1]
         for answer in self._trained(rendered):
-            start, stop, straddled = _token_range(tokens.offsets, answer.start, answer.stop)
+            begin = answer.start if self.options.train_reasoning else answer.reasoning_stop
+            start, stop, straddled = _token_range(tokens.offsets, begin, answer.stop)
             mask[start:stop] = b"\1" * (stop - start)
             merged = merged or straddled
-            if not self.options.train_reasoning and answer.reasoning_stop > answer.start:
-                start, stop, _ = _token_range(tokens.offsets, answer.start, answer.reasoning_stop)
-                mask[start:stop] = b"\0" * (stop - start)
         mask[:1] = b"\0"
         content_stop = bisect_left(tokens.offsets, last.content_stop, key=lambda token: token[0])
         return _Made(Example(tokens.ids, spans_of(mask), place), content_stop, merged)

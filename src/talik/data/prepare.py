@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 from talik.data.batches import question_draw
@@ -35,8 +36,8 @@ from talik.data.template import template_of
 from talik.errors import TalikError
 from talik.files import fingerprint
 
-CHUNK_BYTES = 2 << 20
-CHUNK_ROWS = 1000
+CHUNK_BYTES = 512 << 10
+CHUNK_ROWS = 500
 PEEKED = 100  # rows by which a file's format is recognised
 
 
@@ -220,7 +221,15 @@ def _start_worker(load: Callable[[], Any], options: PrepareOptions) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Preparer(load(), options)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent has been killed: the other workers keep the queue open."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(chunk: Chunk) -> Outcome:

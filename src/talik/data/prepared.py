@@ -115,7 +115,9 @@ class Prepared:
         outcome, report = self.outcome, self.outcome.report
         assert report is not None
         tokens, trained = int(examples.column("length").sum()), int(examples.column("trained").sum())
-        rows = len({*zip(examples.column("file").tolist(), examples.column("line").tolist(), strict=True)})
+        rows = len(
+            {*zip(examples.column("file_number").tolist(), examples.column("line").tolist(), strict=True)}
+        )
         kept = {"rows": rows} if not whole or len(examples) < len(self.examples) else {}
         own = report if whole else Report(rows, report.template, report.facts, longest=report.longest)
         own = replace(own, **kept, examples=len(examples), tokens=tokens, trained_tokens=trained)
@@ -134,7 +136,7 @@ class Prepared:
         )
 
     def _counts(self, examples: StoredExamples) -> Iterator[SourceCount]:
-        number, lengths = examples.column("file"), examples.column("length")
+        number, lengths = examples.column("file_number"), examples.column("length")
         trained = examples.column("trained")
         for origin in dict.fromkeys(of.file.origin for of in self.files):
             mine = np.isin(number, [of.number for of in self.files if of.file.origin == origin])

@@ -29,7 +29,7 @@ _TABLE = {
     "span_ends": np.int64,  # of each example in the stops
     "first": np.uint8,  # whether the first span is trained
     "trained": np.int32,  # trained tokens
-    "file": np.int32,
+    "file_number": np.int32,
     "line": np.int64,
     "question": np.float64,  # a draw in [0, 1), the same for the same question
     "row": np.float64,  # a draw in [0, 1) for the row
@@ -46,7 +46,7 @@ class Part:
     span_ends: Any
     first: Any
     trained: Any
-    file: Any
+    file_number: Any
     line: Any
     question: Any
     row: Any
@@ -64,7 +64,7 @@ class Part:
         for stop in self.stops[first : int(self.span_ends[index])].tolist():
             spans.append(Span(at, stop, trained))
             at, trained = stop, not trained
-        name, unit = files[int(self.file[index])]
+        name, unit = files[int(self.file_number[index])]
         return Example(ids, tuple(spans), Place(name, int(self.line[index]), unit))  # pyright: ignore[reportArgumentType]
 
 
@@ -78,7 +78,7 @@ def packed(examples: Sequence[Example], file: int, questions: Sequence[float], r
         span_ends=np.cumsum([len(e.spans) for e in examples], dtype=np.int64),
         first=np.array([e.spans[0].trained for e in examples], np.uint8),
         trained=np.array([e.trained_tokens for e in examples], np.int32),
-        file=np.full(len(examples), file, np.int32),
+        file_number=np.full(len(examples), file, np.int32),
         line=np.array([e.place.line for e in examples], np.int64),
         question=np.array(questions, np.float64),
         row=np.array(rows, np.float64),

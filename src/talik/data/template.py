@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import jinja2
@@ -38,6 +40,7 @@ class Template:
         encoder: Gives token ids with the characters that they cover.
         special: Tokens that only the template may write.
         added: All tokens that the tokenizer matches before it splits text.
+        arguments_as_text: Whether the arguments of calls must be JSON text, not objects.
     """
 
     tokenizer: Any
@@ -52,6 +55,12 @@ class Template:
     def name(self) -> str:
         """Whose template it is, in words."""
         return "plain (the tokenizer has none)" if self.plain else "the tokenizer's"
+
+    @property
+    def begin(self) -> str | None:
+        """The token that begins a text; None where the same token ends one."""
+        bos = self.tokenizer.bos_token
+        return None if bos == self.tokenizer.eos_token else bos
 
     @cached_property
     def ends(self) -> re.Pattern[str]:
@@ -91,25 +100,38 @@ class Template:
             return error
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """Messages as templates take them: those of Transformers' documentation."""
-        return [self._as_dict(message) for message in messages]
+        """Messages as templates take them: those of Transformers' documentation.
 
-    def _as_dict(self, message: Message) -> dict[str, Any]:
-        made: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.reasoning:
-            made |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
-        if message.tool_calls:
-            made["tool_calls"] = [self._call(call, n) for n, call in enumerate(message.tool_calls)]
-        if message.name is not None:
-            made["name"] = message.name
-        if message.call_id is not None:
-            made["tool_call_id"] = message.call_id
-        return made
+        Calls without an id are numbered. A result without a call's id or a name gets those of the first call
+        before it that has no result yet.
+        """
+        chat: Chat = []
+        numbers, waiting = count(), deque[dict[str, Any]]()
+        for message in messages:
+            made: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.reasoning:
+                made |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
+            if message.tool_calls:
+                made["tool_calls"] = [self._call(call, next(numbers)) for call in message.tool_calls]
+                waiting = deque(made["tool_calls"])
+            names = {"name": message.name, "tool_call_id": message.call_id}
+            if message.role == "tool" and (call := _answered(waiting, message.call_id)):
+                names = {"name": message.name or call["function"]["name"], "tool_call_id": call["id"]}
+            chat.append(made | {key: name for key, name in names.items() if name is not None})
+        return chat
 
     def _call(self, call: ToolCall, number: int) -> dict[str, Any]:
         arguments = as_json(call.arguments) if self.arguments_as_text else call.arguments
         function = {"name": call.name, "arguments": arguments}
         return {"id": call.id or f"call{number:05d}", "type": "function", "function": function}
+
+
+def _answered(waiting: deque[dict[str, Any]], call_id: str | None) -> dict[str, Any] | None:
+    """Takes the call that a result answers out of those that wait for one."""
+    found = next((call for call in waiting if call_id in (None, call["id"])), None)
+    if found is not None:
+        waiting.remove(found)
+    return found
 
 
 def plain_template(tokenizer: Any) -> str:

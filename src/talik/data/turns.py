@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from talik.data.answers import aligned, common_prefix, end_in, reasoning_stop, with_thought
-from talik.data.facts import Facts, first_token
+from talik.data.answers import aligned, end_in, reasoning_stop, with_thought
+from talik.data.facts import Facts, common_prefix
 from talik.data.marks import has_marks, marked_answer
 from talik.data.messages import Conversation, Message
 from talik.data.rows import RowError
 from talik.data.template import Chat, Template
-from talik.data.written import check_answer, check_written
+from talik.data.written import NOT_WRITTEN, check_answer, check_written
 
 TEMPLATE_REFUSES = "refused by the chat template"
 NOTHING_TO_TRAIN = "nothing to train"
@@ -87,6 +87,8 @@ def render(conversation: Conversation, template: Template, facts: Facts, train_o
     if not facts.ends and not facts.added_end:
         problem = "the chat template writes no end of turn and the tokenizer has no end token (eos_token)"
         raise RowError(NO_END, problem)
+    if conversation.tools and not facts.tools:
+        raise RowError(NOT_WRITTEN, "the chat template does not write the definitions of tools", "tools")
     chat = template.chat(messages)
     made: list[Rendered] = []
     last: _Turn | None = None
@@ -151,15 +153,9 @@ def _turns(
     facts: Facts,
 ) -> Iterator[_Turn]:
     """Each trained turn, rendered when it is asked for: the prefixes are never held all at once."""
-    prompt = _prompt(chat[: trained[0]], tools, template)
-    for index, following in zip(trained, [*trained[1:], None], strict=True):
-        after = None if following is None else _prompt(chat[:following], tools, template)
-        yield _turn(messages[index], index, chat, tools, template, facts, prompt, after)
-        prompt = after or ""
-
-
-def _prompt(chat: Chat, tools: Sequence[Mapping[str, Any]], template: Template) -> str:
-    return _sound(template.apply(chat, tools, prompt=True))
+    for index in trained:
+        prompt = _sound(template.apply(chat[:index], tools, prompt=True))
+        yield _turn(messages[index], index, chat, tools, template, facts, prompt)
 
 
 def _sound(text: str | Exception) -> str:
@@ -177,9 +173,8 @@ def _turn(
     template: Template,
     facts: Facts,
     prompt: str,
-    after: str | None,
 ) -> _Turn:
-    """What the model is asked to write in one turn; `after` is the next prompt that is rendered."""
+    """What the model is asked to write in one turn."""
     whole = _sound(template.apply(chat[: index + 1], tools))
     plain = whole[len(prompt) :] if whole.startswith(prompt) else None
     if plain is None:
@@ -189,7 +184,7 @@ def _turn(
     content_stop, stop = end_in(written, template, facts)
     added = stop is None
     if stop is None:
-        written += _added_end(prompt + written, after, template, facts)
+        written += facts.added_call_end if message.tool_calls else facts.added_end
         stop = len(written)
     start = 0
     if has_marks(template, tools) and whole.startswith(prompt):
@@ -206,10 +201,3 @@ def _turn(
         added and facts.end_from == "tokenizer",
         written[: len(plain)] != plain,
     )
-
-
-def _added_end(text: str, after: str | None, template: Template, facts: Facts) -> str:
-    """The end of turn for an answer after which the template writes none."""
-    if facts.end_from == "next role" and after and after.startswith(text):
-        return first_token(template, after[len(text) :]) or facts.added_end
-    return facts.added_end

@@ -11,6 +11,7 @@ from talik.data.messages import Message
 from talik.data.rows import RowError
 
 NOT_WRITTEN = "not written by the chat template"
+_SWITCH = re.compile(r"/(?:no_)?think\b")  # in a text: read and taken out by some templates
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 
 
@@ -25,7 +26,7 @@ def thought_of(message: Message) -> str:
 def said_of(message: Message) -> str:
     """The text of a message without the reasoning of an answer."""
     if message.role != "assistant" or message.reasoning:
-        return message.content
+        return message.content if message.role == "assistant" else _SWITCH.sub("", message.content)
     return _THOUGHT.sub("", message.content)
 
 

@@ -55,12 +55,18 @@ def load_tokenizer(folder: Path, date: str | None = None) -> Any:
             problem = "holds no template: a JSON object with 'chat_template' is needed"
             raise SourceError(problem, where=file, remedy="Get the file again from where the model came.")
         tokenizer.chat_template = template
-    if date is not None and tokenizer.chat_template is not None:
-        text, now = tokenizer.chat_template, datetime.fromisoformat(date)
-        several = isinstance(text, dict)
-        dated = {name: _dated(one, now) for name, one in (text if several else {"": text}).items()}
-        tokenizer.chat_template = dated if several else dated[""]
+    if date is not None:
+        fix_date(tokenizer, datetime.fromisoformat(date))
     return tokenizer
+
+
+def fix_date(tokenizer: Any, now: datetime) -> None:
+    """Makes a tokenizer's chat template write this date wherever it would write today's."""
+    text = tokenizer.chat_template
+    if isinstance(text, dict):
+        tokenizer.chat_template = {name: _dated(one, now) for name, one in text.items()}
+    elif text is not None:
+        tokenizer.chat_template = _dated(text, now)
 
 
 def _dated(text: str, now: datetime) -> str:
