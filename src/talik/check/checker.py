@@ -207,7 +207,6 @@ class _Checker:
         for found in text_problems(row):
             self._add(row.place, found.field, found.kind, found.text, found.remedy, found.severity)
         self._foreign_marks(row)
-        self._tools(row)
         self._seen.add(row, evaluation=evaluation)
         scripts = self._done.statistics.add_row(row)
         if len(places := self._mixed.setdefault(scripts, [])) < CHUNK:
@@ -215,13 +214,6 @@ class _Checker:
         if self._tokenised < TOKENISED:
             self._tokenised += 1
             self._done.statistics.add_tokens([text for _, text in texts_of(row)], self._tokenizer)
-
-    def _tools(self, row: Made) -> None:
-        """A problem if a row defines tools and the template writes none, whatever else names them."""
-        if isinstance(row, Conversation) and row.tools and not self._labeller.facts.tools:
-            text = f"the chat template does not write definitions of tools; the row has {len(row.tools):,}"
-            remedy = "Choose a model whose template writes tools, or put them into the system message."
-            self._add(row.place, "tools", NOT_WRITTEN, text, remedy)
 
     def _other_scripts(self) -> None:
         """Notes on answers in another script than their questions, where few rows are so."""
