@@ -45,7 +45,7 @@ def preview_command(argv: list[str]) -> None:
 
 
 def check_command(argv: list[str]) -> None:
-    fields = (*DATA_FIELDS, "eval_data")
+    fields = (*DATA_FIELDS, "eval_data", "held_out", "seed")
     wanted = options(
         "Check",
         ("data", positional(str, DATA_HELP, "DATA")),
@@ -53,12 +53,15 @@ def check_command(argv: list[str]) -> None:
         ("model", arg(str, "the model whose tokenizer and chat template are used")),
         ("html", arg(str | None, "write a page to this file, too"), None),
         ("json", arg(bool, "print it as JSON"), False),
+        ("no_plan", arg(bool, "do not plan the time and memory of a run"), False),
         *recipe_fields(fields),
     )
     parsed = vars(parse("check", wanted, argv, "Every problem of a data set, with file and line."))
     from talik import show
     from talik.check.checker import check_rows
-    from talik.check.text import check_page, check_text, summary
+    from talik.check.page import check_page
+    from talik.check.planned import plan_lines
+    from talik.check.text import check_text, summary
     from talik.errors import ProblemsFound
     from talik.files import write_text
     from talik.model.source import find_model
@@ -67,9 +70,12 @@ def check_command(argv: list[str]) -> None:
 
     quiet()
     recipe = check({"model": parsed["model"], **{name: parsed[name] for name in ("data", *fields)}})
-    tokenizer = load_tokenizer(find_model(parsed["model"], weights=False).folder)
+    folder = find_model(parsed["model"], weights=False).folder
+    tokenizer = load_tokenizer(folder)
     with show.Watch() as watch:
         found = check_rows(recipe, tokenizer, watch)
+        if not parsed["no_plan"]:
+            found.plan = plan_lines(found.statistics, recipe, folder, watch)
     show.result_json(found.as_dict()) if parsed["json"] else show.result(check_text(found))
     if parsed["html"]:
         write_text(Path(parsed["html"]), check_page(found, ", ".join(parsed["data"]), tokenizer))
@@ -98,5 +104,10 @@ def convert_command(argv: list[str]) -> None:
     recipe = check({"model": "-", "data": data, **{name: parsed[name] for name in fields}})
     with show.Watch() as watch:
         done = convert(recipe, Path(out), watch)
-    left = f"; {done.left_out:,} rows cannot be used and are left out" if done.left_out else ""
+    rows = (
+        "1 row cannot be used and is"
+        if done.left_out == 1
+        else f"{done.left_out:,} rows cannot be used and are"
+    )
+    left = f"; {rows} left out" if done.left_out else ""
     show.result(f"{out}: {done.rows:,} rows{left}")

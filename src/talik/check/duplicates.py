@@ -1,108 +1,229 @@
 """Rows that are there twice: exactly, nearly, with another answer, or in training and evaluation both.
 
-Only hashes are kept, 8 bytes for each row and for each band. Near duplicates are found by MinHash (Broder,
-"On the resemblance and containment of documents", 1997): rows whose sets of three consecutive words agree in
-a band of the signature are compared by the whole signature.
+A row is kept as hashes and signatures, at most 350 bytes of it. They are compared once all rows were seen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from talik.check.texts import normalised
+from talik.check.minhash import Signatures, common_pairs, grouped, words_of
+from talik.data.batches import draws_limit, question_draw
 from talik.data.messages import Conversation, Document
 from talik.data.rows import Place
 
-HASHES, BANDS = 64, 8
-LEAST_WORDS = 12  # shorter texts are alike by chance
-ALIKE = 0.85  # share of equal MinHash values, an estimate of the Jaccard similarity
-_WORDS = re.compile(r"\w", re.UNICODE)
-_SPLIT = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
-)
-_random = np.random.default_rng(7)
-_FACTORS = _random.integers(1, 2**63, HASHES, dtype=np.uint64) | np.uint64(1)
-_TERMS = _random.integers(0, 2**63, HASHES, dtype=np.uint64)
+ALIKE = 0.8  # share of word pairs that near duplicates have in common
+LEAST_WORDS = 8  # shorter rows that differ in case and punctuation alone are no near duplicates
+LEAST_ANSWER = 30  # characters from which on an answer to many questions is worth a note
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_TAKE_OUT = "Take one of them out."
+_COLUMNS = {
+    **dict.fromkeys(("file", "line", "length"), "q"),
+    **dict.fromkeys(("whole", "words", "question", "asked", "answer", "said", "numbers"), "Q"),
+    "draw": "d",
+    "evaluation": "b",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A row that repeats another one."""
+
+    place: Place
+    kind: str
+    severity: str
+    text: str
+    remedy: str
 
 
 @dataclass(slots=True)
 class Duplicates:
-    """What was seen so far."""
+    """The rows that were seen, as columns of hashes.
 
-    rows: dict[int, Place] = field(default_factory=dict)
-    questions: dict[int, tuple[Place, int]] = field(default_factory=dict)
-    evaluated: dict[int, Place] = field(default_factory=dict)
-    bands: dict[tuple[int, int], int] = field(default_factory=dict)
-    signatures: list[np.ndarray] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    `asked` and `said` are the question and the answer as words, without case and punctuation; `whole`,
+    `question` and `answer` are exact.
+    """
 
-    def add(
-        self, row: Conversation | Document, *, evaluation: bool = False
-    ) -> Iterator[tuple[str, str, str]]:
-        """Takes a row; yields kind, severity and text of what it repeats."""
-        question, whole = _parts(row)
-        whole_hash, question_hash = _hash(whole), _hash(question)
-        if evaluation:
-            self.evaluated.setdefault(question_hash, row.place)
-            if question and question_hash in self.questions:
-                first = self.questions[question_hash][0]
-                yield (
-                    "in training and evaluation",
-                    "problem",
-                    f"the question stands in the training data: {first}",
-                )
-            return
-        if whole_hash in self.rows:
-            yield "duplicate", "problem", f"the row is the same as {self.rows[whole_hash]}"
-            return
-        self.rows[whole_hash] = row.place
-        if question:
-            first = self.questions.setdefault(question_hash, (row.place, whole_hash))
-            if first[1] != whole_hash:
-                yield "another answer", "note", f"the question has another answer in {first[0]}"
-        if (like := self._near(whole, row.place)) is not None:
-            yield "near duplicate", "problem", f"the row is nearly the same as {like}"
-
-    def _near(self, text: str, place: Place) -> Place | None:
-        words = _SPLIT.findall(text)
-        if len(words) < LEAST_WORDS:
-            return None
-        signature = _signature(words)
-        number, like = len(self.signatures), None
-        for band, part in enumerate(signature.reshape(BANDS, -1)):
-            key = (band, int.from_bytes(hashlib.blake2b(part.tobytes(), digest_size=8).digest(), "little"))
-            other = self.bands.setdefault(key, number)
-            if other != number and like is None and (self.signatures[other] == signature).mean() >= ALIKE:
-                like = self.places[other]
-        self.signatures.append(signature)
-        self.places.append(place)
-        return like
-
-
-def _parts(row: Conversation | Document) -> tuple[str, str]:
-    """What is asked (all before the last answer), and the whole row, both normalised."""
-    if isinstance(row, Document):
-        return "", normalised(row.text)
-    texts = [normalised(message.content) for message in row.messages]
-    calls = [repr(message.tool_calls) for message in row.messages if message.tool_calls]
-    return "\n".join(texts[:-1]), "\n".join([*texts, *calls])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    seed: int = 0
+    held_out: float = 0.0
+    questions: Signatures = field(default_factory=Signatures)
+    answers: Signatures = field(default_factory=Signatures)
+    columns: dict[str, array[float]] = field(
+        default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
     )
+    files: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def learn(self, rows: Sequence[Conversation | Document]) -> None:
+        """Learns from a sample of the rows which words all of them share."""
+        parts = [_parts(row) for row in rows]
+        self.questions.common = common_pairs(words_of(question) for question, _, _ in parts)
+        self.answers.common = common_pairs(words_of(answer) for _, answer, _ in parts)
+
+    def add(self, row: Conversation | Document, *, evaluation: bool = False) -> None:
+        """Takes a row."""
+        question, answer, rest = _parts(row)
+        asked, said = words_of(question), words_of(answer)
+        number = len(self.columns["file"])
+        self.questions.add(number, asked)
+        self.answers.add(number, said)
+        place = row.place
+        values = {
+            "file": self.files.setdefault((place.file, place.unit), len(self.files)),
+            "line": place.line,
+            "length": len(answer) if len(asked) + len(said) >= LEAST_WORDS else 0,
+            "whole": _hash(question, answer, rest),
+            "words": _hash(" ".join(asked), " ".join(said), rest),
+            "question": _hash(question.strip(), rest),
+            "asked": _hash(" ".join(asked) if asked else question, rest),
+            "answer": _hash(answer.strip()),
+            "said": _hash(" ".join(said) if said else answer),
+            "numbers": _hash(*_NUMBER.findall(question), "", *_NUMBER.findall(answer)),
+            "draw": question_draw(row, self.seed) if self.held_out else 1.0,
+            "evaluation": evaluation,
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    def repeats(self) -> Iterator[Repeat]:
+        """All that was found, once the last row was taken."""
+        if len(self.columns["file"]):
+            yield from _Comparison(self).repeats()
 
 
-def _signature(words: list[str]) -> np.ndarray:
-    """The least hash of all triples of words under each of HASHES functions."""
-    hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
-    triples = hashes[:-2] * np.uint64(31 * 31) + hashes[1:-1] * np.uint64(31) + hashes[2:]
-    mixed = (triples[:, None] * _FACTORS + _TERMS) >> np.uint64(32)
-    return mixed.min(0).astype(np.uint32)
+class _Comparison:
+    def __init__(self, seen: Duplicates) -> None:
+        self._seen = seen
+        self._files = list(seen.files)
+        self._of = {name: np.array(column) for name, column in seen.columns.items()}
+        self._other_part = "evaluation"
+        given = self._of["evaluation"].astype(bool)
+        self._held = given
+        if seen.held_out and not given.any():
+            self._other_part = "the held-out part"
+            self._held = self._of["draw"] < draws_limit(self._of["draw"].tolist(), seen.held_out)
+        self._doubled: set[int] = set()
+
+    def repeats(self) -> Iterator[Repeat]:
+        yield from self._exact()
+        yield from self._same_words()
+        yield from self._other_answers()
+        yield from self._shared_questions()
+        yield from self._alike()
+        yield from self._one_answer()
+
+    def _exact(self) -> Iterator[Repeat]:
+        for first, row in self._groups("whole", np.flatnonzero(self._of["evaluation"] == 0)):
+            self._doubled.add(row)
+            yield self._repeat(row, "duplicate", "problem", f"the row is the same as {self._place(first)}")
+
+    def _same_words(self) -> Iterator[Repeat]:
+        candidates = (self._of["evaluation"] == 0) & (self._of["length"] > 0)
+        for first, row in self._groups("words", np.flatnonzero(candidates)):
+            if row not in self._doubled:
+                self._doubled.add(row)
+                text = f"the row has the same words as {self._place(first)}"
+                yield self._repeat(row, "near duplicate", "problem", text)
+
+    def _other_answers(self) -> Iterator[Repeat]:
+        asked = (self._of["evaluation"] == 0) & (self._of["question"] != np.uint64(_NO_QUESTION))
+        for first, row in self._groups("question", np.flatnonzero(asked)):
+            if row not in self._doubled and self._of["answer"][row] != self._of["answer"][first]:
+                text = f"the question has another answer in {self._place(first)}"
+                remedy = "Keep both if both answers are right."
+                yield self._repeat(row, "another answer", "note", text, remedy)
+
+    def _shared_questions(self) -> Iterator[Repeat]:
+        """Questions that are trained on and evaluated on: the loss then shows what was learnt by heart."""
+        of = self._of
+        keys = np.where(of["question"] == _NO_QUESTION, of["said"], of["asked"])  # a document is its text
+        trained: dict[int, int] = {}
+        for row in np.flatnonzero(~self._held).tolist() if self._held.any() else ():
+            trained.setdefault(int(keys[row]), row)
+        for row in np.flatnonzero(self._held).tolist():
+            first = trained.get(int(keys[row]))
+            if first is not None:
+                self._doubled.add(row)
+                yield self._leak(row, first, "problem", "the question")
+
+    def _alike(self) -> Iterator[Repeat]:
+        pairs = {*self._seen.questions.alike(ALIKE)}
+        answers = {*self._seen.answers.alike(ALIKE)}
+        for first, row in sorted(pairs | answers, key=lambda pair: (pair[1], pair[0])):
+            if row in self._doubled or first in self._doubled or not self._same("numbers", first, row):
+                continue
+            asked = self._same("asked", first, row)
+            said = self._same("said", first, row)
+            if not ((asked or (first, row) in pairs) and (said or (first, row) in answers)):
+                if self._held[first] != self._held[row] and (first, row) in pairs:
+                    yield self._leak(row, first, "note", "a similar question")
+                continue
+            # A short answer to two long questions proves little: they may be about one text.
+            severity = "problem" if asked or (first, row) in answers else "note"
+            self._doubled.add(row)
+            if self._held[first] != self._held[row]:
+                yield self._leak(row, first, severity, "nearly the same row")
+            else:
+                text = f"the row is nearly the same as {self._place(first)}"
+                yield self._repeat(row, "near duplicate", severity, text)
+
+    def _one_answer(self) -> Iterator[Repeat]:
+        """Longer answers that many different questions have."""
+        order, starts = grouped(self._of["answer"])
+        sizes = np.bincount(starts, minlength=len(order))
+        least = max(10, len(order) // 200)
+        for start in np.flatnonzero(sizes >= least).tolist():
+            rows = order[start : start + sizes[start]]
+            questions = len(np.unique(self._of["question"][rows]))
+            if questions >= least and self._of["length"][rows].min() >= LEAST_ANSWER:
+                text = f"{questions:,} different questions have this answer"
+                remedy = "Look at the source: an error message or a default may stand in place of answers."
+                yield self._repeat(int(rows[0]), "one answer to many questions", "note", text, remedy)
+
+    def _groups(self, column: str, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Each row of which an earlier one has the same value, after the first such row."""
+        order, starts = grouped(self._of[column][rows])
+        later = np.flatnonzero(starts != np.arange(len(order)))
+        pairs = zip(rows[order[starts[later]]].tolist(), rows[order[later]].tolist(), strict=True)
+        yield from sorted(pairs, key=lambda pair: pair[1])
+
+    def _same(self, column: str, first: int, row: int) -> bool:
+        return self._of[column][first] == self._of[column][row]
+
+    def _place(self, row: int) -> Place:
+        file, unit = self._files[int(self._of["file"][row])]
+        return Place(file, int(self._of["line"][row]), "row" if unit == "row" else "line")
+
+    def _leak(self, row: int, first: int, severity: str, what: str) -> Repeat:
+        kind = f"in training and {self._other_part.removeprefix('the ').removesuffix(' part')}"
+        where = "is trained on" if self._held[row] else f"stands in {self._other_part}"
+        text = f"{what} {where}: {self._place(first)}"
+        return self._repeat(row, kind, severity, text, "Take it out of one of them.")
+
+    def _repeat(self, row: int, kind: str, severity: str, text: str, remedy: str = _TAKE_OUT) -> Repeat:
+        return Repeat(self._place(row), kind, severity, text, remedy)
+
+
+def _parts(row: Conversation | Document) -> tuple[str, str, str]:
+    """The question (all before the last answer), the last answer, and all else that tells rows apart."""
+    if isinstance(row, Document):
+        return "", row.text, ""
+    *before, last = row.messages
+    asked = "\n".join(m.content for m in before if m.role not in ("system", "developer"))
+    others = [m.content for m in before if m.role in ("system", "developer")]
+    calls = [repr((m.tool_calls, m.reasoning)) for m in row.messages if m.tool_calls or m.reasoning]
+    roles = "" if len(row.messages) < 3 else " ".join(m.role for m in row.messages)
+    return asked, last.content, "\n".join([*others, *calls, repr(row.tools) if row.tools else "", roles])
+
+
+def _hash(*parts: str) -> int:
+    joined = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
+
+
+_NO_QUESTION = _hash("", "")  # of a document

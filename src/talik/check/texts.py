@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from talik.check.encodings import misread
 from talik.data.messages import Conversation, Document
+
+Find = Callable[[str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +22,18 @@ class TextCheck:
         remedy: What to do.
         severity: "problem", or "note" for what may well be meant.
         answers: Whether only answers are looked at.
+        certain: Makes a note a problem where the whole text leaves no doubt.
     """
 
     kind: str
-    find: Callable[[str], str | None]
+    find: Find
     remedy: str
     severity: str = "problem"
     answers: bool = False
+    certain: Callable[[str], bool] = lambda text: False
 
 
-def _pattern(pattern: str, flags: int = 0) -> Callable[[str], str | None]:
+def _pattern(pattern: str, flags: int = 0) -> Find:
     compiled = re.compile(pattern, flags)
 
     def find(text: str) -> str | None:
@@ -38,56 +43,95 @@ def _pattern(pattern: str, flags: int = 0) -> Callable[[str], str | None]:
     return find
 
 
-# UTF-8 that was read as Windows-1252: a capital A with a mark, and a sign that hardly ever follows it.
-_MOJIBAKE = (
-    r"[ÃÂ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
-    r"|â€[\u0080-\u00bf™œž“”˜¦]|ï»¿|å[\u0080-\u00bf][\u0080-\u00bf]"
-)
+_CODE = re.compile(r"[{}<>`=\\|$│]|\w\(|html|xml|escape|entit|转义|实体", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{2,5}|#x[0-9a-f]{2,5});", re.IGNORECASE)
+_ESCAPED = re.compile(r"(?<![\\\w:/])\\n(?=[A-Z\u4e00-\u9fff\-*\d \\])|(?<=[.!?。！？])\\n")
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufefc]")
+_INVISIBLE = "\u200b\u2060\ufeff\u00ad"
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a text without its entities is neither code nor about markup."""
+    return not _CODE.search(_ENTITY.sub("", text))
+
+
+def _has_no_line(text: str) -> bool:
+    """Whether a text has escapes in place of line breaks and nothing of code."""
+    return "\n" not in text and not re.search(r"[\"'`{}()=;]", text.replace("\\n", ""))
+
+
+def _repeats_itself(text: str) -> str | None:
+    """The start of a text that says a few words over and over, as a model does that does not stop."""
+    words = text.split()
+    if len(words) < 60 or len(set(words)) * 12 > len(words):
+        return None
+    return " ".join(words[:8]) if any(word.isalpha() for word in words) else None
+
+
+_SAY = "Write the answer, or take the row out."
 TEXT_CHECKS = (
-    TextCheck("wrong encoding", _pattern(_MOJIBAKE), "Read the source again in its own encoding."),
+    TextCheck("wrong encoding", misread, "Read the source again in its own encoding."),
     TextCheck("replacement character", _pattern("\ufffd+"), "Characters were lost: get the text again."),
     TextCheck("NUL character", _pattern("\0"), "Remove it."),
     TextCheck(
         "control character",
-        _pattern(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
+        _pattern(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]"),
         "Remove it: nobody types these, and a model would learn to write them.",
     ),
     TextCheck(
         "text direction",
         _pattern("[\u202a-\u202e\u2066-\u2069]"),
         "Remove the marks of direction: they show another text than is trained.",
+        "note",
+        certain=lambda text: not _RIGHT_TO_LEFT.search(text),
     ),
     TextCheck(
-        "HTML entity",
-        _pattern(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});", re.I),
-        "Unescape the text once.",
-        "note",
+        "HTML entity", _pattern(_ENTITY.pattern, re.I), "Unescape the text once.", "note", certain=_is_prose
     ),
     TextCheck(
         "HTML tag",
-        _pattern(r"</?(?:p|br|div|span|b|ul|li|td|tr)(?:\s[^<>]*)?/?>", re.I),
+        _pattern(r"</?(?:p|br|div|span|ul|li|td|tr|font)(?:\s[^<>]*)?/?>", re.I),
         "Remove the tags if they are not meant.",
         "note",
     ),
     TextCheck(
         "escaped line break",
-        _pattern(r"(?<![\\\w:/])\\n(?=[A-Z\u4e00-\u9fff\-*\d ])"),
-        "The text holds backslash and n: decode it once more.",
+        _pattern(_ESCAPED.pattern),
+        "The text holds a backslash and an n: decode it once more.",
         "note",
+        certain=_has_no_line,
     ),
     TextCheck(
         "zero-width character",
-        _pattern("[\u200b\u2060\ufeff]"),
+        _pattern(f"[{_INVISIBLE}]"),
         "Remove it: it changes the tokens and cannot be seen.",
+        "note",
+        certain=lambda text: re.search(f"[a-zA-Z][{_INVISIBLE[:3]}][a-zA-Z]", text) is not None,
+    ),
+    TextCheck(
+        "private character",
+        _pattern("[\ue000-\uf8ff]"),
+        "Replace it: it means something in one font only.",
         "note",
     ),
     TextCheck(
         "placeholder",
         _pattern(
-            r"\A\s*(?:todo|tbd|n/?a|null|none|nan|undefined|lorem ipsum.*|\.{2,}|-+|\?+|xxx+)\s*\Z",
-            re.I | re.S,
+            r"\A\W*(?:todo|tbd|fixme|lorem ipsum\b.*|xxx+)\W*\Z|\A\s*(?:\.{2,}|…+|-+|_+)\s*\Z", re.I | re.S
         ),
-        "Write the answer, or take the row out.",
+        _SAY,
+        answers=True,
+    ),
+    TextCheck("missing value", _pattern(r"\A\s*(?:n/a|null|nan|#n/a)\.?\s*\Z", re.I), _SAY, answers=True),
+    TextCheck(
+        "missing value", _pattern(r"\A\s*(?:none|undefined|nil)\.?\s*\Z", re.I), _SAY, "note", answers=True
+    ),
+    TextCheck("answer is one sign", _pattern(r"\A\s*[^\w\s]\s*\Z"), _SAY, "note", answers=True),
+    TextCheck(
+        "answer is only a link",
+        _pattern(r"\A\s*(?:https?://|www\.)\S+\s*\Z"),
+        "Write what stands there, or take the row out: a model learns to invent links.",
+        "note",
         answers=True,
     ),
     TextCheck(
@@ -99,15 +143,41 @@ TEXT_CHECKS = (
         "note",
     ),
     TextCheck(
+        "unfilled template",
+        lambda text: (
+            found[0]
+            if (found := re.search(r"(?<![\w$\\{}#^_])\{[a-z_]{3,30}\}(?!\})", text))
+            and len(text) < 2000
+            and not re.search(r"[<>`=\\|$^]|\w\(", text)
+            else None
+        ),
+        "Fill it in, or take the row out.",
+        "note",
+    ),
+    TextCheck(
         "refusal",
-        _pattern(r"\bas an ai (?:language )?model\b|作为一个?(?:AI|人工智能)(?:语言)?(?:模型|助手)", re.I),
+        _pattern(
+            r"\bas an? (?:AI|artificial intelligence)(?: language)? (?:model|assistant)\b"
+            r"|作为一个?(?:AI|人工智能)(?:语言)?(?:模型|助手)",
+            re.I,
+        ),
         "The model learns to answer like this: keep such rows only if that is meant.",
         "note",
         answers=True,
     ),
     TextCheck(
+        "repeats itself", _repeats_itself, "Take the row out, or cut the answer.", "note", answers=True
+    ),
+    TextCheck(
         "media placeholder", _pattern(r"<(?:image|video|audio)>"), "Talik trains text only: take it out."
     ),
+)
+# Marks of turns that templates of other models write.
+FOREIGN_MARKS = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|begin_of_text|eot_id|start_header_id|end_header_id|eom_id|end|user|"
+    r"assistant|system|channel|message)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜(?:User|Assistant)｜>"
+    r"|^### ?(?:Human|Assistant)\s*:",
+    re.MULTILINE,
 )
 
 
@@ -124,38 +194,42 @@ class TextProblem:
 
 def text_problems(row: Conversation | Document) -> Iterator[TextProblem]:
     """The problems in the texts of a row, each kind once for each text."""
-    for field, text, is_answer in _texts(row):
+    for field, text, is_answer in texts_with_roles(row):
         for check in TEXT_CHECKS:
             found = check.find(text) if is_answer or not check.answers else None
             if found is not None:
-                shown = found if len(found) <= 40 else f"{found[:37]}..."
-                yield TextProblem(field, check.kind, f"{field} holds {shown!r}", check.remedy, check.severity)
+                severity = "problem" if check.severity == "problem" or check.certain(text) else "note"
+                shown = f"holds {_shown(found)}"
+                yield TextProblem(field, check.kind, shown, check.remedy, severity)
     if isinstance(row, Conversation):
         yield from _answer_problems(row)
 
 
-def _texts(row: Conversation | Document) -> Iterator[tuple[str, str, bool]]:
+def texts_with_roles(row: Conversation | Document) -> Iterator[tuple[str, str, bool]]:
+    """The name of each text of a row, the text, and whether it is an answer."""
     if isinstance(row, Document):
         yield "text", row.text, False
         return
     for number, message in enumerate(row.messages, start=1):
         yield f"message {number} ({message.role})", message.content, message.role == "assistant"
         if message.reasoning:
-            yield f"the reasoning of message {number}", message.reasoning, True
+            yield f"the reasoning of message {number}", message.reasoning, False
+
+
+def _shown(part: str) -> str:
+    """A part of a text with quotes, at most 50 characters of it, and escapes for what cannot be seen."""
+    shown = ascii(part) if not part.isprintable() else repr(part)
+    return shown if len(shown) <= 50 else f"{shown[:47]}..."
 
 
 def _answer_problems(row: Conversation) -> Iterator[TextProblem]:
     """Answers that repeat the question."""
     for number, (before, message) in enumerate(zip(row.messages, row.messages[1:], strict=False), start=2):
-        same = normalised(before.content) == normalised(message.content)
+        same = _normalised(before.content) == _normalised(message.content)
         if message.role == "assistant" and before.role == "user" and same and len(message.content) > 15:
             field = f"message {number} (assistant)"
-            remedy = "Write the answer, or take the row out."
-            yield TextProblem(
-                field, "answer repeats the question", f"{field} is the question again", remedy, "problem"
-            )
+            yield TextProblem(field, "answer repeats the question", "is the question again", _SAY, "problem")
 
 
-def normalised(text: str) -> str:
-    """A text without case, and with one blank between words."""
+def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())

@@ -83,20 +83,27 @@ def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
     if not lengths:
         return "no examples"
     ordered = sorted(lengths)
-    step = -(-ordered[-1] // BINS)
-    counts = [0] * -(-ordered[-1] // step)
-    for length in ordered:
-        counts[max(length - 1, 0) // step] += 1
-    digits, most = len(f"{step * len(counts):,}"), max(counts)
+    ranges = length_ranges(lengths)
+    digits, most = len(f"{ranges[-1][1]:,}"), max(count for _, _, count in ranges)
     lines = []
-    for index, count in enumerate(counts):
+    for low, high, count in ranges:
         bar = "#" * -(-count * width // most)
-        low, high = index * step + 1, (index + 1) * step
         lines.append(f"{low:>{digits},} - {high:>{digits},} | {bar:<{width}} {count:,}")
     shares = ", ".join(
         f"{share} % up to {ordered[-(-len(ordered) * share // 100) - 1]:,}" for share in (50, 90, 99)
     )
     return "\n".join([*lines, f"{len(ordered):,} examples: {shares}, longest {ordered[-1]:,} tokens"])
+
+
+def length_ranges(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """At most BINS ranges of lengths: the first and the last length of each, and how many examples it has."""
+    if not lengths:
+        return []
+    step = -(-max(lengths) // BINS)
+    counts = [0] * -(-max(lengths) // step)
+    for length in lengths:
+        counts[max(length - 1, 0) // step] += 1
+    return [(at * step + 1, (at + 1) * step, count) for at, count in enumerate(counts)]
 
 
 def _header(example: Example) -> str:

@@ -1,0 +1,121 @@
+"""Texts as MinHash signatures, and the pairs of texts that are alike.
+
+A signature holds the least hash of a text's pairs of consecutive words under each of HASHES functions. The
+share of equal values in two signatures estimates the Jaccard similarity of the two sets of pairs (Broder, "On
+the resemblance and containment of documents", 1997). Signatures that agree in a whole band are compared, so
+the work grows with the number of texts and not with its square.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+HASHES, BANDS = 64, 16
+LEAST_WORDS = 10  # shorter texts are alike by chance
+MOST_WORDS = 5000  # the rest of a longer text is not compared
+BLOCK = 1 << 16  # pairs that are compared at a time
+# A word, or one sign of a writing system without blanks between words; signs inside a text count as words.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+    r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+    r"|[^\w\s.,;:!?'\"。，、；：！？“”‘’…]"
+    r"|(?<=\d)[.,](?=\d)"
+)
+_random = np.random.default_rng(7)
+_FACTORS = _random.integers(1, 2**63, HASHES, dtype=np.uint64) | np.uint64(1)
+_TERMS = _random.integers(0, 2**63, HASHES, dtype=np.uint64)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text without case and without the punctuation of sentences."""
+    return _WORD.findall(text.casefold())
+
+
+def pair_hashes(words: list[str]) -> np.ndarray:
+    """The hashes of all pairs of consecutive words, 64-bit."""
+    words = words[:MOST_WORDS]
+    hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64)
+    return hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:]
+
+
+def common_pairs(texts: Iterable[list[str]], share: float = 0.02, least: int = 10) -> np.ndarray:
+    """The pairs of words that stand in many texts: prompts that a data set repeats in every row.
+
+    Args:
+        texts: The words of a sample of the texts.
+        share: A pair in more than this share of them is common.
+        least: A pair in fewer texts than this is not.
+    """
+    counted: Counter[int] = Counter()
+    total = 0
+    for words in texts:
+        total += 1
+        counted.update(np.unique(pair_hashes(words)).tolist())
+    limit = max(least, share * total)
+    return np.array(sorted(pair for pair, count in counted.items() if count >= limit), np.uint64)
+
+
+@dataclass(slots=True)
+class Signatures:
+    """The signatures of some rows' texts, 16 bits for each hash function."""
+
+    common: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    values: bytearray = field(default_factory=bytearray)
+
+    def add(self, row: int, words: list[str]) -> None:
+        """Takes the text of a row, unless little is left of it without common pairs."""
+        if len(words) < LEAST_WORDS:
+            return
+        pairs = pair_hashes(words)
+        if len(self.common):
+            pairs = pairs[~np.isin(pairs, self.common)]
+        if len(pairs) < LEAST_WORDS - 1:
+            return
+        mixed = (pairs[:, None] * _FACTORS + _TERMS) >> np.uint64(32)
+        self.rows.append(row)
+        self.values += mixed.min(0).astype(np.uint16).tobytes()
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, ascending, and a signature for each."""
+        values = np.frombuffer(bytes(self.values), np.uint16).reshape(-1, HASHES)
+        return np.array(self.rows, np.int64), values
+
+    def alike(self, least: float) -> Iterator[tuple[int, int]]:
+        """Pairs of rows (earlier, later) of which at least this share of the hashes is equal, each once."""
+        rows, values = self.table()
+        found: set[tuple[int, int]] = set()
+        for band in np.split(values, BANDS, axis=1):
+            for earlier, later in _neighbours(np.ascontiguousarray(band).view(np.uint64).ravel()):
+                equal = (values[earlier] == values[later]).mean(1) >= least
+                found.update(zip(rows[earlier[equal]].tolist(), rows[later[equal]].tolist(), strict=True))
+        yield from sorted(found, key=lambda pair: (pair[1], pair[0]))
+
+
+def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """In blocks, the pairs of each text with the first and the one before it that have the same key."""
+    order, starts = grouped(keys)
+    follows = np.flatnonzero(starts != np.arange(len(order)))
+    for at in range(0, len(follows), BLOCK):
+        block = follows[at : at + BLOCK]
+        yield order[starts[block]], order[block]
+        further = block[block - 1 != starts[block]]
+        yield order[further - 1], order[further]
+
+
+def grouped(keys: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The order that brings equal keys together, and for each place in it where its group starts."""
+    order = np.argsort(keys, kind="stable")
+    ordered = np.asarray(keys)[order]
+    new = np.ones(len(order), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    starts = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+    return order, starts
