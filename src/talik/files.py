@@ -77,8 +77,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *, once: bool = False) -> Any:
-    """The value of a JSON file in UTF-8; `once`: ValueError for a key that is given twice."""
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
+    """The value of a JSON file in UTF-8; `once`: a key may not be given twice.
+
+    Raises:
+        ValueError: The file is no JSON, nested too deeply to be read, or has a key twice.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from talik.check.minhash import Signatures, common_pairs, grouped, words_of
-from talik.data.batches import draws_limit, question_draw
+from talik.data.held_out import draws_limit, question_draw
 from talik.data.messages import Conversation, Document
 from talik.data.rows import Place
 
