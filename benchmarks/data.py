@@ -146,7 +146,7 @@ def prepare(tokenizer: Path, rows: Path) -> dict[str, Any]:
         "tokens": data.report.tokens,
         "fingerprint": name,
         "fingerprint_seconds": time.perf_counter() - start,
-        "said": [f"{event.text}"[:80] for event in said if type(event).__name__ == "Said"],
+        "said": [event.text.partition(" in ")[0] for event in said if type(event).__name__ == "Said"],
     }
 
 
