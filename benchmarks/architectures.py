@@ -26,14 +26,15 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-from talik.errors import ChainError, UsageError
-from talik.model.chain import Chain, first_trained_layer, run_layers, verify_chain
+from talik.base.errors import ChainError, UsageError
+from talik.model.chain.chain import Chain, first_trained_layer, run_layers
+from talik.model.chain.verify import verify_chain
 from talik.model.freeze import freeze
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "model"))
-from loading_check import loaded_differently  # noqa: E402  # pyright: ignore[reportMissingImports]
-from tiny_models import tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
+from helpers.loading_check import loaded_differently  # noqa: E402  # pyright: ignore[reportMissingImports]
+from helpers.tiny_models import tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 PAGE = ROOT / "docs" / "architectures.md"
 COMMAND = "python3 dev.py bench architectures"

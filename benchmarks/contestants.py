@@ -22,14 +22,13 @@ from typing import Any
 import torch
 
 from talik import SETTLED
-from talik.machine import PeakMemory
+from talik.machine.peak_memory import PeakMemory
 
 
 def talik(job: dict[str, Any], phase: Callable[[str], None]) -> dict[str, Any]:
     """Its own defaults: a checkpoint at the end of every epoch, and an export that is verified."""
     import talik
-    from talik.events import Said
-    from talik.train.loop import StepDone
+    from talik.base.events import Said, StepDone
 
     at: dict[str, float] = {}
     steps: list[StepDone] = []

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from common import record
 
-from talik.data.workers import cores
+from talik.data.preparing.workers import cores
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -128,8 +128,8 @@ def write_tokenizer(folder: Path, rows: Path) -> str:
 def prepare(tokenizer: Path, rows: Path) -> dict[str, Any]:
     """Prepares the rows as `talik train` does, with the seconds that each part of it takes."""
     from talik.data.dataset import examples_fingerprint, read_all
-    from talik.model.tokenizer_files import load_tokenizer
-    from talik.recipe import check
+    from talik.model.tokenizer import load_tokenizer
+    from talik.recipe.recipe import check
 
     load = partial(load_tokenizer, tokenizer)
     recipe, loaded, said = check({"model": "-", "data": str(rows)}), load(), []

@@ -19,14 +19,14 @@ from common import record
 from made import made_examples, qwen_folder
 from seven_billion import one_step
 
-from talik.machine import this_machine
+from talik.base.system import settle_allocators
+from talik.machine.machine import this_machine
 from talik.plan.promise import Promise
-from talik.plan.simulate import subject_of
-from talik.plan.solve import Search
+from talik.plan.search import Search
 from talik.plan.target import target_of
 from talik.plan.ways import ON_DISK, STREAMED
-from talik.recipe import Recipe
-from talik.system import settle_allocators
+from talik.recipe.recipe import Recipe
+from talik.simulate.simulation import subject_of
 
 DEPTHS = (4, 8, 16, 32)
 LENGTHS = (512,) * 4

@@ -24,21 +24,19 @@ import torch
 import transformers
 from common import record
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "model"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "data"))
-from small_tokenizers import make_tokenizer
-from tiny_models import tiny_model
-
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from helpers.small_tokenizers import make_tokenizer
+from helpers.tiny_models import tiny_model
+from talik.base.errors import DoesNotFitError
+from talik.base.system import settle_allocators
 from talik.data.dataset import read_sets
-from talik.errors import DoesNotFitError
-from talik.machine import this_machine
-from talik.model.tokenizer_files import load_tokenizer
+from talik.machine.machine import this_machine
+from talik.model.tokenizer import load_tokenizer
 from talik.plan.changes import Thrift
-from talik.plan.solve import plan_run
+from talik.plan.search import plan_run
 from talik.plan.target import slack_of, target_of
-from talik.recipe import Recipe
+from talik.recipe.recipe import Recipe
 from talik.run import train
-from talik.system import settle_allocators
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral", "phi3", "olmo2")
 HIDDEN = (512, 768, 1024)

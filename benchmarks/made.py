@@ -13,8 +13,8 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from talik.data.examples import Example, Span
-from talik.data.rows import Place
-from talik.model.checkpoint import tensor_bytes, write_tensors
+from talik.data.reading.rows import Place
+from talik.model.weights.safetensors_file import tensor_bytes, write_tensors
 
 QWEN = {
     "model_type": "qwen2",

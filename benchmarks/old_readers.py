@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from talik.files import finished_folder
-from talik.system import home_folder
+from talik.base.files import finished_folder
+from talik.base.system import home_folder
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["transformers==4.57.1", "huggingface_hub==0.35.3", "tokenizers==0.22.1"]

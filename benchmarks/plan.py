@@ -22,16 +22,16 @@ import transformers
 from common import record
 from torch.profiler import ProfilerActivity, profile, record_function
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "model"))
-from tiny_models import tiny_model
-
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from helpers.tiny_models import tiny_model
 from talik.data.examples import Example, Span
-from talik.data.rows import Place
-from talik.model.products import bf16_as_fp32
-from talik.model.weights import Weights
-from talik.plan.simulate import Subject, Work, rehearse, simulate, subject_of
-from talik.recipe import Plan, Recipe
-from talik.train.cache import groups_of
+from talik.data.reading.rows import Place
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.model.weights.weights import Weights
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe
+from talik.simulate.simulation import Subject, Work, rehearse, simulate, subject_of
+from talik.training.trunk.cache import groups_of
 
 NAMES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt2", "gpt_neox", "opt"),

@@ -27,24 +27,27 @@ import transformers
 from common import best_seconds, record
 from made import made_examples, qwen_folder
 
+from talik.base.events import silent
+from talik.base.system import forget_pages, settle_allocators
 from talik.data.examples import Example
-from talik.events import silent
-from talik.machine import hard_limit, this_machine, without_bf16
-from talik.model.checkpoint import weight_files
-from talik.model.products import bf16_as_fp32
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.device import without_bf16
+from talik.machine.limits import hard_limit
+from talik.machine.machine import this_machine
+from talik.model.weights.safetensors_file import weight_files
 from talik.plan.promise import Promise
-from talik.plan.simulate import subject_of
-from talik.plan.solve import plan_run
+from talik.plan.search import plan_run
 from talik.plan.target import slack_of, target_of
-from talik.plan.work import work_of
-from talik.recipe import Plan, Recipe
-from talik.system import forget_pages, settle_allocators
-from talik.train.feed import run_step
-from talik.train.loading import load
-from talik.train.loop import ScalarMonitor
-from talik.train.step import prepare_top
-from talik.train.top import World
-from talik.train.trunk import trunk_states
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe
+from talik.simulate.simulation import subject_of
+from talik.simulate.work import work_of
+from talik.training.loading import load
+from talik.training.run.feed import run_step
+from talik.training.run.loop import ScalarMonitor
+from talik.training.step.step import prepare_top
+from talik.training.step.top import World
+from talik.training.trunk.trunk import trunk_states
 
 GIB = 1 << 30
 BESIDE = 128 << 20  # bytes of the limit that are not planned with

@@ -20,20 +20,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from talik.data.batches import collate, equal_length_groups, micro_batches
 from talik.data.examples import Example, Span
-from talik.data.rows import Place
-from talik.machine import matmul_rate
-from talik.model.chain import Chain
+from talik.data.reading.rows import Place
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.rates import matmul_rate
+from talik.model.chain.chain import Chain
 from talik.model.freeze import freeze
-from talik.model.products import bf16_as_fp32
 from talik.plan.ways import choose
-from talik.recipe import Recipe
-from talik.train.loss import trained_rows
-from talik.train.scratch import MemoryScratch
-from talik.train.step import train_step
-from talik.train.store import ResidentStore
-from talik.train.top import MicroBatch, World, make_top
-from talik.train.trunk import run_trunk
-from talik.train.update import prepare
+from talik.recipe.recipe import Recipe
+from talik.training.memory.scratch import MemoryScratch
+from talik.training.memory.store import ResidentStore
+from talik.training.step.loss import trained_rows
+from talik.training.step.step import train_step
+from talik.training.step.top import MicroBatch, World, make_top
+from talik.training.step.update import prepare
+from talik.training.trunk.trunk import run_trunk
 
 SHAPE = {
     "vocab_size": 49152,

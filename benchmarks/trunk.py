@@ -24,20 +24,20 @@ import torch.nn.functional as F
 from common import best_seconds, record
 from transformers import Qwen2Config
 
+from talik.base.events import silent
+from talik.base.files import need_room, write_json
+from talik.base.system import forget_pages
 from talik.data.examples import Example, Span
-from talik.data.rows import Place
-from talik.events import silent
-from talik.files import need_room, write_json
-from talik.machine import PeakMemory
-from talik.model.checkpoint import read_tables, write_tensors
-from talik.model.hollow import hollow_model
-from talik.model.products import bf16_as_fp32
+from talik.data.reading.rows import Place
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.peak_memory import PeakMemory
+from talik.model.weights.hollow import hollow_model
+from talik.model.weights.safetensors_file import read_tables, write_tensors
 from talik.plan.ways import choose
-from talik.recipe import Recipe
-from talik.system import forget_pages
-from talik.train.cache import groups_of, open_cache
-from talik.train.loading import load
-from talik.train.trunk import trunk_pass
+from talik.recipe.recipe import Recipe
+from talik.training.loading import load
+from talik.training.trunk.cache import groups_of, open_cache
+from talik.training.trunk.trunk import trunk_pass
 
 SHAPE = {
     "vocab_size": 152064,

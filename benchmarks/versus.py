@@ -30,12 +30,12 @@ import yaml
 from common import record
 
 import talik
+from talik.base.system import home_folder
+from talik.cli.demo import _of_package
 from talik.data.dataset import Data
-from talik.demo import _of_package
-from talik.machine import this_machine
-from talik.model.source import find_model
-from talik.model.tokenizer_files import load_tokenizer
-from talik.system import home_folder
+from talik.machine.machine import this_machine
+from talik.model.source.source import find_model
+from talik.model.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TRL = "trl==1.16.0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,37 +11,15 @@ import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from talik.cli import main
-from talik.machine import this_machine
-from talik.plan.account import Simulation
-from talik.plan.fake_log import Routing
-from talik.plan.simulate import Subject, Work, simulate
-from talik.recipe import Plan
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-QUESTIONS = [
-    (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}." + " Yes." * (a % 3))
-    for a in range(6)
-    for b in range(5)
-]
-SMALL = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from helpers.models import CHATML, QUESTIONS, SMALL, make_model
+from talik.cli.main import main
+from talik.machine.machine import this_machine
+from talik.recipe.plan import Plan
+from talik.simulate.account import Simulation
+from talik.simulate.fake_log import Routing
+from talik.simulate.simulation import Subject, Work, simulate
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +28,7 @@ def shapes_checked(request: pytest.FixtureRequest) -> None:
 
     Whole runs and plans call the same functions, and would spend two thirds of their time on it.
     """
-    checked = request.path.parent.name in ("data", "model", "train")
+    checked = {"data", "model", "training"} & set(request.path.parts)
     whole = request.node.get_closest_marker("whole_run") is not None
     jaxtyping.config.update("jaxtyping_disable", whole or not checked)
 
@@ -66,7 +43,7 @@ def one_thread() -> None:
 def measured_in_no_time() -> Iterator[None]:
     """Rates are taken from two repetitions: no test asks how fast this computer is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("talik.machine_rates.SECONDS", 0.0)
+        patch.setattr("talik.machine.rates.SECONDS", 0.0)
         yield
 
 
@@ -93,7 +70,7 @@ def simulated_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("talik.plan.solve.simulate", remembered)
+        patch.setattr("talik.plan.search.simulate", remembered)
         yield
 
 
@@ -115,26 +92,6 @@ def own_home(
     home = tmp_path_factory.mktemp("home")
     (home / "machine.json").write_text(machine_json, encoding="utf-8")
     monkeypatch.setenv("TALIK_HOME", str(home))
-
-
-def make_model(kind: str = "qwen2", *, seed: int = 0, dtype: Any = torch.float32, **changes: Any) -> Any:
-    """A random causal LM of a family, small, with weights large enough that every layer matters."""
-    config = AutoConfig.for_model(kind)
-    for key, value in {**SMALL, **changes}.items():
-        if hasattr(config, key) or key in changes:
-            with contextlib.suppress(AttributeError):  # derived from others in this family
-                setattr(config, key, value)
-    if getattr(config, "layer_types", None) and not isinstance(
-        vars(type(config)).get("layer_types"), property
-    ):
-        kinds = list(dict.fromkeys(config.layer_types))
-        config.layer_types = [kinds[i % len(kinds)] for i in range(config.num_hidden_layers)]
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -9,28 +9,27 @@ Names are imported when they are first used, so that `import talik` is quick.
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from talik.base.errors import TalikError as TalikError
     from talik.data.batches import collate as collate
     from talik.data.dataset import preview as preview
     from talik.data.dataset import read_data as read_data
-    from talik.evaluate import evaluate as evaluate
-    from talik.export import export as export
-    from talik.model.chain import Chain as Chain
-    from talik.model.chain import verify_chain as verify_chain
+    from talik.diagnose.explanation import explain as explain
+    from talik.evaluation import evaluate as evaluate
+    from talik.exporting.whole import export as export
+    from talik.model.chain.chain import Chain as Chain
+    from talik.model.chain.verify import verify_chain as verify_chain
     from talik.model.freeze import freeze as freeze
     from talik.model.inspection import inspect_model as inspect_model
-    from talik.plan.explain import explain as explain
-    from talik.recipe import Plan as Plan
-    from talik.recipe import Recipe as Recipe
+    from talik.recipe.plan import Plan as Plan
+    from talik.recipe.recipe import Recipe as Recipe
     from talik.run import resume as resume
     from talik.run import train as train
-    from talik.train.drop_in import drop_in as drop_in
-    from talik.train.loss import chunked_loss as chunked_loss
+    from talik.training.drop_in import drop_in as drop_in
+    from talik.training.step.loss import chunked_loss as chunked_loss
 
 __version__ = "0.1.0"
 
@@ -41,38 +40,36 @@ SETTLED = {"LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 for _name, _value in SETTLED.items():
     os.environ.setdefault(_name, _value)
 
-_HOMES = {
-    "Chain": "model.chain",
-    "Plan": "recipe",
-    "Recipe": "recipe",
-    "chunked_loss": "train.loss",
-    "collate": "data.batches",
-    "drop_in": "train.drop_in",
-    "evaluate": "evaluate",
-    "explain": "plan.explain",
-    "export": "export",
-    "freeze": "model.freeze",
-    "inspect_model": "model.inspection",
-    "preview": "data.dataset",
-    "read_data": "data.dataset",
-    "resume": "run",
-    "train": "run",
-    "verify_chain": "model.chain",
+_MODULES = {
+    "Chain": "talik.model.chain.chain",
+    "Plan": "talik.recipe.plan",
+    "Recipe": "talik.recipe.recipe",
+    "TalikError": "talik.base.errors",
+    "chunked_loss": "talik.training.step.loss",
+    "collate": "talik.data.batches",
+    "drop_in": "talik.training.drop_in",
+    "evaluate": "talik.evaluation",
+    "explain": "talik.diagnose.explanation",
+    "export": "talik.exporting.whole",
+    "freeze": "talik.model.freeze",
+    "inspect_model": "talik.model.inspection",
+    "preview": "talik.data.dataset",
+    "read_data": "talik.data.dataset",
+    "resume": "talik.run",
+    "train": "talik.run",
+    "verify_chain": "talik.model.chain.verify",
 }
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-class _Public(property):
-    """A public name, looked up in its home. Importing a submodule of the same name does not replace it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(lambda _: getattr(import_module(f"talik.{_HOMES[name]}"), name), lambda *_: None)
-
-
-class _Talik(ModuleType):
-    """`talik.train` is a function; the package of that name is reached by `from talik.train import ...`."""
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'talik' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
-for _name in _HOMES:
-    setattr(_Talik, _name, _Public(_name))
-sys.modules[__name__].__class__ = _Talik
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
 
-from talik.data.facts import facts_of, stops_of
-from talik.data.template import Template, template_of
-from talik.errors import UsageError
-from talik.events import Notify, Said, silent
-from talik.files import read_json
-from talik.machine import choose_device
-from talik.model.chain import load_model
-from talik.model.products import bf16_as_fp32
-from talik.model.source import find_model
-from talik.model.tokenizer_files import load_tokenizer
-from talik.train.loading import load_whole
-from talik.train.resume import load_weights
-from talik.train.run_folder import is_run, open_run, result_checkpoint
+from talik.base.errors import UsageError
+from talik.base.events import Notify, Said, silent
+from talik.base.files import read_json
+from talik.data.templates.facts import facts_of, stops_of
+from talik.data.templates.template import Template, template_of
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.device import choose_device
+from talik.model.loading import load_model
+from talik.model.source.source import find_model
+from talik.model.tokenizer import load_tokenizer
+from talik.training.loading import load_whole
+from talik.training.run.checkpoints import load_weights
+from talik.training.run.folder import is_run, open_run, result_checkpoint
 
 # A model's own defaults that bend what is likeliest; they hold only where somebody asks for them.
 _UNBENT = {

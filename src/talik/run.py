@@ -16,38 +16,33 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from talik.base.errors import DoesNotFitError, UsageError, together
+from talik.base.events import Notify, Progress, Said, StepDone, silent
+from talik.base.files import need_room, quoted, write_json
+from talik.base.system import ctrl_c_waits, settle_allocators
 from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, keep_facts, read_sets
-from talik.data.sources import whole_source
-from talik.data.template import date_of
-from talik.errors import DoesNotFitError, UsageError, together
-from talik.events import Notify, Progress, Said, silent
-from talik.files import need_room, quoted, write_json
-from talik.machine import choose_device, hard_limit
+from talik.data.reading.sources import whole_source
+from talik.data.templates.template import date_of
+from talik.diagnose.run import BROKEN
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.device import choose_device
+from talik.machine.limits import hard_limit
 from talik.model.adapters import idle_adapters
-from talik.model.digests import remembered
-from talik.model.products import bf16_as_fp32
-from talik.model.source import Source, find_model
-from talik.model.tokenizer_files import load_tokenizer
-from talik.plan.explain_run import BROKEN
+from talik.model.source.source import Source, find_model
+from talik.model.tokenizer import load_tokenizer
+from talik.model.weights.digests import remembered
 from talik.plan.promise import Promise, broken_fields
 from talik.plan.report import short_text, slow_precision
-from talik.plan.solve import plan_run
+from talik.plan.search import plan_run
 from talik.plan.target import machine_here, slack_of, target_of
-from talik.plan.ways import check_layers, check_plan
-from talik.recipe import Plan, Recipe
-from talik.system import ctrl_c_waits, settle_allocators
-from talik.train.checkpoint_digests import verified
-from talik.train.evaluation import evaluate_ranges
-from talik.train.loading import Loaded, load, what_is_trained
-from talik.train.loop import Job, StepDone, train_loop
-from talik.train.results import Result, earlier_memory, result_of
-from talik.train.resume import (
-    State,
-    clear_unfinished,
-    latest_checkpoint,
-    load_checkpoint,
-)
-from talik.train.run_folder import (
+from talik.plan.ways import check_plan
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe, check_layers
+from talik.training.loading import Loaded, load, what_is_trained
+from talik.training.run.checkpoint_digests import verified
+from talik.training.run.checkpoints import State, clear_unfinished, latest_checkpoint, load_checkpoint
+from talik.training.run.evaluation import evaluate_ranges
+from talik.training.run.folder import (
     Run,
     check_new,
     check_same_data,
@@ -56,8 +51,10 @@ from talik.train.run_folder import (
     refuse_run,
     start_run,
 )
-from talik.train.step import prepare_top
-from talik.train.trunk import trunk_states
+from talik.training.run.loop import Job, train_loop
+from talik.training.run.results import Result, earlier_memory, result_of
+from talik.training.step.step import prepare_top
+from talik.training.trunk.trunk import trunk_states
 
 
 def train(
@@ -72,8 +69,8 @@ def train(
     """Trains by a recipe into a new run folder, by a given plan or the fastest that fits.
 
     `memory`: bytes that it may take, in place of what is free. `enforce`: the plan's promise is a hard limit.
-    Raises the errors of talik.errors; every one that concerns the recipe, the model's files or the data is
-    raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
+    Raises the errors of talik.base.errors; every one that concerns the recipe, the model's files or the data
+    is raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
     """
     settle_allocators()
     if plan is not None and memory is not None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_rows import NOTES, PLANTED, clean_rows, turns
 
+from helpers.made_rows import NOTES, PLANTED, clean_rows, turns
 from talik.check.checker import check_rows
 from talik.check.page import check_page
 from talik.check.result import LISTED, Check
 from talik.check.text import check_text
-from talik.cli import main
-from talik.recipe import check as recipe_of
+from talik.cli.main import main
+from talik.recipe.recipe import check as recipe_of
 
 Checked = Callable[..., Check]
 

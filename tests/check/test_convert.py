@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from made_rows import ask, turns
 
-from talik.cli import main
-from talik.data.formats import conversations
-from talik.data.reading import read_rows
+from helpers.made_rows import ask, turns
+from talik.cli.main import main
+from talik.data.formats.formats import conversations
+from talik.data.reading.readers import read_rows
 
 
 def run(*arguments: object) -> int:

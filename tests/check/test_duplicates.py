@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from made_rows import LONG, OTHER, SHARED, Writer
-
+from helpers.made_rows import LONG, OTHER, SHARED, Writer
 from talik.check.duplicates import Duplicates
 from talik.check.encodings import misread
 from talik.data.messages import Conversation, Document, Message
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 Made = Conversation | Document
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_tokenizers import make_tokenizer
+
+from helpers.small_tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,12 @@ from importlib import resources
 from typing import Any
 
 import pytest
-from small_tokenizers import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from helpers.small_tokenizers import make_tokenizer
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 pytest.importorskip("trl", reason="TRL is not installed")
 

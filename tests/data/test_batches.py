@@ -10,17 +10,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from talik.data.batches import (
-    OVERHEAD,
-    collate,
-    equal_length_groups,
-    micro_batches,
-    steps_of_epoch,
-)
+from talik.data.batches import OVERHEAD, collate, equal_length_groups, micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
-from talik.data.held_out import split_held_out
 from talik.data.messages import Conversation, Message
-from talik.data.rows import Place
+from talik.data.preparing.held_out import split_held_out
+from talik.data.reading.rows import Place
 
 DICE = random.Random(5)
 LENGTHS = [DICE.randint(1, 60) for _ in range(500)] + [300, 300]

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from small_tokenizers import KINDS, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from helpers.small_tokenizers import KINDS, make_tokenizer
+from talik.base.errors import DataError, UsageError
 from talik.data.examples import Example
-from talik.data.facts import Stops, stops_of
-from talik.data.formats import FORMATS, conversations
+from talik.data.formats.formats import FORMATS, conversations
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
+from talik.data.reading.rows import Place, Row
 from talik.data.report import TooLong, TrainOn
-from talik.data.rows import Place, Row
-from talik.data.template import plain_template
-from talik.errors import DataError, UsageError
+from talik.data.templates.facts import Stops, stops_of
+from talik.data.templates.template import plain_template
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "labels"
+GOLDEN = Path(__file__).parents[1] / "golden" / "labels"
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
     {"role": "user", "content": "How are you?"},

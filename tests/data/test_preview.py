@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from small_tokenizers import KINDS, make_tokenizer
 
+from helpers.small_tokenizers import KINDS, make_tokenizer
 from talik.data.examples import Example
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
 from talik.data.preview import length_histogram, preview_html, preview_text
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 
 def made(tokenizer: Any, question: str, answer: str) -> Example:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from test_anatomy import tiny
 
-from talik.errors import SourceError, UsageError
+from helpers.weightless import tiny
+from talik.base.errors import SourceError, UsageError
 from talik.model.inspection import inspect_model, inspection_text
 
 QWEN = {

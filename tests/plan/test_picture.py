@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from talik.errors import UsageError
-from talik.plan.account import account, levels
+from talik.base.errors import UsageError
 from talik.plan.picture import COLOURS, POINTS, phases_of, thinned, write_picture
-from talik.plan.storage_log import CAUSES, Storage, StorageLog
+from talik.simulate.account import account, levels
+from talik.simulate.storage_log import CAUSES, Storage, StorageLog
 
 MIB = 1 << 20
 

@@ -11,27 +11,27 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from talik.base.errors import DataError
+from talik.base.events import Notify, Progress, Said, silent
 from talik.check.duplicates import Duplicates
 from talik.check.result import Check
 from talik.check.statistics import lost_at
 from talik.check.texts import FOREIGN_MARKS, text_problems, texts_with_roles
-from talik.data.control_tokens import CONTROL_TOKEN, control_tokens, texts_of
 from talik.data.examples import Example, cut
-from talik.data.formats import Converter, RowOptions, converter_of, other_format
+from talik.data.formats.formats import Converter, RowOptions, converter_of, other_format
+from talik.data.formats.media import MEDIA
 from talik.data.labels import Labelled, Labeller
-from talik.data.media import MEDIA
 from talik.data.messages import Conversation, Document
-from talik.data.prepared import label_options
-from talik.data.reading import rows_of
-from talik.data.rows import Place, Problem, Row, RowError
-from talik.data.sources import find_data
-from talik.data.streams import DataFile
-from talik.data.template import template_of
-from talik.data.written import NOT_WRITTEN
-from talik.data_source import DataSource
-from talik.errors import DataError
-from talik.events import Notify, Progress, Said, silent
-from talik.recipe import Recipe
+from talik.data.preparing.prepared import label_options
+from talik.data.reading.readers import rows_of
+from talik.data.reading.rows import Place, Problem, Row, RowError
+from talik.data.reading.sources import find_data
+from talik.data.reading.streams import DataFile
+from talik.data.templates.control_tokens import CONTROL_TOKEN, control_tokens, texts_of
+from talik.data.templates.template import template_of
+from talik.data.templates.written import NOT_WRITTEN
+from talik.recipe.data_source import DataSource
+from talik.recipe.recipe import Recipe
 
 CHUNK, PEEKED = 512, 100
 SHOWN_EXAMPLES, SHOWN_TOKENS = 20, 1000

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from talik.check.minhash import Signatures, common_pairs, grouped, words_of
-from talik.data.held_out import draws_limit, question_draw
 from talik.data.messages import Conversation, Document
-from talik.data.rows import Place
+from talik.data.preparing.held_out import draws_limit, question_draw
+from talik.data.reading.rows import Place
 
 ALIKE = 0.8  # share of word pairs that near duplicates have in common
 LEAST_WORDS = 8  # shorter rows that differ in case and punctuation alone are no near duplicates

@@ -9,7 +9,7 @@ from typing import Any
 from talik.check.result import Check, Group
 from talik.check.text import cuts, known_in_words, numbers, summary
 from talik.data.preview import length_ranges, sections
-from talik.data.rows import visible
+from talik.data.reading.rows import visible
 
 LISTED = 200  # findings of a kind on the page
 STYLE = """

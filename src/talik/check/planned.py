@@ -6,14 +6,14 @@ from array import array
 from functools import cache
 from pathlib import Path
 
+from talik.base.errors import TalikError
+from talik.base.events import Notify
 from talik.check.statistics import Statistics
 from talik.data.examples import Example, Span
-from talik.data.rows import Place
-from talik.errors import TalikError
-from talik.events import Notify
+from talik.data.reading.rows import Place
 from talik.plan.report import short_text
-from talik.plan.solve import plan_run
-from talik.recipe import Recipe
+from talik.plan.search import plan_run
+from talik.recipe.recipe import Recipe
 
 _PLACE = Place("-", 1)
 

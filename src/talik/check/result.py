@@ -9,7 +9,7 @@ from typing import Any
 
 from talik.check.statistics import Statistics
 from talik.data.examples import Example
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 LISTED = 2000  # findings of one kind that are kept; all are counted
 MISSING = "missing value"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from talik.check.result import Check, Group
 from talik.check.statistics import LOST
 from talik.data.preview import length_histogram
-from talik.data.rows import visible
+from talik.data.reading.rows import visible
 
 SHOWN = 10
 

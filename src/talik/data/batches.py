@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from talik.base.files import fingerprint
 from talik.data.examples import IGNORED, Example
-from talik.files import fingerprint
 
 OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens
 

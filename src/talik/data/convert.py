@@ -9,16 +9,16 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from talik.data.formats import RowOptions, converter_of, other_format, to_row
-from talik.data.media import MEDIA
-from talik.data.reading import rows_of
-from talik.data.rows import SHOWN, Problem, Row, RowError, refuse
-from talik.data.sources import find_data
-from talik.data.streams import DataFile
-from talik.errors import UsageError
-from talik.events import Notify, Said
-from talik.files import atomic
-from talik.recipe import Recipe
+from talik.base.errors import UsageError
+from talik.base.events import Notify, Said
+from talik.base.files import atomic
+from talik.data.formats.formats import RowOptions, converter_of, other_format, to_row
+from talik.data.formats.media import MEDIA
+from talik.data.reading.readers import rows_of
+from talik.data.reading.rows import SHOWN, Problem, Row, RowError, refuse
+from talik.data.reading.sources import find_data
+from talik.data.reading.streams import DataFile
+from talik.recipe.recipe import Recipe
 
 PEEKED = 100
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from talik.data.held_out import draws_limit
-from talik.data.prepared import Data, Prepared
+from talik.base.errors import DataError, UsageError, together
+from talik.base.events import Notify, silent
+from talik.base.files import atomic, write_json
+from talik.data.preparing.held_out import draws_limit
+from talik.data.preparing.prepared import Data, Prepared
+from talik.data.preparing.store import examples_digest, lengths_of
 from talik.data.preview import length_histogram, preview_text
-from talik.data.sources import check_data
-from talik.data.store import examples_digest, lengths_of
-from talik.data_source import DataSource
-from talik.errors import DataError, UsageError, together
-from talik.events import Notify, silent
-from talik.files import atomic, write_json
-from talik.recipe import Recipe, check
+from talik.data.reading.sources import check_data
+from talik.recipe.data_source import DataSource
+from talik.recipe.recipe import Recipe, check
 
 
 def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
@@ -28,7 +28,7 @@ def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
     Args:
         path: A file, a folder, a glob, `-`, `hf:ORG/NAME` or `modelscope:ORG/NAME`.
         tokenizer: A tokenizer of Transformers.
-        options: The fields of a Recipe that concern data (`talik.options.DATA_FIELDS`).
+        options: The fields of a Recipe that concern data (`talik.cli.options.DATA_FIELDS`).
 
     Raises:
         DataError: Rows that cannot be used, with file and line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 IGNORED = -100  # the label that losses of Transformers leave out
 

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from talik.data.control_tokens import check_control_tokens, control_tokens, quote, unquoted
-from talik.data.documents import document_ids
-from talik.data.encoding import Encoded, Text
+from talik.base.errors import DataError, UsageError
 from talik.data.examples import Example, Span, cut, spans_of
-from talik.data.facts import facts_of
 from talik.data.messages import Conversation, Document
+from talik.data.reading.rows import Place, Problem, RowError, refuse
 from talik.data.report import LabelOptions, Report, TooLong
-from talik.data.rows import Place, Problem, RowError, refuse
-from talik.data.template import Template, template_of
-from talik.data.turns import NOTHING_TO_TRAIN, Answer, Rendered, known_roles, render
-from talik.errors import DataError, UsageError
+from talik.data.templates.control_tokens import check_control_tokens, control_tokens, quote, unquoted
+from talik.data.templates.documents import document_ids
+from talik.data.templates.encoding import Encoded, Text
+from talik.data.templates.facts import facts_of
+from talik.data.templates.template import Template, template_of
+from talik.data.templates.turns import NOTHING_TO_TRAIN, Answer, Rendered, known_roles, render
 
 CHUNK = 512
 

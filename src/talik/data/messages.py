@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from talik.data.rows import Place
+from talik.data.reading.rows import Place
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from talik.data.facts import Facts
-from talik.data.rows import SHOWN, Place
+from talik.data.reading.rows import SHOWN, Place
+from talik.data.templates.facts import Facts
 
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["drop", "cut", "refuse"]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from talik.errors import UsageError
-from talik.lora import Lora
+from talik.base.errors import UsageError
 from talik.model.anatomy import parts_of
+from talik.recipe.lora import Lora
 
 NAME = "default"  # PEFT's for the only adapter of a model
 

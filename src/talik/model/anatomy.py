@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from talik.errors import SourceError
+from talik.base.errors import SourceError
 
 if TYPE_CHECKING:
     import torch

@@ -7,15 +7,15 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from talik.lora import read_lora
 from talik.model.adapters import add_adapters
 from talik.model.anatomy import Parts, parts_of
-from talik.recipe import Recipe
-from talik.thaw import Thawed, thawed
+from talik.recipe.lora import read_lora
+from talik.recipe.recipe import Recipe
+from talik.recipe.thaw import Thawed, thawed
 
 
 def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
-    """Freezes everything but what `thaw` names: "top.5,norm", "layers.20-27,head", "all" (talik.thaw).
+    """Freezes everything but what `thaw` names: "top.5,norm", "layers.20-27,head", "all" (talik.recipe.thaw).
 
     A head that shares the embeddings' matrix gets a copy of its own where it is trained without them; with
     them the one matrix is trained in both roles. The hook with which gradient checkpointing puts a frozen

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from talik.errors import SourceError, UsageError
-from talik.files import in_words
+from talik.base.errors import SourceError, UsageError
+from talik.base.files import in_words
 from talik.model.anatomy import Anatomy, anatomy_of
-from talik.model.source import find_model
+from talik.model.source.source import find_model
 
 if TYPE_CHECKING:
     import torch

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from talik.base.errors import DoesNotFitError
+from talik.base.events import Notify, Said, silent
 from talik.data.examples import Example
-from talik.data.store import lengths_of, not_longer
-from talik.errors import DoesNotFitError
-from talik.events import Notify, Said, silent
+from talik.data.preparing.store import lengths_of, not_longer
 from talik.plan.planned import Change, Planned
-from talik.plan.simulate import subject_of
-from talik.plan.solve import STAY, Search, in_mebibytes
+from talik.plan.search import STAY, Search, in_mebibytes
 from talik.plan.target import Target
 from talik.plan.ways import ways_of
-from talik.plan.work import assumed_examples
-from talik.recipe import Recipe
-from talik.thaw import Thawed, thawed
+from talik.recipe.recipe import Recipe
+from talik.recipe.thaw import Thawed, thawed
+from talik.simulate.simulation import subject_of
+from talik.simulate.work import assumed_examples
 
 LIGHTER = {"fp32": "bf16", "bf16": "bf16-sr"}
 SHORTEST = 64  # tokens of an example, below which no change is looked for

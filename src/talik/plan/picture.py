@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from talik.errors import UsageError
-from talik.files import atomic
-from talik.plan.account import Simulation, levels
-from talik.plan.storage_log import CAUSES, StorageLog
+from talik.base.errors import UsageError
+from talik.base.files import atomic
+from talik.simulate.account import Simulation, levels
+from talik.simulate.storage_log import CAUSES, StorageLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from talik.files import in_words
-from talik.plan.account import Break, Peak, Simulation
+from talik.base.files import in_words
 from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
-from talik.recipe import Plan
+from talik.recipe.plan import Plan
+from talik.simulate.account import Break, Peak, Simulation
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from talik.errors import DoesNotFitError
-from talik.files import in_words, quoted
-from talik.machine import PeakMemory
-from talik.plan.account import account
-from talik.plan.storage_log import StorageLog
-from talik.recipe import Plan
-from talik.system import anonymous_bytes, trim_heap
-from talik.train.scratch import Scratch
-from talik.train.top import Top
+from talik.base.errors import DoesNotFitError
+from talik.base.files import in_words, quoted
+from talik.base.system import anonymous_bytes, trim_heap
+from talik.machine.peak_memory import PeakMemory
+from talik.recipe.plan import Plan
+from talik.simulate.account import account
+from talik.simulate.storage_log import StorageLog
+from talik.training.memory.scratch import Scratch
+from talik.training.step.top import Top
 
 TRACKED = 2  # steps whose every storage is counted on a CPU; an accelerator's allocator counts by itself
 _ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMG]iB)")

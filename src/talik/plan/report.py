@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from talik.files import in_words
-from talik.machine import Machine
+from talik.base.files import in_words
+from talik.machine.machine import Machine
 from talik.plan import ways
 from talik.plan.planned import Planned
 from talik.plan.target import slack_of
-from talik.recipe import Recipe
+from talik.recipe.recipe import Recipe
 
 WIDTH = 40  # characters of a bar that stands for the whole budget
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
-from talik.data.store import lengths_of
-from talik.machine import Machine, Rates
+from talik.data.preparing.store import lengths_of
+from talik.machine.machine import Machine
+from talik.machine.rates import Rates
 from talik.model.freeze import trained_parameters
-from talik.plan.account import Simulation
-from talik.plan.simulate import Subject, Work, enough_layers
-from talik.recipe import Plan
-from talik.train.resume import scratch_bytes, state_bytes
-from talik.train.top import make_top
-from talik.train.update import gradients_wait
+from talik.recipe.plan import Plan
+from talik.simulate.account import Simulation
+from talik.simulate.simulation import Subject, Work, enough_layers
+from talik.training.run.checkpoints import scratch_bytes, state_bytes
+from talik.training.step.top import make_top
+from talik.training.step.update import gradients_wait
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 

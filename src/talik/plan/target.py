@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from talik.errors import NoRoomError, UsageError
-from talik.events import Notify, silent
-from talik.machine import HERE, PLANNED, Machine, this_machine
-from talik.model.products import bf16_as_fp32
-from talik.plan import cuda
-from talik.plan.account import Break, Peak, Simulation
-from talik.system import anonymous_bytes, give_back_memory
+from talik.base.errors import NoRoomError, UsageError
+from talik.base.events import Notify, silent
+from talik.base.system import anonymous_bytes, give_back_memory
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.device import PLANNED
+from talik.machine.machine import HERE, Machine, this_machine
+from talik.simulate.account import Break, Peak, Simulation
+from talik.simulate.cuda import replay
 
 SLACK = 0.03  # of the promise: how far the process may be above it
 LEAST_SLACK = 64 << 20  # bytes
@@ -59,7 +60,7 @@ class Target:
 
     def kernels(self) -> AbstractContextManager[None]:
         """Inside, a simulation runs the device's kernels."""
-        return bf16_as_fp32(self.machine.without_bf16) if self.on_cpu else cuda.target(self.machine)
+        return bf16_as_fp32(self.machine.without_bf16) if self.on_cpu else replay.target(self.machine)
 
     def account(self, result: Simulation) -> tuple[tuple[Peak, ...], Break | None]:
         """The phases' peaks in the device's memory, and the first allocation that it has no room for.
@@ -67,7 +68,7 @@ class Target:
         On a CPU with the program's own memory; on CUDA with the context, and in the allocator's pages.
         """
         if not self.on_cpu:
-            device = cuda.on_cuda(result, self.machine)
+            device = replay.on_cuda(result, self.machine)
             return device.phases, device.first_break(self.most)
         phases = tuple(
             replace(p, bytes=p.bytes + self.program, causes={"program": self.program, **p.causes})

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from talik.errors import UsageError
-from talik.events import Notify, Said, silent
-from talik.machine import choose_device
+from talik.base.errors import UsageError
+from talik.base.events import Notify, Said, silent
+from talik.base.system import free_memory
+from talik.machine.device import choose_device
 from talik.model.anatomy import anatomy_of, parts_of
-from talik.model.chain import Chain
+from talik.model.chain.chain import Chain
 from talik.model.freeze import thaw
-from talik.model.hollow import hollow_model
-from talik.recipe import Plan, Recipe
-from talik.system import free_memory
-from talik.train.loading import working_dtype
+from talik.model.weights.hollow import hollow_model
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe, check_layers
+from talik.training.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's bf16 logits and of the gradient at them
 CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more leave the caches
@@ -54,16 +55,6 @@ def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
     device = choose_device(recipe.device)
     chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
     return first_plan(recipe, chain, str(device), _free_memory(device), notify)
-
-
-def check_layers(recipe: Recipe, layers: int) -> None:
-    """UsageError if the recipe trains layers that a model does not have."""
-    if recipe.thaw is None and recipe.top_layers > layers:
-        raise UsageError(
-            f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
-            remedy=f"Choose --top-layers between 1 and {layers}.",
-        )
-    recipe.thawed(layers)
 
 
 def wanted_cut(recipe: Recipe, chain: Chain) -> int:

@@ -1,0 +1,1 @@
+"""Errors, events, files and everything that differs between operating systems."""

@@ -1,0 +1,99 @@
+"""Options of a command: those of its own, and those that the recipe's fields give it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from talik.recipe.recipe import Recipe
+
+DATA_FIELDS = (
+    *("input_field", "output_field", "format", "bad_rows", "drop_media", "control_tokens"),
+    *("train_on", "train_reasoning", "max_length", "too_long"),
+)
+
+
+def parse(command: str, options: type, argv: list[str], description: str) -> Any:
+    """The parsed options; on help or a wrong option tyro prints it and exits. `data` is a list."""
+    parsed = tyro.cli(options, args=argv, prog=f"talik {command}", description=description, add_help=True)
+    if hasattr(parsed, "more_data"):
+        first = parsed.data if isinstance(parsed.data, list) else [parsed.data] if parsed.data else []
+        parsed.data = [*first, *parsed.more_data]
+        del parsed.more_data
+    return parsed
+
+
+def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:
+    """The annotation of a named option."""
+    return Annotated[kind, tyro.conf.arg(name=name, help=help, aliases=list(aliases) or None)]
+
+
+def positional(kind: Any, help: str, metavar: str) -> Any:
+    """The annotation of a positional one."""
+    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=help, metavar=metavar)]
+
+
+MORE_DATA = ("more_data", positional(list[str], "more rows, named in the same ways", "[DATA ...]"), [])
+
+
+def options(name: str, *fields: tuple[str, Any] | tuple[str, Any, Any]) -> type:
+    """A dataclass of options: (name, type) or (name, type, default); required ones first."""
+    made = [
+        (field[0], field[1], dataclasses.field(default_factory=lambda value=field[2]: value))
+        if len(field) == 3
+        else field
+        for field in sorted(fields, key=len)
+    ]
+    return dataclasses.make_dataclass(name, made)
+
+
+def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]:
+    """Options for fields of the Recipe, with its help and its defaults, or the `shown` ones."""
+    fields: list[Any] = []
+    for name, field in Recipe.model_fields.items():
+        if names is not None and name not in names:
+            continue
+        help = field.description or ""
+        if not field.is_required():
+            default = shown.get(name, field.get_default(call_default_factory=True))
+            kind = list[str] | None if name == "eval_data" else field.annotation
+            fields.append((name, arg(kind, help), default))
+        else:
+            kind: Any = str | None if name in shown else str
+            default = (shown[name],) if name in shown else ()
+            fields.append((name, positional(kind, help, name.upper()), *default))
+            if name == "data":
+                fields.append(MORE_DATA)
+    return fields
+
+
+def optional(kind: Any) -> Any:
+    """The annotation of an option that may be left out."""
+    inner, *metadata = kind.__origin__, *kind.__metadata__
+    return Annotated[inner | None, *metadata]
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether a value may be shown as the default of a field."""
+    try:
+        read_as(name, value)
+    except (KeyError, ValidationError):
+        return False
+    return True
+
+
+def read_as(name: str, value: Any) -> Any:
+    """A value of a recipe.yaml in the field's own type: YAML 1.1 reads 1e-5 as a text."""
+    kind: Any = Recipe.model_fields[name].annotation
+    return TypeAdapter(kind).validate_python(value)
+
+
+def quiet() -> None:
+    """Turns off the progress bars of Transformers: they would break ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

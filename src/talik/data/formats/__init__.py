@@ -1,0 +1,1 @@
+"""Rows of every known data format -> messages."""

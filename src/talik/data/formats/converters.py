@@ -1,0 +1,112 @@
+"""How the fields of each data format become messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from talik.data.formats.fields import WRONG_TYPE, Fields, text
+from talik.data.formats.message_lists import read_messages
+from talik.data.formats.tools import Tools
+from talik.data.messages import Message
+from talik.data.reading.rows import RowError, describe
+
+Converted = tuple[list[Message], Tools] | str
+
+
+def of_messages(fields: Fields) -> Converted:
+    return _list(fields, "messages")
+
+
+def sharegpt(fields: Fields) -> Converted:
+    return _list(fields, "conversations")
+
+
+def _list(fields: Fields, name: str) -> Converted:
+    messages, tools = read_messages(fields.named(name), fields.get(name))
+    return _with_system(fields, messages), tools
+
+
+def prompt_completion(fields: Fields) -> Converted:
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    if isinstance(prompt, list) != isinstance(completion, list):
+        problem = "fields 'prompt' and 'completion' must both be strings or both be lists of messages"
+        raise RowError(WRONG_TYPE, problem, "prompt")
+    if not isinstance(prompt, list):
+        return _pair(fields, fields.text("prompt"), fields.text("completion"))
+    asked, tools = read_messages(fields.named("prompt"), prompt)
+    answered, more = read_messages(fields.named("completion"), completion)
+    asked = [replace(m, trained=False) if m.role == "assistant" else m for m in asked]
+    return _with_system(fields, asked) + answered, tools + more
+
+
+def instruction(*answers: str) -> Callable[[Fields], Converted]:
+    def convert(fields: Fields) -> Converted:
+        question = fields.text("instruction")
+        for name in ("input", "context"):
+            more = fields.optional(name)
+            question += f"\n\n{more}" if more else ""
+        answer = next(name for name in answers if name in fields)
+        return _pair(fields, question, fields.text(answer))
+
+    return convert
+
+
+def two_fields(
+    asked: str, answered: str, answer: Callable[[Fields, str], str] = Fields.text
+) -> Callable[[Fields], Converted]:
+    def convert(fields: Fields) -> Converted:
+        return _pair(fields, fields.text(asked), answer(fields, answered))
+
+    return convert
+
+
+def one_answer(fields: Fields, name: str) -> str:
+    """The answer of a row: text, or a list with one text."""
+    value, own = fields.get(name), fields.named(name)
+    if isinstance(value, list) and len(value) == 1:
+        return text(f"{own}[0]", value[0])
+    if isinstance(value, list) and value:
+        problem = f"field '{own}' holds {len(value)} answers, and one is needed"
+        raise RowError("several answers", problem, own)
+    return text(own, value)
+
+
+def _pair(fields: Fields, question: str, answer: str) -> Converted:
+    turns = [Message("user", question), Message("assistant", answer)]
+    return [*_with_system(fields, []), *_history(fields), *turns], ()
+
+
+def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+    """The messages with the system message of a field of its own, and without an empty one."""
+    if messages and messages[0].role in ("system", "developer") and not messages[0].content.strip():
+        messages = messages[1:]
+    system = fields.optional("system") or fields.optional("system_prompt")
+    if not system:
+        return messages
+    if messages and messages[0].role in ("system", "developer"):
+        if messages[0].content.strip() == system.strip():
+            return messages
+        raise RowError("two system messages", "field 'system' and the first message differ", "system")
+    return [Message("system", system), *messages]
+
+
+def _history(fields: Fields) -> list[Message]:
+    """The pairs of question and answer before the question."""
+    value, own = fields.get("history"), fields.named("history")
+    if value in (None, "", []):
+        return []
+    if not isinstance(value, list):
+        raise RowError(WRONG_TYPE, f"field '{own}' must be a list of pairs, it is {describe(value)}", own)
+    messages = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            problem = f"field '{own}[{index}]' must be a question and its answer, it is {describe(pair)}"
+            raise RowError(WRONG_TYPE, problem, f"{own}[{index}]")
+        messages.append(Message("user", text(f"{own}[{index}][0]", pair[0])))
+        messages.append(Message("assistant", text(f"{own}[{index}][1]", pair[1])))
+    return messages
+
+
+def document(fields: Fields) -> Converted:
+    return fields.text("text")

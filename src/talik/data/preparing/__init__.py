@@ -1,0 +1,1 @@
+"""Rows of all sources -> tokenized examples, on all cores, kept on disk."""

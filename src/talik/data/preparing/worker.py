@@ -1,0 +1,51 @@
+"""A process that prepares chunks for another one: they come in by standard input, outcomes go out.
+
+It ends when its input does: when the other process has nothing more for it, or is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    """Reads how to load the tokenizer and how to prepare, then answers each chunk with its outcome."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Transformers loads tokenizers without torch if there is none, with a warning; torch takes 200 MB.
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a line that some library prints must not get between the outcomes
+    try:
+        from talik.base.system import give_back_memory
+        from talik.data.preparing.prepare import Preparer
+
+        load, options = pickle.load(inward)
+        preparer = Preparer(load(), options)
+        give_back_memory()  # what reading a tokenizer leaves is more than what it is
+        while True:
+            _answer(outward, preparer.prepare(pickle.load(inward)))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        _answer(outward, _portable(error))
+
+
+def _answer(outward: Any, value: Any) -> None:
+    pickle.dump(value, outward, protocol=pickle.HIGHEST_PROTOCOL)
+    outward.flush()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot be given to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error

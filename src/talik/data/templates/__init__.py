@@ -1,0 +1,1 @@
+"""Messages -> text by the model's chat template, with the answers' characters."""

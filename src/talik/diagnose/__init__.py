@@ -1,0 +1,1 @@
+"""Why a training loop runs out of memory or learns the wrong tokens."""

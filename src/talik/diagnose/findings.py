@@ -1,0 +1,50 @@
+"""What a diagnosis finds: what happened, where, the number, and the line to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from textwrap import fill
+from typing import Any
+
+from talik.base.files import in_words
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    `habit` is its name (`talik explain MODEL --habit NAME`, where there is a simulation of it), `what` a
+    sentence, `where` a block, a parameter, a hook or a key of the batch. `number` counts in `unit`: bytes,
+    tokens, rows, numbers. `line` is the code to write instead, or a command.
+    """
+
+    habit: str
+    what: str
+    where: str
+    number: int
+    unit: str
+    line: str
+
+    @property
+    def amount(self) -> str:
+        """The number for people: '3.4 GiB', '12 tokens'."""
+        if self.unit == "bytes":
+            return in_words(self.number)
+        return f"{self.number:,} {self.unit.removesuffix('s') if self.number == 1 else self.unit}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    yield f"{finding.habit}: {finding.amount}"
+    yield fill(finding.what, 100, initial_indent="  ", subsequent_indent="  ")
+    yield f"  where   {finding.where}"
+    first, *more = finding.line.splitlines()
+    yield f"  change  {first}"
+    yield from (f"          {line}" for line in more)

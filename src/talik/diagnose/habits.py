@@ -1,0 +1,292 @@
+"""The habits by which a training loop fails, each simulated on a model beside the same loop done right.
+
+Those that cost memory run on fake tensors, so the folder needs no weights. Those of labels are shown on one
+question and answer, with the folder's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from talik.base.errors import UsageError
+from talik.base.files import in_words, parse_size
+from talik.diagnose.habits_labels import LABELS, Shown
+from talik.diagnose.loop import Batch, Loop, run_loop
+from talik.model.chain.chain import Chain
+from talik.model.weights.hollow import hollow_model
+from talik.simulate.account import levels
+from talik.simulate.storage_log import StorageLog
+from talik.training.step.loss import chunked_loss
+
+PHASES = ("forward", "loss", "backward", "update")
+BLOCKS = 16  # rows of a table at most: of deeper models every second, third, ... block
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """A row of the table: what people see, why, and the right way; each as a sentence or a line of code."""
+
+    see: str
+    why: str
+    right: str
+
+
+HABITS = {
+    "trainable-embeddings": Habit(
+        "Freezing the lower layers frees almost no memory.",
+        "The embeddings still require a gradient, so the graph runs through every frozen layer.",
+        "model.get_input_embeddings().requires_grad_(False)",
+    ),
+    "offloaded": Habit(
+        "Memory fills up layer by layer in the forward, whatever the sequence length or dtype.",
+        "Offloaded layers are copied in for their forward, and autograd keeps each copy, because the layer's "
+        "input requires a gradient.",
+        "model.get_input_embeddings().requires_grad_(False)",
+    ),
+    "checkpointing": Habit(
+        "Everything below is frozen, and the backward still runs through all of it.",
+        "gradient_checkpointing_enable() calls enable_input_require_grads(), which puts the frozen trunk "
+        "back into the graph.",
+        "model.disable_input_require_grads()  # after gradient_checkpointing_enable()",
+    ),
+    "offloaded-top": Habit(
+        "The loss never moves, and there is no error.",
+        "The trained layers are the offloaded ones; their gradients go to copies that are thrown away.",
+        'device_map = {..., "model.layers.N": 0}  # the trained layers stay on the device',
+    ),
+    "full-logits": Habit(
+        "Gigabytes appear in the loss.",
+        "Logits of all positions, prompt and padding included, by the vocabulary, in fp32, several times.",
+        "talik.chunked_loss(chain, hidden, labels)  # trained positions only, some at a time",
+    ),
+    "extra-dimension": Habit(
+        "Batches have the shape (batch, 1, sequence).",
+        "return_tensors='pt' inside __getitem__, then the default collate.",
+        "return {key: value.squeeze(0) for key, value in tokens.items()}",
+    ),
+    "two-sequences": Habit(
+        "The loss falls, and the model never learns to answer.",
+        "Input and output are tokenised as two sequences, so labels do not stand on the tokens they name.",
+        "input_ids = prompt_ids + answer_ids; labels = [-100] * len(prompt_ids) + answer_ids",
+    ),
+    "prompt-trained": Habit(
+        "The model learns to write questions, too.",
+        "labels = input_ids.clone(), without a mask on the prompt.",
+        "labels[:prompt_length] = -100",
+    ),
+    "masked-end": Habit(
+        "The model never stops.",
+        "The end-of-turn is masked together with the padding, because pad == eos.",
+        "labels[attention_mask == 0] = -100  # not labels == tokenizer.pad_token_id",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two loops: bytes alive after each block's forward, peaks by phase, and what is computed.
+
+    `learning` of `trained` parameters' numbers got a gradient; `full_at` is where the budget has no more
+    room; `backward_flops` are those of products, `logits` what they and the loss take at its peak.
+    """
+
+    levels: dict[str, int]
+    phases: dict[str, int]
+    peak: int
+    trained: int
+    learning: int
+    backward_flops: int
+    logits: int
+    full_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A habit beside the same thing done right: two loops (memory), or one example (labels)."""
+
+    name: str
+    habit: Habit
+    assumed: str
+    sides: tuple[Side, Side] | None
+    shown: Shown | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        wrong, right = self.sides or (None, None)
+        return {
+            "name": self.name,
+            **asdict(self.habit),
+            "assumed": self.assumed,
+            "habit": asdict(wrong) if wrong else None,
+            "done_right": asdict(right) if right else None,
+            "example": self.shown.as_dict() if self.shown else None,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def habit(
+    name: str,
+    folder: Path,
+    budget: int | str | None = None,
+    *,
+    top_layers: int = 5,
+    batch_size: int = 1,
+    sequence: int = 1024,
+) -> Report:
+    """Shows a habit of HABITS on the model in a local folder, beside the same thing done right.
+
+    Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
+    them trained; only config.json is read. `budget` in bytes (or "24GiB"): where it is full. Labels: it takes
+    the folder's tokenizer. Raises SourceError, and UsageError for an unknown name, a missing tokenizer, or
+    `top_layers` that leave nothing frozen.
+    """
+    if name not in HABITS:
+        raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
+    if name in LABELS:
+        shown = LABELS[name](_tokenizer(folder))
+        return Report(name, HABITS[name], "one question and its answer", None, shown)
+    room = parse_size(budget) if budget is not None else None
+    wrong, right = (
+        _side(name, done_right, folder, (top_layers, batch_size, sequence), room)
+        for done_right in (False, True)
+    )
+    assumed = (
+        f"bf16, AdamW over what is trained, the top {top_layers} layers trained, a batch of {batch_size} x "
+        f"{sequence:,} tokens, half of them trained; two steps, tensors alone"
+    )
+    return Report(name, HABITS[name], assumed, (wrong, right), None)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").is_file():  # Transformers would make an empty one
+        remedy = "Name the model's whole folder: habits of labels are shown with its tokenizer."
+        raise UsageError("there is no tokenizer.json", where=folder, remedy=remedy)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _side(name: str, done_right: bool, folder: Path, sizes: tuple[int, int, int], room: int | None) -> Side:
+    """Prepares a hollow model as people do, or as is right, and runs the loop on fakes."""
+    top_layers, batch_size, sequence = sizes
+    model = hollow_model(folder, torch.bfloat16).train()
+    chain = Chain(model, "cpu")
+    if not 1 <= top_layers < len(chain.layers):
+        problem = f"of {len(chain.layers)} layers some must be trained and some frozen, and not {top_layers}"
+        remedy = f"Choose --top-layers between 1 and {len(chain.layers) - 1}."
+        raise UsageError(problem, where=folder, remedy=remedy)
+    cut = len(chain.layers) - top_layers
+    offloaded = _prepare(name, done_right, chain, cut)
+    loss = _ChunkedLoss(chain) if name == "full-logits" and done_right else None
+    loop = run_loop(model, _batch(batch_size, sequence), offloaded, loss)
+    return _side_of(loop, room)
+
+
+def _prepare(name: str, done_right: bool, chain: Chain, cut: int) -> list[nn.Module]:
+    """Freezes the layers below `cut` and what else the habit freezes; returns what is offloaded."""
+    below, top = chain.layers[:cut], chain.layers[cut:]
+    for layer in below:
+        layer.requires_grad_(False)
+    if done_right or name not in ("trainable-embeddings", "offloaded"):
+        chain.embedding.requires_grad_(False)
+    if name == "full-logits":  # a trained head's gradient would hide what the logits take
+        for name in chain.parts.names("head"):
+            chain.model.get_submodule(name).requires_grad_(False)
+    if name == "checkpointing":
+        chain.model.config.use_cache = False  # which checkpointing would set with a warning
+        chain.model.activation_checkpointing_enable()
+        if done_right:
+            chain.model.disable_input_require_grads()
+    if name == "offloaded" or (name == "offloaded-top" and done_right):
+        return _owners(below)
+    return _owners(top) if name == "offloaded-top" else []
+
+
+def _owners(layers: list[nn.Module]) -> list[nn.Module]:
+    return [module for layer in layers for module in layer.modules() if module._parameters]
+
+
+def _batch(batch_size: int, sequence: int) -> dict[str, Tensor]:
+    ids = torch.arange(batch_size * sequence).reshape(batch_size, sequence) % 97 + 3
+    labels = ids.clone()
+    labels[:, : sequence // 2] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class _ChunkedLoss:
+    """Talik's own loss of what the last layer hands on."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        handed: list[Any] = []
+        last = self._chain.layers[-1].register_forward_hook(lambda *given: handed.append(given[-1]))
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        try:
+            model.base_model(**inputs)  # pyright: ignore[reportCallIssue]
+        finally:
+            last.remove()
+        hidden = handed[0] if isinstance(handed[0], Tensor) else handed[0][0]
+        return chunked_loss(self._chain, hidden, batch["labels"])
+
+
+def _side_of(loop: Loop, room: int | None) -> Side:
+    simulation = loop.simulation
+    return Side(
+        levels={block.name: block.alive for block in loop.blocks},
+        phases={peak.phase: peak.bytes for peak in simulation.phases if peak.phase in PHASES},
+        peak=simulation.peak.bytes,
+        trained=loop.trained,
+        learning=loop.learning,
+        backward_flops=simulation.flops.get("backward", 0),
+        logits=sum(p.causes.get("logits and loss", 0) for p in simulation.phases if p.phase == "loss"),
+        full_at=_full_at(simulation.log, room) if room is not None else None,
+    )
+
+
+def _full_at(log: StorageLog, room: int) -> str | None:
+    for number, phase, total in levels(log):
+        if total > room:
+            step = sum(begun == "forward" and at <= number for at, begun in log.marks)
+            return f"{phase} {log.births[log.events[number]].block}".strip() + f", step {step}"
+    return None
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"{report.name}: {report.habit.see}"
+    yield f"why      {report.habit.why}"
+    yield f"change   {report.habit.right}"
+    yield f"assumed  {report.assumed}"
+    yield ""
+    if report.shown:
+        yield str(report.shown)
+    if report.sides:
+        yield from _table(*report.sides)
+
+
+def _table(wrong: Side, right: Side) -> Iterator[str]:
+    def row(name: str, value: Callable[[Side], str]) -> str:
+        return f"{name:<22}{value(wrong):>26}{value(right):>26}"
+
+    yield f"{'after the forward of':<22}{'the habit':>26}{'done right':>26}"
+    blocks = list(wrong.levels)
+    every = -(-len(blocks) // BLOCKS)
+    for block in dict.fromkeys([*blocks[::every], blocks[-1]]):
+        yield row(block, lambda side, block=block: in_words(side.levels[block]))
+    yield "peak of"
+    for phase in wrong.phases:
+        yield row(phase, lambda side, phase=phase: in_words(side.phases.get(phase, 0)))
+    yield row("logits and loss", lambda side: in_words(side.logits))
+    yield row("backward, GFLOP", lambda side: f"{side.backward_flops / 1e9:,.1f}")
+    yield row("numbers trained", lambda side: f"{side.trained:,}")
+    yield row("of which learning", lambda side: f"{side.learning:,}")
+    if wrong.full_at or right.full_at:
+        yield row("budget full at", lambda side: side.full_at or "fits")

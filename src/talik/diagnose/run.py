@@ -1,0 +1,52 @@
+"""Why a run broke: what was promised for the phase in which memory ended, and what it had by then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from talik.base.errors import RunError
+from talik.base.files import in_words, quoted, read_json
+from talik.diagnose.findings import Finding
+from talik.plan.target import slack_of
+
+BROKEN = "broken.json"
+
+
+def explain_run(folder: Path) -> list[Finding]:
+    """What is to be said of a run's memory: of one that broke, and where one took more than was promised.
+
+    RunError for a folder that is no run, or whose run has not ended.
+    """
+    if (folder / BROKEN).is_file():
+        return [_broken(folder, read_json(folder / BROKEN))]
+    if not (folder / "results.json").is_file():
+        raise RunError(
+            "has neither ended nor broken", where=folder, remedy=f"Go on: talik resume {quoted(folder)}"
+        )
+    return list(_beyond(read_json(folder / "results.json")["memory"]))
+
+
+def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
+    phase, rows = broken["phase"], broken["memory"]
+    promised = rows.get(phase, {}).get("promised", 0)
+    had = rows.get(phase, {}).get("measured", 0)
+    if promised and had <= promised + slack_of(promised):
+        why = "The run kept its promise: something else on this machine, or a limit, took the memory."
+        line = f"talik resume {quoted(folder)}  # once {in_words(promised + slack_of(promised))} are free"
+    else:
+        why = "The run took more than it was promised."
+        line = "talik train ... --memory SIZE  # with a smaller SIZE: another way is chosen, with more room"
+    what = f"{broken['problem'][0].upper()}{broken['problem'][1:]}. {why}"
+    where = f"step {broken['step']}, {phase}" if broken["step"] else phase
+    return Finding("broken", what, where, had, "bytes", line)
+
+
+def _beyond(memory: dict[str, dict[str, int]]) -> Iterator[Finding]:
+    for phase, row in memory.items():
+        promised, measured = row.get("promised", 0), row.get("measured", 0)
+        if promised and measured > promised + slack_of(promised):
+            what = f"{in_words(measured)} were measured, and {in_words(promised)} promised."
+            line = "talik train ... --memory SIZE  # SIZE smaller by that much"
+            yield Finding("beyond-promise", what, phase, measured - promised, "bytes", line)

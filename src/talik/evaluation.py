@@ -1,0 +1,79 @@
+"""Loss, perplexity and accuracy per trained token, from the same cache that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from talik.base.events import Notify, Said, silent
+from talik.data.dataset import check_positions, read_all
+from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.model.source.source import find_model
+from talik.model.tokenizer import load_tokenizer
+from talik.model.weights.working_copy import SavedWeights
+from talik.plan.ways import choose
+from talik.recipe.recipe import check
+from talik.training.loading import load
+from talik.training.run.checkpoints import load_weights
+from talik.training.run.evaluation import evaluate_ranges
+from talik.training.run.folder import is_run, open_run, result_checkpoint
+from talik.training.trunk.trunk import trunk_states
+
+
+def evaluate(
+    target: str | Path, data: str | Path | Sequence[str], *, notify: Notify = silent, **options: Any
+) -> dict[str, Any]:
+    """Evaluates a run or a model on a file of rows: loss per trained token, perplexity, token accuracy.
+
+    A run is evaluated twice from one cache, with the base's top and with the tuned one. `options` are the
+    fields of a Recipe that concern data; where none is given, the run's own. Returns {"examples",
+    "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model; of several
+    sources also {"by_source": {source: {"base": {...}, ...}}}.
+    """
+    checkpoint = date = None
+    if is_run(target):
+        run = open_run(target, notify)
+        recipe, plan, folder, date = run.recipe, run.plan, run.source.folder, run.date
+        recipe, checkpoint = check({**recipe.model_dump(), **options}), result_checkpoint(run.folder, notify)
+    else:
+        folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
+        given = str(data) if isinstance(data, str | Path) else list(data)
+        recipe = check({"model": str(target), "data": given, "precision": precision, **options})
+        recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut and runs once
+        plan = choose(recipe, folder, notify)
+    sources = check({"model": "-", "data": str(data) if isinstance(data, str | Path) else list(data)}).data
+    loader = partial(load_tokenizer, folder, date)
+    found = read_all(recipe, sources, loader(), "evaluation", load=loader, notify=notify)
+    notify(found)
+    check_positions(AutoConfig.from_pretrained(folder, local_files_only=True), found)
+    torch.set_num_threads(plan.threads)
+    loaded = load(recipe, plan, folder)
+    with bf16_as_fp32(), trunk_states(loaded, [found.examples], recipe, notify) as [states]:
+        top = loaded.top()
+        found_by = {}
+
+        def measure(name: str) -> dict[str, Any]:
+            whole, found_by[name] = evaluate_ranges(
+                top, found.examples, states, plan, loaded.store, found.ranges
+            )
+            return {"trained_tokens": whole.trained_tokens, name: whole.measures()}
+
+        report = {"examples": len(found.examples), **measure("base" if checkpoint else "model")}
+        if checkpoint is not None:
+            loaded.weights.changed = SavedWeights(
+                checkpoint / "weights.safetensors"
+            )  # what is loaded from here on
+            load_weights(checkpoint, dict(top.parameters()))
+            report |= measure("tuned")
+    by_source = {
+        source: {name: parts[source].measures() for name, parts in found_by.items()}
+        for source in next(iter(found_by.values()))
+    }
+    return report | ({"by_source": by_source} if by_source else {})

@@ -1,0 +1,1 @@
+"""A run's result as a plain Transformers folder or a PEFT adapter."""

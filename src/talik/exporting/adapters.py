@@ -1,0 +1,79 @@
+"""Adapters as they leave a run: merged into the weights a layer at a time, or as a folder of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from talik.base.events import Notify
+from talik.base.files import need_room
+from talik.exporting.card import base_name
+from talik.exporting.files import write_adapter_companions
+from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
+from talik.model.freeze import thaw, trained_parameters
+from talik.model.weights.hollow import hollow_model
+from talik.training.loading import load, working_dtype
+from talik.training.run.checkpoints import load_weights
+from talik.training.run.folder import Run
+
+Named = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Merged(Mapping[str, Tensor]):
+    """The tensors of the checkpoint that adapters change, merged: computed when they are asked for.
+
+    `named` gives tensors of the model the names and shapes that they have in the checkpoint. One layer is
+    loaded at a time, on the device of the run, and stays until another's tensor is asked for.
+    """
+
+    def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
+        plan = run.plan.model_copy(update={"trunk": "resident"})
+        self._loaded, self._named = load(run.recipe, plan, run.source.folder), named
+        load_weights(checkpoint, trained_parameters(self._loaded.chain.model))
+        self._layer_of = {
+            name: layer
+            for layer in range(plan.cut, plan.layers)
+            for name in named({name: self._loaded.weights.hollow(name) for name in self._changed(layer)})
+        }
+        self._now: tuple[int, dict[str, Tensor]] = (-1, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layer_of[name]
+        if self._now[0] != layer:
+            self._now = (layer, self._named(self._merged(layer)))
+        return self._now[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer_of)
+
+    def __len__(self) -> int:
+        return len(self._layer_of)
+
+    def _changed(self, layer: int) -> list[str]:
+        """The weights with adapters, and what is made of the same tensors of the checkpoint."""
+        prefix = f"{self._loaded.chain.parts.layers}.{layer}."
+        with_adapters = [f"{prefix}{name}.weight" for name in adapted(self._loaded.chain.layers[layer])]
+        return self._loaded.weights.made_with(with_adapters)
+
+    def _merged(self, layer: int) -> dict[str, Tensor]:
+        block, own = self._loaded.chain.layers[layer], f"{self._loaded.chain.parts.layers}.{layer}."
+        self._loaded.store.get(f"layer {layer}")
+        merge_adapters(block)
+        held = base_tensors(block)
+        found = {n: held[n.removeprefix(own)].detach().cpu() for n in self._changed(layer)}
+        unmerged(block)
+        self._loaded.store.release(f"layer {layer}")
+        return found
+
+
+def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str, notify: Notify) -> int:
+    """Writes what was trained as a folder of PEFT, with what it takes to use it; returns its bytes."""
+    weights = checkpoint / "weights.safetensors"
+    need_room(folder, weights.stat().st_size, "export")
+    model = hollow_model(run.source.folder, working_dtype(run.recipe))
+    thaw(model, run.recipe)
+    write_adapter_folder(model, weights, folder, base_name(run))
+    write_adapter_companions(run.source.folder, folder, card, notify)
+    return sum(file.stat().st_size for file in folder.iterdir())

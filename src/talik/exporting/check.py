@@ -1,0 +1,58 @@
+"""Whether an export has the tuned model's logits, where there is memory for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from talik.base.errors import TalikError
+from talik.base.files import in_words
+from talik.base.system import free_memory
+from talik.machine.device import device_memory
+from talik.model.adapters import load_adapter_folder, merge_adapters
+from talik.model.loading import load_model
+from talik.model.tokenizer import load_tokenizer
+from talik.training.loading import load_whole, working_dtype
+from talik.training.run.checkpoints import load_weights
+from talik.training.run.folder import Run
+
+TEXT = "The exported folder has the tuned model's logits."
+
+
+def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: bool) -> str:
+    """Compares what others load from the folder with the base model and the trained weights; says how it was.
+
+    `size` is that of a whole model in bytes; `adapter`: the folder is one of PEFT. TalikError if they differ.
+    """
+    free = min(free_memory(), device_memory(torch.device(run.plan.device))[0])
+    if size * 1.5 > free:
+        return f"logits not compared: loading it takes {in_words(size * 1.5)} and {in_words(free)} are free"
+    source = run.source.folder
+    ids = load_tokenizer(source if adapter else out)(TEXT, return_tensors="pt").input_ids
+    expected, note = _expected(run, checkpoint, ids, merged=run.recipe.lora is not None and not adapter)
+    found = load_model(source if adapter else out, working_dtype(run.recipe), run.plan.device)
+    if adapter:
+        found = load_adapter_folder(found, out)
+    with torch.no_grad():
+        logits = found(input_ids=ids.to(expected.device)).logits
+    if difference := (logits - expected).abs().max().item():
+        raise TalikError(f"its logits differ from the tuned model's by {difference:.3g}", where=out)
+    by = "PEFT" if adapter else "plain Transformers"
+    return f"loaded by {by}, {ids.numel()} tokens: logits equal to the tuned model's{note}"
+
+
+@torch.no_grad()
+def _expected(run: Run, checkpoint: Path, ids: Tensor, *, merged: bool) -> tuple[Tensor, str]:
+    """The tuned model's logits; with merged adapters also how far they are from those of separate ones."""
+    model, top = load_whole(run.recipe, run.plan, run.source.folder)
+    load_weights(checkpoint, dict(top.parameters()))
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids).logits
+    if not merged:
+        return logits, ""
+    merge_adapters(model)
+    after = model(input_ids=ids).logits
+    difference = (after - logits).abs().max().item()
+    return after, f" with its adapters merged, which are up to {difference:.3g} from those before"

@@ -1,0 +1,46 @@
+"""config.json of an export: the source's own file with the few values that training has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from talik.base.errors import TalikError
+from talik.base.files import read_json
+from talik.model.source.older_readers import older_config, parts_of_config, same_config
+
+
+def exported_config(source: Path, dtype: torch.dtype, *, untied: bool) -> dict[str, Any]:
+    """The fields of an export's config.json, with the keys that older readers look for.
+
+    Args:
+        source: The folder of the model that was trained.
+        dtype: The dtype of the export's tensors.
+        untied: Whether the head has weights of its own now.
+
+    Raises:
+        TalikError: Transformers would read another model from them than the one that was trained.
+    """
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    text = config.get_text_config(decoder=True)
+    fields: dict[str, Any] = read_json(source / "config.json")
+    fields.pop("auto_map", None)  # the code that it names is not in the export
+    if not {"dtype", "torch_dtype"} & fields.keys():
+        fields["torch_dtype"] = ""
+    for part in parts_of_config(fields):
+        part |= dict.fromkeys({"dtype", "torch_dtype"} & part.keys(), str(dtype).removeprefix("torch."))
+    if untied:
+        text.tie_word_embeddings = config.tie_word_embeddings = False
+        fields["tie_word_embeddings"] = False
+        for key, value in fields.items():
+            if isinstance(value, dict) and getattr(config, key, None) is text:
+                value["tie_word_embeddings"] = False
+    fields = older_config(fields)
+    if not same_config(fields, config):
+        raise TalikError(
+            "the exported config.json would not be read as the model that was trained", where=source
+        )
+    return fields

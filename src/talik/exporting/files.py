@@ -1,0 +1,112 @@
+"""The files of an export that are no weights: the source's own, tokenizer, generation config, card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from talik.base.events import Notify, Said
+from talik.base.files import read_json, write_json, write_text
+from talik.data.templates.facts import Stops, stops_of
+from talik.data.templates.template import plain_template
+from talik.exporting.tokenizer import write_tokenizer
+from talik.model.tokenizer import is_tokenizer_file, load_tokenizer
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
+    *(".index.json", ".tflite", ".mlmodel", ".pdparams", ".ot", ".data", ".safetensors.json"),
+)
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+_MADE = {"config.json", "generation_config.json", "README.md", "talik_source.json", "adapter_config.json"}
+
+
+def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
+    """Writes all files of an export but weights and config.json.
+
+    Args:
+        source: The folder of the model that was trained.
+        folder: The folder of the export.
+        card: The text of README.md.
+        notify: Told which files of the source are left out.
+    """
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if _is_left_out(path, source):
+            left_out.append(path.name)
+        elif path.is_file() and _belongs(path):
+            shutil.copy2(path, folder / path.name)
+    for path in sorted((source / "additional_chat_templates").glob("*.jinja")):
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        shutil.copy2(path, folder / "additional_chat_templates")
+    if left_out:
+        notify(Said("export", f"not copied from the source: {', '.join(left_out)}"))
+    write_template(source, folder)
+    write_tokenizer(folder, load_tokenizer(source), notify)
+    write_generation_config(source, folder)
+    write_text(folder / "README.md", card)
+
+
+def write_adapter_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
+    """Writes what somebody needs to use adapters: tokenizer, chat template, ends of turns, and the card."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and is_tokenizer_file(path.name) and not _is_left_out(path, source):
+            shutil.copy2(path, folder / path.name)
+    write_template(source, folder)
+    write_tokenizer(folder, load_tokenizer(source), notify)
+    write_generation_config(source, folder)
+    write_text(folder / "README.md", card)
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file of the source belongs to the model and is no weight."""
+    name = path.name
+    return not (name.startswith(".") or name in _MADE or name.endswith((*_WEIGHTS, *_DATA)))
+
+
+def _is_left_out(path: Path, source: Path) -> bool:
+    """Whether a file or folder is left out in words: code, folders, and links to somewhere else."""
+    if path.name.startswith(".") or path.name in ("additional_chat_templates", "README.md"):
+        return False
+    if path.is_dir() or path.suffix == ".py" or path.name.endswith(_DATA):
+        return True
+    if path.name.endswith(_WEIGHTS):
+        return False
+    real, home = path.resolve(), source.resolve()
+    cache = home.parents[1] if home.parent.name == "snapshots" else home  # a hub's cache: links to its blobs
+    return not real.is_relative_to(home) and not real.is_relative_to(cache)
+
+
+def write_template(source: Path, folder: Path) -> None:
+    """Makes every place in an export that has a chat template hold the one that training used.
+
+    It stays where the source has it; a tokenizer without one gets the plain template that it was trained by.
+    """
+    tokenizer = load_tokenizer(source)
+    template = tokenizer.chat_template
+    if template is None:
+        write_text(folder / "chat_template.jinja", plain_template(tokenizer))
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        file = folder / name
+        fields = read_json(file) if isinstance(template, str) and file.is_file() else {}
+        if isinstance(fields.get("chat_template"), str) and fields["chat_template"] != template:
+            write_json(file, {**fields, "chat_template": template})
+
+
+def write_generation_config(source: Path, folder: Path) -> None:
+    """Writes generation_config.json: the source's values, and all that ends a turn as it was trained."""
+    file = source / "generation_config.json"
+    if file.is_file():
+        generation: dict[str, Any] = read_json(file)
+    else:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        generation = GenerationConfig.from_model_config(config).to_diff_dict()
+    stops: Stops = stops_of(load_tokenizer(source), generation.get("eos_token_id"))
+    generation["eos_token_id"] = list(stops.ids)
+    if stops.texts:
+        known = generation.get("stop_strings") or []
+        known = [known] if isinstance(known, str) else known
+        generation["stop_strings"] = list(dict.fromkeys([*known, *stops.texts]))
+    write_json(folder / "generation_config.json", generation)

@@ -1,0 +1,1 @@
+"""PyTorch operators of Talik's own; each file says why it exists."""

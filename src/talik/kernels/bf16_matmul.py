@@ -1,0 +1,276 @@
+"""bf16 matrices multiplied as fp32 ones, for processors that have no instructions for bf16.
+
+Such a processor (AVX2 alone: most desktops) multiplies bf16 matrices 5 to 10 times more slowly than fp32
+ones (docs/log.md). What a bf16 product is does not change, sums in fp32 that are rounded once: operands are
+converted piece by piece, and multiplied in the way in which the processor is fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import BFloat16, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_map_only
+
+from talik.machine.device import without_bf16
+
+PIECE = 1 << 20  # elements of the larger operand, and of the result, that are fp32 at once
+FEW = 4  # rows: below it a product reads its weight and does little else, and bf16 is half to read
+
+_library = torch.library.Library("talik", "FRAGMENT")
+_library.define("mm(Tensor one, Tensor other, Tensor? bias) -> Tensor")
+_library.define("grouped_mm(Tensor one, Tensor other, Tensor ends) -> Tensor")
+
+
+def bf16_as_fp32(wanted: bool | None = None) -> contextlib.AbstractContextManager[Any]:
+    """Inside, products and attention of bf16 tensors on a CPU are computed in fp32 and rounded to bf16.
+
+    For what this thread calls, and its backward. Default: where this processor has no instructions for bf16.
+    """
+    return _AsFp32() if (without_bf16() if wanted is None else wanted) else contextlib.nullcontext()
+
+
+def for_recompute() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """The `context_fn` of a checkpoint: torch leaves modes of functions while a backward runs."""
+    return contextlib.nullcontext(), bf16_as_fp32(fp32_in_use())
+
+
+def fp32_in_use() -> bool:
+    """Whether this is called inside `bf16_as_fp32`."""
+    return any(isinstance(mode, _AsFp32) for mode in _get_current_function_mode_stack())
+
+
+def mm(
+    one: BFloat16[Tensor, "rows inner"],
+    other: BFloat16[Tensor, "inner columns"],
+    bias: BFloat16[Tensor, " columns"] | None = None,
+) -> BFloat16[Tensor, "rows columns"]:
+    """The product plus a bias for each column: sums in fp32, rounded to bf16. No gradient flows through."""
+    return torch.ops.talik.mm(one, other, bias)
+
+
+def linear(
+    hidden: BFloat16[Tensor, "*batch inputs"],
+    weight: BFloat16[Tensor, "outputs inputs"],
+    bias: BFloat16[Tensor, " outputs"] | None = None,
+) -> BFloat16[Tensor, "*batch outputs"]:
+    """torch.nn.functional.linear, with `mm` for its product and for those of its gradients."""
+    return _Linear.apply(hidden, weight, bias)  # pyright: ignore[reportReturnType]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_hidden, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(hidden if of_weight else None, weight if of_hidden else None)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return mm(rows, weight.T, bias).view(*hidden.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (gradient,), (hidden, weight) = outputs, ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_hidden = None if weight is None else mm(rows, weight).view(*gradient.shape[:-1], -1)
+        of_weight = None if hidden is None else mm(rows.T, hidden.reshape(len(rows), -1))
+        return of_hidden, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def grouped_mm(
+    one: BFloat16[Tensor, ...],
+    other: BFloat16[Tensor, ...],
+    offs: Int[Tensor, " groups"] | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch.nn.functional.grouped_mm, by `mm` where rows go through experts: (rows, inner) by (groups, inner,
+    columns), rows up to offs[0] by the first matrix, and so on; those after the last group become 0.
+    """
+    if (one.dim(), other.dim()) != (2, 3) or offs is None or bias is not None or out_dtype is not None:
+        return functional.grouped_mm(one, other, offs=offs, bias=bias, out_dtype=out_dtype)
+    return _GroupedMM.apply(one, other, offs)  # pyright: ignore[reportReturnType]
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        of_rows, of_weights, _ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if of_weights else None, weights if of_rows else None, ends)
+        return torch.ops.talik.grouped_mm(rows, weights, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,), (rows, weights, ends) = outputs, ctx.saved_tensors
+        multiply = torch.ops.talik.grouped_mm
+        of_rows = None if weights is None else multiply(gradient, weights.transpose(1, 2), ends)
+        of_weights = None if rows is None else multiply(rows.T, gradient, ends)
+        return of_rows, of_weights, None
+
+
+def _grouped_mm(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
+    """Rows of `one` by the matrices of `other`; or of two matrices, for each group of what both have alike.
+
+    As torch's operator of that name does it.
+    """
+    out = _grouped_out(one, other, ends).zero_()
+    for group, place in _groups(ends):
+        if other.dim() == 3:
+            operands = out[place], one[place], other[group]
+        else:
+            operands = out[group], one[:, place], other[place]
+        if len(operands[1]) < FEW:
+            torch.mm(*operands[1:], out=operands[0])
+        else:
+            _multiply(*operands)
+    return out
+
+
+def _grouped_out(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
+    groups = () if other.dim() == 3 else (len(ends),)
+    return one.new_empty(*groups, len(one), other.shape[-1])
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The number of each group that has rows, and which they are."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
+
+
+def _mm(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
+    out = one.new_empty(len(one), other.shape[1])
+    _multiply(out, one, other, None if bias is None else bias.float().expand(out.shape))
+    return out
+
+
+def _multiply(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None = None) -> None:
+    """The product into `out`."""
+    if _inner_is_most(len(one), one.shape[1], other.shape[1]):
+        _by_inner(out, one, other, added)
+    elif len(one) > other.shape[1]:
+        _by_columns(out.T, other.T, one.T, None if added is None else added.T)
+    else:
+        _by_columns(out, one, other, added)
+
+
+def _by_inner(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
+    """The product into `out`, summed in fp32 over pieces of the dimension that both have."""
+    total = torch.zeros(out.shape, device=out.device)
+    step = _step(total, one.shape[1])
+    first, second = (torch.empty_like(wide, dtype=torch.float32) for wide in (one[:, :step], other[:step]))
+    for start in range(0, one.shape[1], step):
+        left, right = one[:, start : start + step], other[start : start + step]
+        total.addmm_(first[:, : len(right)].copy_(left), second[: len(right)].copy_(right))
+    out.copy_(total if added is None else total.add_(added))
+
+
+def _by_columns(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
+    """The product into `out`, by columns of `other`; `one`, the smaller, is fp32 as a whole."""
+    whole, step = one.float(), _step(one, other.shape[1])
+    part, result = (torch.empty_like(wide[:, :step], dtype=torch.float32) for wide in (other, out))
+    for start in range(0, other.shape[1], step):
+        place = slice(start, start + step)
+        columns = other[:, place]
+        count = columns.shape[1]
+        product = torch.mm(whole, part[:, :count].copy_(columns), out=result[:, :count])
+        out[:, place] = product if added is None else product.add_(added[:, place])
+
+
+def _inner_is_most(rows: int, inner: int, columns: int) -> bool:
+    return inner > max(rows, columns)
+
+
+def _step(matrix: Tensor, most: int) -> int:
+    """How much of a dimension is taken at once, beside a matrix of the two others."""
+    return min(most, max(PIECE // max(*matrix.shape, 1), 16))
+
+
+def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What a product makes beside its result, but for a bias in fp32; on no device: for who counts memory."""
+    if operator is torch.ops.talik.mm.default:
+        rows, inner = args[0].shape
+        return _beside(rows, inner, args[1].shape[1])
+    if operator is torch.ops.talik.grouped_mm.default:
+        one, other, ends = args
+        most = max((place.stop - place.start for _, place in _groups(ends)), default=0)
+        rows, inner = (most, one.shape[1]) if other.dim() == 3 else (len(one), most)
+        return _beside(rows, inner, other.shape[-1])
+    return []
+
+
+def _beside(rows: int, inner: int, columns: int) -> list[Tensor]:
+    """What one `_mm` makes."""
+    if _inner_is_most(rows, inner, columns):
+        stays = torch.empty(rows, columns, device="meta")
+    else:
+        stays = torch.empty(min(rows, columns), inner, device="meta")
+    parts = _step(stays, max(rows, inner, columns)) * sum(stays.shape)
+    return [stays, torch.empty(parts, device="meta")]
+
+
+_library.impl("mm", _mm, "CompositeExplicitAutograd")
+_library.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
+torch.library.register_fake("talik::grouped_mm", _grouped_out, lib=_library)
+
+
+@torch.library.register_fake("talik::mm", lib=_library)
+def _(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
+    return one.new_empty(len(one), other.shape[1])
+
+
+class _AsFp32(TorchFunctionMode):
+    """Replaces what Transformers' layers call for their products."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        replacement = _REPLACED.get(func)
+        if replacement is None or not _worth_it(args):
+            replacement = func
+        return replacement(*args, **kwargs or {})
+
+
+def _bf16_on_cpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _worth_it(args: tuple[Any, ...]) -> bool:
+    """Whether the first matrix, behind a bias or an equation, is of bf16 and has rows enough."""
+    matrices = (arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1)
+    first = next(matrices, None)
+    return first is not None and _bf16_on_cpu(first) and first.shape[-2] >= FEW
+
+
+def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A function whose operands are small enough to be converted as they are."""
+    raised = tree_map_only(Tensor, lambda t: t.float() if _bf16_on_cpu(t) else t, (args, kwargs))
+    return func(*raised[0], **raised[1]).to(torch.bfloat16)
+
+
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
+    functional.linear: linear,
+    torch._grouped_mm: grouped_mm,  # pyright: ignore[reportPrivateImportUsage]
+    **{
+        func: partial(_in_fp32, func)
+        for func in (
+            *(functional.scaled_dot_product_attention, functional.conv1d),
+            *(torch.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+            *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm),
+        )
+    },
+}

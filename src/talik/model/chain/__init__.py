@@ -1,0 +1,1 @@
+"""A model as a chain of blocks. Only this package knows how Transformers models are built."""

@@ -1,0 +1,241 @@
+"""One run as one validated object. Every option and its default is declared here, once, with its help.
+
+The command line, recipe.yaml and the table in docs/recipe.md derive from these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from talik.base.errors import RecipeError, UsageError, listed
+from talik.recipe.data_source import DataSources
+from talik.recipe.lora import read_lora
+from talik.recipe.thaw import PARTS, Thawed, check_thaw, thawed
+
+_ADAM = ("adamw", "adamw-8bit", "muon")
+READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
+
+
+class Recipe(BaseModel):
+    """What is trained, on what, and how. A result is a function of a recipe and a plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        description="a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file", min_length=1
+    )
+    data: DataSources = Field(
+        description="rows: files, folders, globs, - (standard input), hf:ORG/NAME or modelscope:ORG/NAME; in "
+        "recipe.yaml also with weight, limit, format, input_field and output_field for each",
+        min_length=1,
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+
+    input_field: str | None = Field(
+        default=None, description="the field that holds the input, in rows of your own"
+    )
+    output_field: str | None = Field(default=None, description="the field that holds the output")
+    format: str | None = Field(
+        default=None, description="the data format of the rows, in place of the recognised one"
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="what happens to rows that cannot be used: name them all and stop, or leave them out, "
+        "counted, with the reasons in the run's rejected.jsonl",
+    )
+    drop_media: bool = Field(
+        default=False,
+        description="leave out rows with pictures, video or sound, counted",
+    )
+    control_tokens: Literal["refuse", "escape", "keep"] = Field(
+        default="refuse",
+        description="what happens to control tokens in the text of a row: refuse it, train them as ordinary "
+        "text, or keep them as control tokens",
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="every assistant turn, the last one only, or every token"
+    )
+    train_reasoning: bool = Field(default=True, description="train the reasoning of answers, too")
+    max_length: int = Field(default=2048, ge=2, description="longest example, in tokens")
+    too_long: Literal["drop", "cut", "refuse"] = Field(
+        default="drop", description="what happens to a longer one; counted and shown in any case"
+    )
+    eval_data: DataSources | None = Field(
+        default=None, description="rows to evaluate on, named as DATA are; each source is reported by itself"
+    )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        description="questions in DATA held out for evaluation: a share below 1, or a whole number of them",
+    )
+
+    top_layers: int = Field(default=5, ge=1, description="train the last N layers and the final norm")
+    thaw: str | None = Field(
+        default=None,
+        description="train these in place of the last N layers: all, layers.20-27, layers.3, top.5, norm, "
+        "head or embeddings, several with commas between; a tied head without the embeddings is untied",
+    )
+    lora: str | None = Field(
+        default=None,
+        description="train adapters on these layers in place of their weights: rank=16, and with commas "
+        "between alpha=32 (default: twice the rank), targets=all or q_proj+v_proj, dropout=0.05, dora; "
+        "everything else stays frozen",
+    )
+    precision: Literal["bf16", "bf16-sr", "fp32"] = Field(
+        default="bf16",
+        description="bf16 with fp32 masters; bf16 alone with stochastic rounding; fp32 throughout",
+    )
+
+    epochs: int = Field(default=2, ge=1, description="passes over the data")
+    steps: int | None = Field(
+        default=None, ge=1, description="stop after this many steps, in place of --epochs"
+    )
+    batch_tokens: int = Field(
+        default=4096, ge=1, description="tokens of one step, at most (one example, at least)"
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon", "sgd"] = Field(
+        default="adamw",
+        description="how weights are updated; muon is for the layers' matrices, and AdamW for the rest",
+    )
+    learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which it rises from 0")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator")
+    momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="SGD: decay of the sum of gradients; 0: none"
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decay of matrices, times the learning rate; vectors have none"
+    )
+    clip: Annotated[float, Field(ge=0)] | Literal["last"] = Field(
+        default=1.0,
+        description="largest norm of the whole gradient; 0 turns clipping off; last: 1.0, by the norm of the "
+        "step before, so that no gradient is kept until all are known",
+    )
+
+    shuffle: Literal["seed", "file"] = Field(
+        default="seed",
+        description="order of the examples in an epoch: drawn by the seed, or as in the data (a curriculum)",
+    )
+    eval_every: int = Field(
+        default=0, ge=0, description="evaluate every N steps; 0: at the end of every epoch"
+    )
+    save_every: int = Field(default=0, ge=0, description="save every N steps; 0: at the end of every epoch")
+    keep: int = Field(default=1, ge=1, description="saved checkpoints that stay, beside the best one")
+    early_stop: int = Field(
+        default=0, ge=0, description="stop after N evaluations without a better loss; 0: never"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="decides order, dropout, stochastic rounding and new adapters"
+    )
+    trunk: Literal["auto", "resident", "streamed"] = Field(
+        default="auto",
+        description="where the frozen weights are while they run once: in memory, or one layer at a time "
+        "from the files; the numbers are the same",
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
+    cache: str | None = Field(default=None, description="folder of the trunk's cache; default: Talik's own")
+    cache_gb: float = Field(
+        default=0.0,
+        ge=0,
+        description="largest size of all caches there, in GB; the least recently used go first; 0: no bound",
+    )
+
+    @property
+    def max_norm(self) -> float:
+        """The largest norm that the gradient may have."""
+        return 1.0 if self.clip == "last" else self.clip
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """All contradictions at once; single fields have been checked by then."""
+        wrong = []
+        if self.held_out > 1 and self.held_out % 1:
+            wrong.append("held_out is a share below 1 or a whole number of questions")
+        if (self.input_field is None) != (self.output_field is None):
+            wrong.append("input_field and output_field go together: name both or neither")
+        if self.eval_data and self.held_out:
+            wrong.append("eval_data and held_out are two ways to evaluate: name one")
+        if self.early_stop and not (self.eval_data or self.held_out):
+            wrong.append("early_stop needs something to evaluate on: name eval_data or held_out")
+        if self.eval_every and not (self.eval_data or self.held_out):
+            wrong.append("eval_every needs something to evaluate on: name eval_data or held_out")
+        for field, readers in READ_BY.items():
+            changed = getattr(self, field) != Recipe.model_fields[field].default
+            if changed and self.optimizer not in readers:
+                wrong.append(
+                    f"{field} is read by {', '.join(readers)} alone, not by {self.optimizer}: leave it out"
+                )
+        if self.thaw is not None:
+            wrong += self._wrong_thaw(self.thaw)
+        if self.lora is not None:
+            wrong += self._wrong_lora(self.lora)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _wrong_thaw(self, line: str) -> Iterator[str]:
+        if self.top_layers != Recipe.model_fields["top_layers"].default:
+            yield "top_layers and thaw are two ways to say what is trained: name one"
+        try:
+            check_thaw(line)
+        except UsageError as error:
+            yield error.problem
+
+    def _wrong_lora(self, line: str) -> Iterator[str]:
+        named = [part.strip() for part in (self.thaw or "").split(",")]
+        if parts := [part for part in named if part in PARTS]:
+            yield f"lora puts adapters on layers, and thaw names {', '.join(parts)} beside: not supported"
+        try:
+            read_lora(line)
+        except UsageError as error:
+            yield error.problem
+
+    def thawed(self, layers: int) -> Thawed:
+        """What is trained of a model with so many layers; with adapters, the layers that have some.
+
+        UsageError for layers beyond them.
+        """
+        wanted = thawed(self.thaw or f"top.{self.top_layers},norm", layers)
+        return wanted if self.lora is None else replace(wanted, parts=frozenset())
+
+
+def check(given: dict[str, Any], where: object = None) -> Recipe:
+    """The recipe with these fields; RecipeError with every wrong field if there are any."""
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        raise RecipeError(
+            listed([_in_words(problem) for problem in error.errors()]),
+            where=where,
+            remedy="`talik train --help` lists every field with its default.",
+        ) from None
+
+
+def _in_words(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{field}: is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: there is no such field"
+    if not field:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def check_layers(recipe: Recipe, layers: int) -> None:
+    """UsageError if the recipe trains layers that a model does not have."""
+    if recipe.thaw is None and recipe.top_layers > layers:
+        raise UsageError(
+            f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",
+            remedy=f"Choose --top-layers between 1 and {layers}.",
+        )
+    recipe.thawed(layers)

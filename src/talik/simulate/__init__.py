@@ -1,0 +1,1 @@
+"""Training steps on fake tensors: every storage's birth and death, without numbers."""

@@ -1,0 +1,91 @@
+"""What a log of storages comes to: the peak of every phase, what it is made of, and what breaks a budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from talik.simulate.storage_log import StorageLog
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A phase at its highest: bytes, in all and by cause, the block that ran, and the operator."""
+
+    phase: str
+    bytes: int
+    causes: dict[str, int]
+    block: str
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """The first allocation that a budget has no room for."""
+
+    phase: str
+    block: str
+    operator: str
+    shape: tuple[int, ...]
+    bytes: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The peaks of the phases of a run in the order in which they first begin, and what it computes.
+
+    `flops` and `moved` (bytes) are by phase; `routed`: what it takes depends on what a router chooses.
+    """
+
+    phases: tuple[Peak, ...]
+    flops: dict[str, int]
+    moved: dict[str, int]
+    log: StorageLog
+    routed: bool = False
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all."""
+        return max(self.phases, key=lambda peak: peak.bytes)
+
+    def first_break(self, budget: int) -> Break | None:
+        """The first storage with which more than `budget` bytes would be alive."""
+        for number, phase, total in levels(self.log):
+            if total > budget:
+                made = self.log.births[self.log.events[number]]
+                return Break(phase, made.block, made.operator, made.shape, made.bytes, total)
+        return None
+
+
+def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
+    """For every event: its number, its phase, and the bytes that are alive after it."""
+    total, marks = 0, iter([*log.marks[1:], (len(log.events) + 1, "")])
+    phase, (until, following) = log.marks[0][1], next(marks)
+    for number, event in enumerate(log.events):
+        while number >= until:
+            phase, (until, following) = following, next(marks)
+        total += log.births[event].bytes if event >= 0 else -log.births[~event].bytes
+        yield number, phase, total
+
+
+def account(log: StorageLog, *, routed: bool = False) -> Simulation:
+    """Finds each phase's peak, and what was alive then."""
+    highest: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
+    for number, phase, total in levels(log):
+        if total > highest[phase][0]:
+            highest[phase] = total, number
+    wanted = {number: phase for phase, (_, number) in highest.items()}
+    alive: Counter[str] = Counter()
+    peaks = {}
+    for number, event in enumerate(log.events):
+        made = log.births[event if event >= 0 else ~event]
+        alive[made.cause or "workspace"] += made.bytes if event >= 0 else -made.bytes
+        if number in wanted:
+            causes = {cause: size for cause, size in alive.items() if size}
+            peaks[wanted[number]] = Peak(
+                wanted[number], sum(causes.values()), causes, made.block, made.operator
+            )
+    phases = tuple(peaks[phase] for phase in highest if phase in peaks)
+    return Simulation(phases, dict(log.flops), dict(log.moved), log, routed)

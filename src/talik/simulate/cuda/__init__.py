@@ -1,0 +1,1 @@
+"""CUDA's caching allocator and attention kernels, replayed."""

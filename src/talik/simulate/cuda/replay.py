@@ -1,0 +1,212 @@
+"""What a CUDA device takes for a simulated run: the allocator's pages, libraries, and the context.
+
+A simulation counts the bytes that tensors have. A device holds more: every storage is rounded and lies in
+pages, of which some are half empty; libraries and kernels allocate for themselves, which no operator shows;
+the context lies beside all that. Worked out from the sources of PyTorch 2.13, not measured on a device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from talik.machine.machine import Machine
+from talik.simulate.account import Break, Peak, Simulation, levels
+from talik.simulate.cuda.allocator import MIB, ExpandableAllocator, follow, least_capacity
+from talik.simulate.cuda.attention import (
+    AMPERE,
+    cuda_attention,
+    efficient_backward_bytes,
+    flash_backward_bytes,
+)
+from talik.simulate.storage_log import Storage, StorageLog
+
+# parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; from the caching allocator (#89027,
+# #95668). Which capabilities from 9.0 on have the larger one went back and forth (#175344, #182669): here
+# all. cuBLASLt uses the same (torch/backends/cuda/__init__.py, TORCH_CUBLASLT_UNIFIED_WORKSPACE).
+WORKSPACE = 2 * (4096 << 10) + 8 * (16 << 10)  # :4096:2:16:8
+WORKSPACE_FROM_9_0 = 32 * MIB
+# One for each thread that multiplies, as handles are (thread_local in getCurrentCUDABlasHandle): the one that
+# runs forward, and autograd's, which begins to multiply in these phases.
+AUTOGRAD = frozenset({"loss", "backward"})
+PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"))
+
+# No reliable figure is published. Bare contexts with lazily loaded kernels: 256 MiB (RTX 3090, CUDA 12.8,
+# InvokeAI #9413), 426 MiB (RTX 6000 Ada, CUDA 13.0, unsloth-zoo #1053), "around 400 MB" (pytorch #109888).
+BARE_CONTEXTS = {"RTX 3090": 256 * MIB, "RTX 6000 Ada": 426 * MIB}
+BARE_CONTEXT = 448 * MIB
+LOADED_KERNELS = 320 * MIB  # a guess: kernels of PyTorch, cuBLAS and cuDNN that a training step loads
+
+# Backward passes of attention, each of which makes dq, dk and dv. cuDNN's own graph keeps what flash
+# attention does (CompositeSDPABackwardNode of cudnn-frontend 1.x); what its engines take beside is unknown.
+FLASH = "aten::_scaled_dot_product_flash_attention_backward"
+CUDNN = "aten::_scaled_dot_product_cudnn_attention_backward"
+EFFICIENT = "aten::_scaled_dot_product_efficient_attention_backward"
+RESULTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the allocator is asked for: a log's storages, and those of libraries and kernels (larger keys).
+
+    `events` are as `cuda_allocator.replay` takes them; `numbers` says to which of the log each belongs.
+    """
+
+    log: StorageLog
+    events: list[tuple[int, int]]
+    numbers: list[int]
+
+    def storage(self, index: int) -> Storage:
+        """What was born or died with an event; for a library's, that of the operator which called it."""
+        event = self.log.events[self.numbers[index]]
+        return self.log.births[event if event >= 0 else ~event]
+
+    def alive(self) -> Iterator[Counter[str]]:
+        """After every event the bytes that are alive, by cause; always the same object."""
+        alive, births = Counter[str](), self.log.births
+        for key, size in self.events:
+            alive[births[key].cause or "workspace" if key < len(births) else "libraries"] += size
+            yield alive
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAccount:
+    """A simulated run on a CUDA device.
+
+    phases: as `Simulation.phases`, with the causes "libraries" (their workspaces, and the context) and
+    "allocator" (rounding, and pages that are half empty). capacity: bytes of the device with which the whole
+    run succeeds, which the highest phase takes; context: those of them that are not the allocator's.
+    """
+
+    phases: tuple[Peak, ...]
+    capacity: int
+    context: int
+    demand: Demand
+
+    @property
+    def peak(self) -> Peak:
+        """The highest of all."""
+        return max(self.phases, key=lambda peak: peak.bytes)
+
+    def first_break(self, budget: int) -> Break | None:
+        """The first allocation that fails on a device with `budget` bytes for this process.
+
+        `total` is what the device would have to hold with it, in whole pages.
+        """
+        allocator, events = ExpandableAllocator(budget - self.context), self.demand.events
+        done = sum(1 for _ in follow(events, allocator))
+        if done == len(events):
+            return None
+        made, size = self.demand.storage(done), events[done][1]
+        total = self.context + allocator.held + allocator.pages_for(size)
+        return Break(made.phase, made.block, made.operator, made.shape, size, total)
+
+
+def target(machine: Machine) -> AbstractContextManager[None]:
+    """Inside, a simulation runs the attention kernels of a machine's device; on a CPU, those of the CPU.
+
+    For NVIDIA's devices alone: others keep the CPU's kernels. See `attention.cuda_attention`.
+    """
+    on_cuda = machine.device.partition(":")[0] == "cuda"
+    return cuda_attention(machine.compute_capability) if on_cuda else nullcontext()
+
+
+def on_cuda(simulation: Simulation, machine: Machine, *, context: int | None = None) -> DeviceAccount:
+    """What a run takes on a machine's CUDA device, if it was simulated inside `target(machine)`.
+
+    Expandable segments are taken for granted (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). `context`:
+    bytes outside the allocator where they were measured; else estimated. Workspaces of other libraries than
+    cuBLAS and of other kernels than attention's are not in it.
+    """
+    demand = demand_of(simulation.log, machine.compute_capability)
+    if context is None:
+        context = context_bytes(machine.processor)
+    needed = least_capacity(demand.events)
+    return DeviceAccount(_peaks(demand, needed, context), needed + context, context, demand)
+
+
+def library_workspace(compute_capability: tuple[int, int] | None) -> int:
+    """Bytes that a thread's first matrix product allocates for cuBLAS, and that stay; the larger for None.
+
+    CUBLAS_WORKSPACE_CONFIG is not read.
+    """
+    return WORKSPACE if compute_capability and compute_capability < (9, 0) else WORKSPACE_FROM_9_0
+
+
+def context_bytes(name: str | None) -> int:
+    """Bytes of device memory that a process takes beside the allocator's. An estimate, and a rough one.
+
+    They depend on the device (called `name`), the driver and CUDA. Where the machine is at hand, measure:
+    how much mem_get_info() fell since the process began, without torch.cuda.memory_reserved().
+    """
+    bare = (size for part, size in BARE_CONTEXTS.items() if part in (name or ""))
+    return next(bare, BARE_CONTEXT) + LOADED_KERNELS
+
+
+def demand_of(log: StorageLog, compute_capability: tuple[int, int] | None) -> Demand:
+    """Puts what libraries and kernels allocate into a log's events, behind the operators that call them."""
+    beside = {number: (size, stays) for number, size, stays in _beside(log, compute_capability)}
+    demand, key = Demand(log, [], []), len(log.births)
+    for number, event in enumerate(log.events):
+        new = [(event, log.births[event].bytes) if event >= 0 else (~event, -log.births[~event].bytes)]
+        if number in beside:
+            size, stays = beside[number]
+            new += [(key, size)] if stays else [(key, size), (key, -size)]
+            key += 1
+        demand.events.extend(new)
+        demand.numbers.extend([number] * len(new))
+    return demand
+
+
+def _beside(log: StorageLog, compute_capability: tuple[int, int] | None) -> Iterator[tuple[int, int, bool]]:
+    """What no operator shows: the number of the event that it follows, bytes, and whether it stays."""
+    when = [number for number, event in enumerate(log.events) if event >= 0]  # storages were born
+    products = [key for key, made in enumerate(log.births) if made.operator in PRODUCTS]
+    of_autograd = [key for key in products if log.births[key].phase in AUTOGRAD]
+    for key in {*products[:1], *of_autograd[:1]}:
+        yield when[key], library_workspace(compute_capability), True
+    for operator in (FLASH, CUDNN, EFFICIENT):
+        keys = [key for key, made in enumerate(log.births) if made.operator == operator]
+        for first in keys[::RESULTS]:
+            of_query, of_key = log.births[first : first + 2]
+            size = _attention_bytes(of_query, of_key, compute_capability or AMPERE)
+            yield when[first + RESULTS - 1], size, False
+
+
+def _attention_bytes(of_query: Storage, of_key: Storage, compute_capability: tuple[int, int]) -> int:
+    """What a backward pass of attention takes, by its results for query and key."""
+    batch, heads, sequence, size = of_query.shape
+    key_heads, keys = of_key.shape[1:3]
+    if of_query.operator == EFFICIENT:
+        itemsize = of_query.bytes // (batch * heads * sequence * size)
+        return efficient_backward_bytes(batch, heads, sequence, keys, size, itemsize, compute_capability)
+    return flash_backward_bytes(batch, heads, sequence, size, key_heads)
+
+
+def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
+    """Every phase's peak where the allocator has no more than it needs; the highest takes all of that."""
+    highest = _highest(demand, capacity)
+    top = max(highest, key=lambda phase: highest[phase][:2])
+    held = {phase: capacity if phase == top else pages for phase, (pages, *_) in highest.items()}
+    wanted = {index: phase for phase, (*_, index) in highest.items()}
+    peaks = {}
+    for index, alive in enumerate(demand.alive()):
+        if index in wanted:
+            phase, made = wanted[index], demand.storage(index)
+            beside = {"libraries": alive["libraries"] + context, "allocator": held[phase] - alive.total()}
+            causes = {cause: size for cause, size in (alive | beside).items() if size}
+            peaks[phase] = Peak(phase, held[phase] + context, causes, made.block, made.operator)
+    return tuple(peaks[phase] for phase in held if phase in peaks)
+
+
+def _highest(demand: Demand, capacity: int) -> dict[str, tuple[int, int, int]]:
+    """Where each phase holds most pages: bytes of these, of the storages in them, and the event's index."""
+    allocator = ExpandableAllocator(capacity)
+    phases = [phase for _, phase, _ in levels(demand.log)]
+    highest = {phase: (0, 0, -1) for _, phase in demand.log.marks}
+    for index in follow(demand.events, allocator):
+        phase = phases[demand.numbers[index]]
+        highest[phase] = max(highest[phase], (allocator.held, allocator.allocated, index))
+    return highest

@@ -1,0 +1,183 @@
+"""What stands in for the world around the tensors of a simulated run: weights, caches and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from talik.model.weights.safetensors_file import Entry
+from talik.model.weights.weights import Weights
+from talik.model.weights.working_copy import WorkingCopy
+from talik.recipe.plan import Tier
+from talik.simulate.storage_log import APART, Log, StorageLog
+from talik.training.memory.scratch import TieredScratch
+from talik.training.step.top import Top
+from talik.training.trunk.cache import Cache, Group, States
+from talik.training.trunk.cache_shard import ShardWriter
+
+CAUSE_OF = {"gradient": "gradients", "kept": "gradients", "input": "saved activations"}
+
+
+class FakeWeights(Weights):
+    """The weights of a checkpoint of which only the tables are known: everything but the bytes is read."""
+
+    log: StorageLog
+
+    def _read_bytes(self, source: str, into: Tensor, first: int | None = None) -> None:
+        pass
+
+    def _check_unchanged(self) -> None:
+        pass
+
+    def read(self, names: Iterable[str], buffer: Tensor) -> dict[str, Tensor]:
+        names = list(names)
+        trained = any(self.hollow(name).requires_grad for name in names)
+        self.log.mark([buffer], "weights trained" if trained else "weights frozen")
+        return super().read(names, buffer)
+
+
+def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]]:
+    """The table of a checkpoint that holds the model's own tensors, for a folder without weights."""
+    file = folder / "model.safetensors"
+    entries, start, seen = {}, 0, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            entries[name] = Entry(file, tensor.dtype, tuple(tensor.shape), start, tensor.nbytes)
+            start += tensor.nbytes
+    return {file: entries}
+
+
+class AtOnce(Executor):
+    """Runs what is submitted in the caller's thread: what a reader would have read is there at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class FakeStates(States):
+    """Hidden states that were never written."""
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
+        self._lengths, self._width, self._dtype = lengths, width, dtype
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """As `States.read`."""
+        longest = max(self._lengths[index] for index in indices)
+        return torch.empty(len(indices), longest, self._width, dtype=self._dtype)
+
+
+class FakeCache(Cache):
+    """A cache that keeps nothing.
+
+    Of the groups that a run holds at once some are simulated; `others` is how many times their bytes the
+    others take, as far as `most` bytes in all allow.
+    """
+
+    def __init__(self, log: Log, others: float = 0.0, most: int = 0) -> None:
+        self._log, self._others, self._most = log, others, most
+
+    @contextmanager
+    def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
+        """As `Cache.new_shard`."""
+        held = []
+        if self._others:
+            flows = self._log.unnamed()
+            size = int(min(self._others * flows, max(0, self._most - flows)))
+            held.append(torch.empty(size, dtype=torch.uint8))
+            self._log.mark(held, "cache and batches")
+        yield FakeShard()
+        del held
+
+
+class FakeShard(ShardWriter):
+    """A shard that nothing is written to."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, group: Group, hidden: Tensor) -> None:
+        """As `ShardWriter.write`, which needs the bytes in a row."""
+        hidden.detach().contiguous().view(-1)
+
+
+class FakeCopy(WorkingCopy):
+    """A working copy that nothing is written to; what is trained is read from it and not the source."""
+
+    def __init__(self, top: Top) -> None:
+        self._names = {name for name, _ in top.parameters()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def covers(self, name: str) -> bool:
+        """As `WorkingCopy.covers`."""
+        return name in self._names
+
+    def read(self, name: str, into: Tensor) -> None:
+        """As `WorkingCopy.read`."""
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """As `WorkingCopy.write`."""
+
+
+class MarkedScratch(TieredScratch):
+    """A scratch whose tensors' causes are known by their names; those in files take no memory.
+
+    Fake tensors of any device are the CPU's, as only they have a backward; so what is in RAM beside another
+    device is on none: what computes with it without bringing it over fails here as it would there.
+
+    `waiting` has, by layer, shape and dtype of what goes into it of micro-batches that only wait: made with
+    that of the first which is computed, gone when a lower layer's begin to go.
+    """
+
+    def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
+        super().__init__(torch.device("cpu"), Path(), tier)
+        self._beside = torch.device("cpu" if log.device == "cpu" else "meta")
+        self._log = log
+        self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
+        self._inputs: dict[int, Tensor] = {}
+
+    def drop(self, name: str) -> None:
+        """As `Scratch.drop`."""
+        super().drop(name)
+        if (layer := self._input_of(name)) is not None:
+            self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
+
+    def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """As `Scratch.zeros`."""
+        tensor = super().zeros(name, shape, dtype)
+        self._log.mark([tensor], self._cause(name))
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if (layer := self._input_of(name)) in self.waiting and layer not in self._inputs:
+            shape, dtype = self.waiting[layer]
+            self._inputs[layer] = torch.empty(shape, dtype=dtype)
+        super().__setitem__(name, tensor)
+        self._log.mark([self[name]], self._cause(name))
+
+    def _write(self, name: str, place: Tensor, tensor: Tensor) -> None:
+        pass
+
+    def _make(self, name: str, size: int) -> Tensor:
+        tensor = torch.empty(size, dtype=torch.uint8, device=self._beside)
+        self._log.mark([tensor], self._cause(name))
+        return tensor
+
+    def _input_of(self, name: str) -> int | None:
+        """The layer whose input it is."""
+        kind, _, place = name.partition("/")
+        return int(place.partition("/")[0]) if kind == "input" else None
+
+    def _cause(self, name: str) -> str:
+        elsewhere = self._tier(name) == "disk" or (self._apart(name) and self._log.device != "cpu")
+        return APART if elsewhere else CAUSE_OF.get(name.partition("/")[0], "optimizer state")

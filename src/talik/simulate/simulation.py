@@ -1,0 +1,203 @@
+"""The project's own run on fake tensors: what it will take, before a weight is loaded.
+
+Everything that a run does with tensors is done here by the same functions: the store loads blocks, the trunk
+passes, steps forward and backward, the update, the evaluation. Only files, threads and the numbers
+themselves are missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from talik.base.events import silent
+from talik.data.examples import Example
+from talik.data.preparing.store import lengths_of
+from talik.model.adapters import adapter_weights, empty_adapters
+from talik.model.anatomy import parts_of
+from talik.model.chain.chain import Chain, Skeleton
+from talik.model.freeze import thaw
+from talik.model.weights.hollow import hollow_model
+from talik.model.weights.safetensors_file import Entry, read_tables, weight_files
+from talik.model.weights.weights import Weights
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe, check_layers
+from talik.simulate.account import Simulation, account
+from talik.simulate.fake_log import Routing, fake_world
+from talik.simulate.fakes import (
+    AtOnce,
+    FakeCache,
+    FakeCopy,
+    FakeStates,
+    FakeWeights,
+    MarkedScratch,
+    assumed_table,
+)
+from talik.simulate.storage_log import Log
+from talik.training.loading import Loaded, begin, working_dtype
+from talik.training.memory.store import Store
+from talik.training.run.evaluation import evaluate_top
+from talik.training.run.feed import load_micro_batches, run_step
+from talik.training.run.loop import ScalarMonitor
+from talik.training.step.step import prepare_top
+from talik.training.step.top import MicroBatch, Top, World
+from talik.training.trunk.cache import Group, States
+from talik.training.trunk.trunk import trunk_pass
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is simulated: a recipe, and its model without weights; `tables` say what its files hold."""
+
+    recipe: Recipe
+    folder: Path
+    chain: Chain
+    tables: dict[Path, dict[str, Entry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What goes through: examples, those of each simulated step, and those that are evaluated.
+
+    `groups` go through the trunk; `others` is how many times their tokens are held beside them. `waiting` are
+    examples of a step whose micro-batches only wait while its others are computed.
+    """
+
+    examples: Sequence[Example]
+    groups: Sequence[Group]
+    steps: Sequence[Sequence[int]]
+    evaluated: Sequence[int] = ()
+    others: float = 0.0
+    waiting: Sequence[int] = ()
+
+
+def subject_of(recipe: Recipe, folder: Path) -> Subject:
+    """The model of a folder with everything frozen but what the recipe trains; weights may be missing."""
+    model = hollow_model(folder, working_dtype(recipe))
+    check_layers(recipe, parts_of(model).count)
+    there = all(file.is_file() for file in weight_files(folder))
+    tables = read_tables(folder) if there else assumed_table(model, folder)
+    FakeWeights(model, folder, tables)
+    thaw(model, recipe)
+    return Subject(recipe, folder, Chain(model, "cpu"), tables)
+
+
+def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
+    """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
+    chain, device = subject.chain, plan.device.partition(":")[0]
+    plan = plan.model_copy(update={"device": "cpu"})  # a fake CUDA device has no backward
+    weights = FakeWeights(chain.model, subject.folder, subject.tables)
+    with fake_world(chain.model, device, routing) as log, log.blocks_of(chain):
+        weights.log = log
+        try:
+            rehearse(subject, weights, plan, work, log, layers=enough_layers(chain, plan.cut))
+        finally:
+            for block in ("rest", "embeddings", "tail", *(f"layer {i}" for i in range(plan.layers))):
+                weights.remove(block)
+            empty_adapters(chain.model)
+    return account(log, routed=log.routed)
+
+
+def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
+    """Everything that a run does with tensors, in its order, with the trunk's first `layers` layers.
+
+    What the trunk hands on is not kept, and steps begin from states of no meaning.
+    """
+    recipe, chain = subject.recipe, subject.chain
+    log.phase("load")
+    loaded = begin(chain, weights, plan, recipe.seed, AtOnce())
+    log.mark(adapter_weights(chain.model), "weights trained")
+    log.phase("trunk")
+    with loaded.trunk() as store:
+        _load_each(loaded, store, layers)
+        if plan.cache != "none":
+            _trunk(loaded, store, work, log, layers)
+    log.phase("load")
+    top = loaded.top()
+    weights.changed = FakeCopy(top)
+    scratch = MarkedScratch(log, plan.tier)
+    prepare_top(top, recipe, loaded.store, scratch)
+    form = chain.width(plan.cut), chain.handed_on(plan.cut)
+    world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))
+
+    def states_of(of: Sequence[Example]) -> States | None:
+        return None if plan.cache == "none" else FakeStates(lengths_of(of), *form)
+
+    if work.evaluated:
+        log.phase("evaluate")
+        held_out = [work.examples[i] for i in work.evaluated]
+        evaluate_top(top, held_out, states_of(held_out), plan, loaded.store)
+    states = states_of(work.examples)
+    log.phase("forward")  # a step begins by making its micro-batches
+    for step, indices in enumerate(work.steps, start=1):
+        waiting = _waiting(top, work, states, plan, scratch)
+        run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
+        del waiting
+    log.phase("save")
+    loaded.store.drop_buffers()
+
+
+def _waiting(
+    top: Top, work: Work, states: States | None, plan: Plan, scratch: MarkedScratch
+) -> list[MicroBatch | Skeleton | Tensor]:
+    """What is held of the micro-batches that wait; of a streamed pass what flows and what is kept, too."""
+    chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
+    held: list[MicroBatch | Skeleton | Tensor] = [*batches]
+    if plan.top == "resident" or not batches:
+        return held
+    sizes = [batch.input_ids.numel() for batch in batches]
+    dtype = chain.handed_on(plan.cut)
+    for batch, size in zip(batches, sizes, strict=True):
+        held.append(chain.skeleton(batch.input_ids, embed=False))
+        held.append(torch.empty(size, chain.width(plan.cut), dtype=dtype))
+    groups = top.groups()
+    for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's
+        if plan.inputs == "memory":
+            scratch.waiting[group[0]] = (sum(sizes), chain.width(group[0])), dtype
+    return held
+
+
+def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> None:
+    """The trunk's pass over the groups of the work."""
+    groups = [(group, work.examples) for group in work.groups]
+    cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
+    plan = loaded.plan.model_copy(update={"cut": layers})
+    trunk_pass(loaded.chain, plan, groups, store, cache, silent)
+
+
+def _load_each(loaded: Loaded, store: Store, layers: int) -> None:
+    """Block after block, as the check of the chain loads them; its few tokens take nothing worth counting."""
+    plan = loaded.plan
+    store.get("embeddings")
+    for layer in (*range(layers), *range(plan.cut, plan.layers)):
+        with loaded.around(store, layer):
+            pass
+    if layers < plan.cut:
+        store.get(f"layer {layers}")  # which was read ahead
+        store.release(f"layer {layers}")
+    loaded.store.release("tail")
+
+
+def enough_layers(chain: Chain, cut: int) -> int:
+    """How many layers of the trunk hold every kind of it twice: what the others take is the same."""
+    counts: Counter[Any] = Counter()
+    kinds = [_kind(chain, index) for index in range(cut)]
+    for index, kind in enumerate(kinds):
+        if all(counts[each] >= 2 or kinds.count(each) == counts[each] for each in kinds):
+            return index
+        counts[kind] += 1
+    return cut
+
+
+def _kind(chain: Chain, index: int) -> Any:
+    """Layers of one kind do the same with the same shapes."""
+    layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+    return type(layer), types[index] if index < len(types) else None, shapes, chain.width(index + 1)

@@ -1,0 +1,219 @@
+"""When every tensor's memory is taken and given back while a piece of the project's own code runs.
+
+A StorageLog sees every operator of torch. A storage is born when it is first seen in a result and dies with
+the last tensor that views it. What a storage was for is said later, when its fate is known.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from talik.kernels import bf16_matmul, cross_entropy
+from talik.model.chain.chain import Chain
+from talik.simulate.flops import flops_of
+
+CAUSES = (
+    "program",
+    "weights frozen",
+    "weights trained",
+    "gradients",
+    "optimizer state",
+    "cache and batches",
+    "libraries",
+    "allocator",
+    "saved activations",
+    "recomputed",
+    "logits and loss",
+    "workspace",
+)
+APART = (
+    "apart"  # the cause of tensors in mapped files, or in RAM beside a device: they take none of its memory
+)
+
+
+@runtime_checkable
+class Log(Protocol):
+    """What a run tells while it is watched: which phase begins, and what tensors are for.
+
+    `device` is the kind of device whose memory it is about.
+    """
+
+    device: str
+
+    def phase(self, name: str, /) -> None: ...
+    def unnamed(self) -> int: ...
+    def mark(self, tensors: Iterable[Tensor], cause: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Storage:
+    """One storage: its size, and when, where and by which operator it was made; `cause` once it is known."""
+
+    bytes: int
+    phase: str
+    block: str
+    operator: str
+    shape: tuple[int, ...]
+    cause: str | None = None
+    dead: bool = False
+
+
+class StorageLog(TorchDispatchMode):
+    """Entered, it notes the births and deaths of storages that operators of this thread make.
+
+    `births` are all storages; `events` has, in order, the number of each one born, and its complement (~)
+    when it dies; `marks` is where phases begin, as (number of the event, phase). `flops` and `moved` (bytes
+    read and written by operators that are no products) are counted by phase, for the time that it takes.
+    `device` is the kind of device whose memory it is.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = device
+        self._alike: dict[Any, Any] = {}
+        self.births: list[Storage] = []
+        self.events = array("q")
+        self.marks: list[tuple[int, str]] = [(0, "load")]
+        self.phase_now, self.block = "load", ""
+        self.flops: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self._began = 0
+        self._live: dict[int, int] = {}  # by address of the storage: its number
+
+    def phase(self, name: str) -> None:
+        """A phase begins. What a forward leaves behind when it ends is saved for the backward."""
+        if self.phase_now == "forward":
+            self._settle("forward", "saved activations")
+        self.phase_now, self.block = name, ""
+        self.marks.append((len(self.events), name))
+
+    def unnamed(self) -> int:
+        """Bytes that are alive and have no cause yet."""
+        return sum(
+            self.births[number].bytes for number in self._live.values() if not self.births[number].cause
+        )
+
+    def mark(self, tensors: Iterable[Tensor], cause: str) -> None:
+        """Says what the storages of these tensors are for; those made before are born now."""
+        for tensor in tensors:
+            made = self.births[self._see(tensor, "before")]
+            made.cause = cause
+            if cause == APART:
+                made.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return self.run(func, args, kwargs)
+        beside = self.beside(func, args)  # alive until this returns
+        for tensor in beside:
+            self._see(tensor, func._schema.name)
+        out = self.run(func, args, kwargs)
+        made = [
+            t
+            for t in tree_leaves(out)
+            if isinstance(t, Tensor) and (isinstance(t, FakeTensor) or not t.is_meta)
+        ]
+        for tensor in made:
+            self._see(tensor, func._schema.name)
+        self._count(func, args, kwargs, out, made)
+        return out
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carries out one operator."""
+        return func(*args, **kwargs)
+
+    def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """Tensors as large as what an operator makes for itself and drops when it ends.
+
+        Of Talik's own operators: no mode sees inside them. What torch's kernels make is not looked for.
+        """
+        if func.namespace != "talik":
+            return []
+        return [*cross_entropy.beside(func, args, self.device), *bf16_matmul.beside(func, args)]
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
+        """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""
+        if (flops := flops_of(func, args, kwargs, out)) is not None:
+            self.flops[self.phase_now] += flops
+        elif not func.is_view:
+            taken = (tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor))
+            self.moved[self.phase_now] += sum(t.nbytes for t in (*taken, *made))
+
+    def _see(self, tensor: Tensor, operator: str) -> int:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, 0 if storage.filename else storage.nbytes()
+        number = self._live.get(key)
+        if number is not None and (self.births[number].bytes == size or self.births[number].cause == APART):
+            return number
+        if number is not None:  # resized: the old one is gone
+            self._die(key, number)
+        number = self._live[key] = len(self.births)
+        cause = "logits and loss" if self.phase_now == "loss" else None
+        # What many have alike is one object: Python keeps the room of a large log that is gone.
+        size, shape = (self._alike.setdefault(value, value) for value in (size, tuple(tensor.shape)))
+        made = Storage(size, self.phase_now, self.block, operator, shape, cause)
+        self.births.append(made)
+        self.events.append(number)
+        weakref.finalize(storage, self._die, key, number).atexit = False
+        return number
+
+    def _die(self, key: int, number: int) -> None:
+        if self.births[number].dead:
+            return
+        self.births[number].dead = True
+        self.events.append(~number)
+        if self._live.get(key) == number:
+            del self._live[key]
+
+    def _settle(self, phase: str, cause: str, since: int = 0) -> None:
+        """Gives a cause to what was born in a phase, is alive, and has none."""
+        for number in self._live.values():
+            made = self.births[number]
+            if number >= since and made.cause is None and made.phase == phase:
+                made.cause = cause
+
+    @contextmanager
+    def blocks_of(self, chain: Chain) -> Iterator[None]:
+        """Inside, what is born knows which of the chain's blocks was running."""
+        with ExitStack() as stack:
+            for index, layer in enumerate(chain.layers):
+                name = f"layer {index}"
+                stack.callback(layer.register_forward_pre_hook(partial(self._enters, name)).remove)
+                stack.callback(layer.register_forward_hook(partial(self._leaves, name)).remove)
+            named = partial(self._enters, "embeddings")
+            stack.callback(chain.embedding.register_forward_pre_hook(named).remove)
+            head = chain.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(partial(self._enters, "tail")).remove)
+            yield
+
+    def _enters(self, name: str, module: nn.Module, args: Any) -> None:
+        if self.phase_now == "trunk":  # what outlives a layer is what the trunk hands on
+            self._settle("trunk", "cache and batches")
+        self.block, self._began = name, len(self.births)
+
+    def _leaves(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        if self.phase_now == "backward":
+            self._settle("backward", "recomputed", since=self._began)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(partial(self._backward_of, name))
+
+    def _backward_of(self, name: str, gradient: Tensor) -> None:
+        self.block = name

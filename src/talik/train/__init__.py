@@ -1,1 +1,0 @@
-"""Training: the frozen trunk once, the thawed top step by step."""

@@ -1,0 +1,1 @@
+"""The frozen trunk, the training step, and the loop around them."""

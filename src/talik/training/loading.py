@@ -1,0 +1,200 @@
+"""A model for a run: hollow at first, then its trunk as long as it runs, then its top."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from talik.base.errors import ChainError
+from talik.data.examples import Example
+from talik.machine.device import choose_device
+from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
+from talik.model.adapters import in_words as adapters_in_words
+from talik.model.chain.chain import Chain
+from talik.model.chain.verify import verify_layers
+from talik.model.freeze import thaw, trained_parameters
+from talik.model.loading import load_model
+from talik.model.weights.hollow import hollow_model
+from talik.model.weights.weights import Weights
+from talik.model.weights.working_copy import SavedWeights, WorkingCopy
+from talik.recipe.plan import Plan
+from talik.recipe.recipe import Recipe
+from talik.recipe.thaw import layers_in_words
+from talik.training.memory.scratch import Scratch, TieredScratch
+from talik.training.memory.store import FileStore, ResidentStore, Store
+from talik.training.step.top import Top, make_top
+
+
+def working_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the model computes in and that the export has."""
+    return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model whose weights are in its files until they are asked for."""
+
+    chain: Chain
+    weights: Weights
+    store: FileStore
+    plan: Plan
+
+    @contextlib.contextmanager
+    def trunk(self) -> Iterator[Store]:
+        """The store that the trunk runs from: all in memory while this is entered, or layer by layer."""
+        if self.plan.trunk == "streamed":
+            try:
+                yield self.store
+            finally:
+                self.store.drop_buffers()
+            return
+        blocks = ["embeddings", *(f"layer {i}" for i in range(self.plan.cut))]
+        for block in blocks:
+            self.store.get(block)
+        try:
+            yield ResidentStore()
+        finally:
+            for block in blocks:
+                self.store.release(block)
+
+    def top(self) -> Top:
+        """What is trained, and what runs beside it: in memory from here on, unless the plan streams it."""
+        top = make_top(self.chain, trained_parameters(self.chain.model), self.plan.cut)
+        if self.plan.top == "resident":
+            for block in dict.fromkeys([*top.blocks, "tail"]):
+                self.store.stay(block)
+        for index in range(self.plan.cut, self.plan.layers):
+            if has_lengths(self.chain.layers[index]):
+                self.store.get(f"layer {index}")
+                measure_lengths(self.chain.layers[index])
+                self.store.release(f"layer {index}")
+        self.weights.drop_staging()
+        return top
+
+    @contextlib.contextmanager
+    def working(self, top: Top, folder: Path, checkpoint: Path | None = None) -> Iterator[Scratch]:
+        """The scratch of a run; what does not stay in memory is in `folder`, which is removed at the end.
+
+        Weights that are streamed begin as they are in `checkpoint`, if there is one.
+        """
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        scratch = TieredScratch(self.chain.device, folder, self.plan.tier)
+        if self.plan.top == "streamed":
+            sizes = {name: parameter.nbytes for name, parameter in top.parameters() if parameter.is_meta}
+            saved = SavedWeights(checkpoint / "weights.safetensors") if checkpoint else None
+            self.weights.changed = WorkingCopy(folder / "weights", sizes, saved, forget=self.weights.forget)
+        try:
+            yield scratch
+        finally:
+            self.store.drop_buffers()
+            if isinstance(self.weights.changed, WorkingCopy):
+                self.weights.changed.close()
+            scratch.close()
+
+    def check_chain(self, examples: Sequence[Example], store: Store) -> None:
+        """ChainError if the chain differs from the model's own forward on a few tokens of two examples."""
+        report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
+        kind = type(self.chain.model).__name__
+        try:
+            difference = self.difference(examples, store)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            problem = f"{kind} cannot be run layer by layer: {type(error).__name__}: {error}"
+            raise ChainError(problem, remedy=report) from error
+        if difference:
+            problem = f"the chain of {kind} differs from the model's own forward by {difference:.3g}"
+            raise ChainError(problem, remedy=report)
+
+    def difference(self, examples: Sequence[Example], store: Store) -> float:
+        """The largest difference of the chain from the model's own forward on a few tokens of two examples.
+
+        Layer by layer, each compared while it is loaded: below the cut from `store`.
+        """
+        rows = [list(examples[0].input_ids[:16]), list(examples[-1].input_ids[:8])]
+        width = max(len(row) for row in rows)
+        ids = [row + [0] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        store.get("embeddings")
+        device = self.chain.device
+        tokens, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        largest = verify_layers(self.chain, tokens, mask, partial(self.around, store))
+        self.store.release("tail")
+        return largest
+
+    @contextlib.contextmanager
+    def around(self, store: Store, layer: int) -> Iterator[None]:
+        """A layer is loaded while this is entered; embeddings go before the first, the tail comes last."""
+        below = store if layer < self.plan.cut else self.store
+        if layer == 0:
+            store.release("embeddings")  # its turn is over, and the tail takes as much again
+        below.get(f"layer {layer}")
+        below.read_ahead(f"layer {layer + 1}")
+        yield
+        below.release(f"layer {layer}")
+        if layer == self.plan.layers - 1:
+            self.store.get("tail")
+
+
+def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
+    """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet.
+
+    UsageError where the plan's device is not there: a run may be used on another computer.
+    """
+    choose_device(plan.device)
+    model = hollow_model(folder, working_dtype(recipe), plan.device)
+    weights = Weights(model, folder)
+    thaw(model, recipe)
+    weights.look_again()
+    weights.forget = weights.bytes_in_files(base_tensors(model)) > psutil.virtual_memory().available // 2
+    return begin(Chain(model, plan.device), weights, plan, recipe.seed)
+
+
+def begin(chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None) -> Loaded:
+    """Makes the store of a plan, and what stays for the whole run: adapters by a seed, a few blocks."""
+    fill_adapters(chain.model, seed, torch.device(plan.device))
+    first = 0 if plan.trunk == "streamed" else plan.cut
+    end = plan.layers if "streamed" in (plan.trunk, plan.top) else plan.cut
+    streamed = [f"layer {i}" for i in range(first, end)]
+    top = make_top(chain, (), plan.cut)
+    buffers = 1 + (max(map(len, top.groups()), default=1) if plan.top == "streamed" else 1)
+    store = FileStore(weights, torch.device(plan.device), streamed, reader, buffers)
+    store.stay("rest")
+    if chain.calls_need_embeddings:
+        store.stay("embeddings")
+    return Loaded(chain, weights, store, plan)
+
+
+def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
+    """The whole model of a folder in memory, everything frozen but what the recipe trains."""
+    model = load_model(folder, working_dtype(recipe), plan.device)
+    thaw(model, recipe)
+    fill_adapters(model, recipe.seed, model.device)
+    measure_lengths(model)
+    return model, make_top(Chain(model), trained_parameters(model), plan.cut)
+
+
+def what_is_trained(loaded: Loaded, recipe: Recipe) -> str:
+    """The trained parameters and the frozen ones, in words."""
+    named = loaded.chain.model.named_parameters()
+    sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
+    parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
+    layers = {layer: f"layer {layer}" in parts for layer in range(loaded.plan.layers)}
+    shown = layers_in_words(layer for layer, trained in layers.items() if trained)
+    shown += [part for part in parts if not part.startswith("layer ")]
+    trained, total = sum(sizes.values()), loaded.weights.parameters
+    if recipe.lora is not None:
+        share = f"{trained:,} parameters beside {total:,} ({100 * trained / total:.1f} %), all of them frozen"
+        return f"{', '.join(shown)}: {recipe.lora}, {adapters_in_words(loaded.chain.model)}; {share}"
+    share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
+    frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)
+    frozen += [] if "embeddings" in parts else ["the embeddings"]
+    rest = f"{' and '.join(frozen)} are" if frozen else "nothing is"
+    return f"{', '.join(shown)}: {share}; {rest} frozen"

@@ -1,0 +1,1 @@
+"""Where blocks of weights (store) and named tensors (scratch) are held."""

@@ -1,0 +1,1 @@
+"""The loop over steps, evaluation, checkpoints and the run folder."""

@@ -1,0 +1,163 @@
+"""Checkpoints: what was trained, the optimizer's state, and where the run stands. Never the trunk.
+
+A checkpoint is a folder `step-00000040` that appears once it is whole. Randomness is seeded anew for every
+step from the seed and the step's number, and the order of the data follows from the seed and the epoch, so
+a few integers are the whole state beside the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from talik.base.errors import RunError
+from talik.base.files import finished_folder, need_room, read_json, sync_folder
+from talik.model.weights.safetensors_file import read_header, tensor_bytes, write_tensors
+from talik.recipe.recipe import Recipe
+from talik.training.memory.scratch import Scratch
+from talik.training.memory.store import Store
+from talik.training.run.checkpoint_digests import OPTIMIZER, STATE, WEIGHTS, DigestWriter
+from talik.training.step.gradients import loaded
+from talik.training.step.top import Top
+from talik.training.step.update import gradients_wait, kept
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run stands: `step` steps are done, `epoch` and `step_in_epoch` name the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    worse: int = 0  # evaluations since the best one
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def clear_unfinished(run: Path) -> None:
+    """Removes what a killed process left of a checkpoint that it was writing."""
+    for part in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(part)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _tensor_names(top: Top, recipe: Recipe) -> list[str]:
+    last = ["norm"] if recipe.clip == "last" else []
+    return [*last, *(key for name, own in top.parameters() for key in kept(name, own, recipe))]
+
+
+def checkpoint_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
+    """What the checkpoints of a run take at most: those to keep, the best one, and one being written."""
+    weights = sum(parameter.nbytes for parameter in trained.values())
+    return (weights + state_bytes(trained, recipe)) * (recipe.keep + 2)
+
+
+def state_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
+    """What masters and optimizer state of these parameters take."""
+    forms = (form for item in trained.items() for form in kept(*item, recipe).values())
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in forms)
+
+
+def scratch_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
+    """What masters, optimizer state and gradients that wait for the norm of all take."""
+    waiting = 4 * sum(parameter.numel() for parameter in trained.values()) if gradients_wait(recipe) else 0
+    return state_bytes(trained, recipe) + waiting
+
+
+def save_checkpoint(
+    run: Path, top: Top, store: Store, scratch: Scratch, recipe: Recipe, state: State
+) -> Path:
+    """Writes a checkpoint of this state, unless there is one already; then drops those not to be kept.
+
+    Block by block and tensor by tensor, so that it takes no memory.
+    """
+    path = checkpoint_path(run, state.step)
+    if not path.exists():
+        weights = [(name, parameter.dtype, parameter.shape) for name, parameter in top.parameters()]
+        optimizer = {name: scratch[name] for name in _tensor_names(top, recipe)}
+        size = sum(parameter.nbytes for _, parameter in top.parameters())
+        need_room(path.parent, size + sum(t.nbytes for t in optimizer.values()), "a checkpoint")
+        with finished_folder(path) as folder:
+            written = DigestWriter(folder)
+            with written.file(WEIGHTS) as file:
+                _write(file, weights, _trained(top, store))
+            with written.file(OPTIMIZER) as file:
+                table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
+                _write(file, table, optimizer.values())
+            with written.file(STATE) as file:
+                file.write(json.dumps(asdict(state), indent=2).encode("utf-8"))
+            written.finish()
+        sync_folder(path.parent)  # before an older one is removed
+    best = None if state.best_step is None else checkpoint_path(run, state.best_step)
+    for old in checkpoints(run)[: -recipe.keep]:
+        if old != best:
+            _drop(old)
+    return path
+
+
+def _write(file: BinaryIO, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> None:
+    write_tensors(file, table)
+    for tensor in tensors:
+        file.write(tensor_bytes(tensor))
+
+
+def _drop(checkpoint: Path) -> None:
+    """Removes a checkpoint, at once: nobody finds half of it under its name, even after a kill."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _trained(top: Top, store: Store) -> Iterator[Tensor]:
+    """The trained weights in the order of `top.parameters`, each block loaded while it is asked for."""
+    seen: set[str] = set()
+    for block in top.blocks:
+        with loaded(store, top, block):
+            yield from (own for name, own in top.of(block) if name not in seen)
+        seen.update(name for name, _ in top.of(block))
+
+
+def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
+    """Puts a checkpoint's tensors back, bit for bit, and returns where the run stood.
+
+    Weights that are streamed are read from it when they are wanted (`Loaded.working`).
+    """
+    load_weights(path, dict(top.parameters()))
+    for name, entry in read_header(path / OPTIMIZER).items():
+        entry.read_to(scratch[name])
+    return State(**read_json(path / STATE))
+
+
+def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Reads a checkpoint's trained weights into the parameters of the same names, but for hollow ones.
+
+    Byte range by byte range: a mapped file would count against a hard limit.
+    """
+    weights = read_header(path / WEIGHTS)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if {name: entry.shape for name, entry in weights.items()} != shapes:
+        raise RunError("the checkpoint was made with other trained layers", where=path)
+    for name, entry in weights.items():
+        if not parameters[name].is_meta:
+            entry.read_to(parameters[name])
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest finished checkpoint, or None."""
+    return next(reversed(checkpoints(run)), None)

@@ -1,0 +1,62 @@
+"""The results of a run, as train and resume return them and results.json keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from talik.base.events import Evaluation
+from talik.base.files import read_json
+from talik.training.run.checkpoints import State
+from talik.training.run.evaluation import evaluation_of
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The results of a run; `base` and `tuned` (the best) are None without anything to evaluate on.
+
+    Attributes:
+        memory: By phase and in bytes, what was promised, allocated (in the first steps) and measured.
+        by_source: Where there are several sources to evaluate on, "base" and "tuned" of each.
+    """
+
+    run: str
+    steps: int
+    seconds: float
+    base: Evaluation | None
+    tuned: Evaluation | None
+    best_step: int | None
+    memory: dict[str, dict[str, int]]
+    by_source: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything for programs; without `by_source` where there is only one."""
+        return {name: value for name, value in asdict(self).items() if value or name != "by_source"}
+
+
+def result_of(folder: Path, state: State, seconds: float, memory: dict[str, dict[str, int]]) -> Result:
+    """The result of a run that stands at `state`."""
+    marks = state.evaluations
+    base = marks[0] if marks else None
+    best = min(marks[1:], key=lambda mark: mark["loss"], default=None)  # the first is the base's
+    both = {name: mark for name, mark in (("base", base), ("tuned", best)) if mark}
+    sources = base.get("by_source", {}) if base else {}
+    return Result(
+        str(folder),
+        state.step,
+        seconds,
+        evaluation_of(base) if base else None,
+        evaluation_of(best) if best else None,
+        state.best_step,
+        memory,
+        {s: {name: evaluation_of(mark["by_source"][s]) for name, mark in both.items()} for s in sources},
+    )
+
+
+def earlier_memory(folder: Path) -> dict[str, dict[str, int]] | None:
+    """The memory that an earlier start of the run took, if it came to its end."""
+    written = folder / RESULTS
+    return read_json(written).get("memory") if written.exists() else None

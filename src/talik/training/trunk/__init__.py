@@ -1,0 +1,1 @@
+"""The frozen layers, run once over the data, and the cache of their hidden states."""

@@ -1,0 +1,1 @@
+"""What several tests use: small models, tokenizers, rows and references."""
