@@ -243,7 +243,7 @@ from pathlib import Path
 from talik.data.preparing import kept, prepare, prepared
 from talik.data.dataset import read_all
 from talik.model.tokenizer import load_tokenizer
-from talik.recipe import check
+from talik.recipe.recipe import check
 
 prepared.LARGE, prepare.CHUNK_BYTES, kept.worker_count = 0, 500, lambda: 2
 recipe = check({"model": "-", "data": sys.argv[2], "bad_rows": "skip"})
