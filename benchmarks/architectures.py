@@ -87,7 +87,7 @@ def chain_gradients(model: Any, trained: list[str]) -> list[torch.Tensor]:
     """The trunk row by row, unpadded; the top on the padded batch, without a mask; gathered rows."""
     chain, (ids, _) = Chain(model), batch("right")
     cut, depth = first_trained_layer(chain), len(chain.layers)
-    hidden = torch.zeros(*ids.shape, chain.width(cut), dtype=chain.handed_on(cut))
+    hidden = torch.zeros(*ids.shape, chain.width_at(cut), dtype=chain.dtype_at(cut))
     for row, length in enumerate(LENGTHS):
         alone = chain.skeleton(ids[row : row + 1, :length])
         with torch.inference_mode():

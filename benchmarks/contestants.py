@@ -28,13 +28,13 @@ from talik.machine.peak_memory import PeakMemory
 def talik(job: dict[str, Any], phase: Callable[[str], None]) -> dict[str, Any]:
     """Its own defaults: a checkpoint at the end of every epoch, and an export that is verified."""
     import talik
-    from talik.base.events import Said, StepDone
+    from talik.base.events import Status, StepDone
 
     at: dict[str, float] = {}
     steps: list[StepDone] = []
 
     def note(event: Any) -> None:
-        if isinstance(event, Said):
+        if isinstance(event, Status):
             at[event.topic] = time.perf_counter()
         elif isinstance(event, StepDone):
             steps.append(event)

@@ -129,10 +129,10 @@ def prepare(tokenizer: Path, rows: Path) -> dict[str, Any]:
     """Prepares the rows as `talik train` does, with the seconds that each part of it takes."""
     from talik.data.dataset import examples_fingerprint, read_all
     from talik.model.tokenizer import load_tokenizer
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     load = partial(load_tokenizer, tokenizer)
-    recipe, loaded, said = check({"model": "-", "data": str(rows)}), load(), []
+    recipe, loaded, said = checked_recipe({"model": "-", "data": str(rows)}), load(), []
     print("ready", flush=True)
     start = time.perf_counter()
     data = read_all(recipe, recipe.data, loaded, "training", load=load, notify=said.append)

@@ -19,7 +19,7 @@ from common import record
 from made import made_examples, qwen_folder
 from seven_billion import one_step
 
-from talik.base.system import settle_allocators
+from talik.base.system import configure_allocators
 from talik.machine.machine import this_machine
 from talik.plan.promise import Promise
 from talik.plan.search import Search
@@ -41,7 +41,7 @@ SIZES = {
 
 def child(folder: Path, place: Path) -> dict[str, Any]:
     """The promise of the way that takes least, and what it takes."""
-    settle_allocators()
+    configure_allocators()
     fields = {"thaw": "all", "precision": "bf16-sr", "optimizer": "adafactor", "clip": "last"}
     recipe = Recipe.model_validate(
         {"model": str(folder), "data": "-", "batch_tokens": sum(LENGTHS), "cache": str(place), **fields}

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers.small_tokenizers import make_tokenizer
 from helpers.tiny_models import tiny_model
 from talik.base.errors import DoesNotFitError
-from talik.base.system import settle_allocators
+from talik.base.system import configure_allocators
 from talik.data.dataset import read_sets
 from talik.machine.machine import this_machine
 from talik.model.tokenizer import load_tokenizer
-from talik.plan.changes import Thrift
+from talik.plan.changes import ThriftiestWay
 from talik.plan.search import plan_run
 from talik.plan.target import slack_of, target_of
 from talik.recipe.recipe import Recipe
@@ -84,14 +84,14 @@ def pair(seed: int, folder: Path) -> dict[str, Any]:
     """One pair of run and limit, and what became of it."""
     draw = random.Random(seed)
     recipe, what = prepare(folder, draw)
-    settle_allocators()
+    configure_allocators()
     sets = read_sets(recipe, load_tokenizer(folder))
     examples, evaluated = (data.examples if data else [] for data in sets)
     machine = this_machine("cpu", measure=False)
     free = plan_run(recipe, folder, examples, evaluated, target=target_of(machine))
     anchor = free.peak.bytes
     if draw.choice((False, True)):
-        anchor = Thrift(folder, (examples, evaluated), target_of(machine)).peak(recipe)
+        anchor = ThriftiestWay(folder, (examples, evaluated), target_of(machine)).peak(recipe)
     limit = int(draw.uniform(0.6, 1.4) * anchor) + slack_of(anchor)
     planned = plan_run(recipe, folder, examples, evaluated, target=target_of(machine, memory=limit))
     promise = planned.peak.bytes

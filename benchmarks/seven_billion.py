@@ -28,7 +28,7 @@ from common import best_seconds, record
 from made import made_examples, qwen_folder
 
 from talik.base.events import silent
-from talik.base.system import forget_pages, settle_allocators
+from talik.base.system import configure_allocators, drop_pages
 from talik.data.examples import Example
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import without_bf16
@@ -42,7 +42,7 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.simulation import subject_of
 from talik.simulate.work import work_of
-from talik.training.loading import load
+from talik.training.loading import open_run_model
 from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
@@ -80,7 +80,7 @@ class Clock(ScalarMonitor):
 def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     """Plans, then runs a step within the way's limit."""
     limit, fields = WAYS[way]
-    settle_allocators()
+    configure_allocators()
     recipe = Recipe(model=str(folder), data="-", batch_tokens=sum(LENGTHS), cache=str(place), **fields)
     examples = made_examples(LENGTHS)
     # Nothing is saved here. A cgroup counts page tables and file pages too, which no plan knows.
@@ -111,7 +111,7 @@ def one_step(
     A later one is no faster: nothing is compiled, and weights are read anew in each.
     """
     promise.phase("load")  # which is when a limit begins
-    loaded = load(recipe, plan, folder)
+    loaded = open_run_model(recipe, plan, folder)
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
     promise.phase("trunk")
@@ -175,7 +175,7 @@ def run(way: str, folder: Path) -> dict[str, Any]:
     for file in weight_files(folder):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-            forget_pages(opened.fileno(), 0, 0)
+            drop_pages(opened.fileno(), 0, 0)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place, cgroup(limit) as group:
         command = [sys.executable, __file__, "--child", way, str(folder), place, "yes" if group else "no"]
 

@@ -26,7 +26,7 @@ from transformers import Qwen2Config
 
 from talik.base.events import silent
 from talik.base.files import need_room, write_json
-from talik.base.system import forget_pages
+from talik.base.system import drop_pages
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.kernels.bf16_matmul import bf16_as_fp32
@@ -35,7 +35,7 @@ from talik.model.weights.hollow import hollow_model
 from talik.model.weights.safetensors_file import read_tables, write_tensors
 from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
-from talik.training.loading import load
+from talik.training.loading import open_run_model
 from talik.training.trunk.cache import groups_of, open_cache
 from talik.training.trunk.trunk import trunk_pass
 
@@ -117,16 +117,16 @@ def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
         {"model": "-", "data": "-", "precision": dtype, "thaw": "norm,head", "trunk": "streamed"}
     )
     plan = choose(recipe, model)
-    loaded = load(recipe, plan, model)
+    loaded = open_run_model(recipe, plan, model)
     examples = made_examples(int(tokens))
     groups = groups_of(examples, plan.trunk_batch_tokens)
     for table in read_tables(model).values():
         for entry in table.values():
             with entry.file.open("rb") as file:
-                forget_pages(file.fileno(), 0, 0)
+                drop_pages(file.fileno(), 0, 0)
     traffic = loaded.store.traffic
     with tempfile.TemporaryDirectory(dir=folder) as root, PeakMemory(torch.device("cpu"), 0.01) as peak:
-        width, kept = loaded.chain.width(plan.cut), loaded.chain.handed_on(plan.cut)
+        width, kept = loaded.chain.width_at(plan.cut), loaded.chain.dtype_at(plan.cut)
         cache = open_cache(Path(root), {}, width, kept)
         peak.take()
         start = time.perf_counter()

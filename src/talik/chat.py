@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
 
 from talik.base.errors import UsageError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.files import read_json
 from talik.data.templates.facts import facts_of, stops_of
 from talik.data.templates.template import Template, template_of
@@ -22,7 +22,7 @@ from talik.machine.device import choose_device
 from talik.model.loading import load_model
 from talik.model.source.source import find_model
 from talik.model.tokenizer import load_tokenizer
-from talik.training.loading import load_whole
+from talik.training.loading import load_whole_model
 from talik.training.run.checkpoints import load_weights
 from talik.training.run.folder import is_run, open_run, result_checkpoint
 
@@ -43,13 +43,13 @@ def load_for_chat(
         run = open_run(target, notify)
         plan = run.plan.model_copy(update={"device": str(choose_device("auto"))})
         checkpoint = None if base else result_checkpoint(run.folder, notify)
-        model, top = load_whole(run.recipe, plan, run.source.folder)
+        model, top = load_whole_model(run.recipe, plan, run.source.folder)
         if checkpoint:
             load_weights(checkpoint, dict(top.parameters()))
         return model, load_tokenizer(run.source.folder, date)
     if base:
         raise UsageError("--base is for a run: a model by itself has no other", where=target)
-    folder = find_model(str(target), progress=lambda text: notify(Said("model", text))).folder
+    folder = find_model(str(target), progress=lambda text: notify(Status("model", text))).folder
     dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
     assert dtype is None or isinstance(dtype, torch.dtype)
     return load_model(folder, dtype or torch.float32, choose_device("auto")), load_tokenizer(folder, date)

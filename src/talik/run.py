@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from talik.base.errors import DoesNotFitError, UsageError, together
-from talik.base.events import Notify, Progress, Said, StepDone, silent
+from talik.base.errors import DoesNotFitError, UsageError, collect_errors
+from talik.base.events import Notify, Progress, Status, StepDone, silent
 from talik.base.files import need_room, quoted, write_json
-from talik.base.system import ctrl_c_waits, settle_allocators
+from talik.base.system import configure_allocators, deferred_interrupt
 from talik.data.dataset import Data, check_files, check_positions, examples_fingerprint, keep_facts, read_sets
 from talik.data.reading.sources import whole_source
 from talik.data.templates.template import date_of
@@ -38,7 +38,7 @@ from talik.plan.target import machine_here, slack_of, target_of
 from talik.plan.ways import check_plan
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
-from talik.training.loading import Loaded, load, what_is_trained
+from talik.training.loading import RunModel, describe_trained, open_run_model
 from talik.training.run.checkpoint_digests import verified
 from talik.training.run.checkpoints import State, clear_unfinished, latest_checkpoint, load_checkpoint
 from talik.training.run.evaluation import evaluate_ranges
@@ -72,15 +72,15 @@ def train(
     Raises the errors of talik.base.errors; every one that concerns the recipe, the model's files or the data
     is raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
     """
-    settle_allocators()
+    configure_allocators()
     if plan is not None and memory is not None:
         raise UsageError("a plan says what a run takes: give either plan or memory")
     folder = Path(run)
-    together(partial(check_new, folder), partial(check_files, recipe))
+    collect_errors(partial(check_new, folder), partial(check_files, recipe))
     source = find_model(
-        recipe.model, revision=recipe.revision, progress=lambda text: notify(Said("model", text))
+        recipe.model, revision=recipe.revision, progress=lambda text: notify(Status("model", text))
     )
-    notify(Said("model", f"{recipe.model} in {source.folder}"))
+    notify(Status("model", f"{recipe.model} in {source.folder}"))
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     check_layers(recipe, config.get_text_config(decoder=True).num_hidden_layers)
     date = date_of(load_tokenizer(source.folder))
@@ -92,7 +92,7 @@ def train(
         check_plan(plan, recipe, source.folder)
     _limit(plan, enforce)  # refused, if it is, before there is a folder
     if not remembered(source.folder):
-        notify(Said("model", "its weights are read once, to know them by their content"))
+        notify(Status("model", "its weights are read once, to know them by their content"))
     started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets), date)
     keep_facts(folder, *sets)
     return _carry_out(started, *sets, enforce, notify)
@@ -100,7 +100,7 @@ def train(
 
 def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -> Result:
     """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
-    settle_allocators()
+    configure_allocators()
     opened = open_run(run, notify)
     choose_device(opened.plan.device)
     sets = _read_sets(opened.recipe, opened.source.folder, opened.date, notify)
@@ -122,7 +122,7 @@ def _planned(
     target = replace(target_of(machine, memory=memory), disk=None)  # asked for below, where it will be
     planned = plan_run(recipe, source.folder, examples, evaluated, target=target, notify=notify)
     for line in short_text(planned):
-        notify(Said("plan", line))
+        notify(Status("plan", line))
     if not planned.fits:
         refuse_run(folder, _findable(recipe, source), planned.as_dict())
         raise DoesNotFitError(
@@ -130,7 +130,7 @@ def _planned(
         )
     need_room(folder, planned.disk_bytes - planned.disk["cache"], "the run's checkpoints and working files")
     if note := slow_precision(recipe, machine):
-        notify(Said("note", note))
+        notify(Status("note", note))
     return planned.plan
 
 
@@ -147,7 +147,7 @@ def _findable(recipe: Recipe, source: Source) -> Recipe:
 def _read_sets(recipe: Recipe, folder: Path, date: str | None, notify: Notify) -> tuple[Data, Data | None]:
     if date is not None:
         notify(
-            Said(
+            Status(
                 "note",
                 f"the chat template writes a date; this run has {date} for it, now and when it goes on",
             )
@@ -193,8 +193,8 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     newest = latest_checkpoint(run.folder)
     checkpoint = verified(newest) if newest else None  # before anything that takes long
     torch.set_num_threads(run.plan.threads)
-    loaded = load(run.recipe, run.plan, run.source.folder)
-    notify(Said("trained", what_is_trained(loaded, run.recipe)))
+    loaded = open_run_model(run.recipe, run.plan, run.source.folder)
+    notify(Status("trained", describe_trained(loaded, run.recipe)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
     with bf16_as_fp32(), contextlib.ExitStack() as stack:
         promise.phase("trunk")
@@ -209,8 +209,8 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         prepare_top(top, run.recipe, store, scratch)
         state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
         if checkpoint:
-            notify(Said("resumed", f"after step {state.step}, from {checkpoint}"))
-        interrupted = stack.enter_context(ctrl_c_waits())
+            notify(Status("resumed", f"after step {state.step}, from {checkpoint}"))
+        interrupted = stack.enter_context(deferred_interrupt())
         job = Job(
             top,
             data.examples,
@@ -227,18 +227,18 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
         )
         state = train_loop(job, state)
     promise.phase("end")
-    notify(Said("memory", promise.in_words()))
+    notify(Status("memory", promise.describe()))
     memory = promise.table(earlier_memory(run.folder))
     return result_of(run.folder, state, time.perf_counter() - started, memory)
 
 
-def _noting_idle_adapters(loaded: Loaded, notify: Notify) -> Notify:
+def _noting_idle_adapters(loaded: RunModel, notify: Notify) -> Notify:
     """`notify`, with a note after the first step where the model does not train through some adapters."""
 
     def both(event: Any) -> None:
         notify(event)
         if isinstance(event, StepDone) and event.step == 1 and (idle := idle_adapters(loaded.chain.model)):
-            notify(Said("note", f"no gradient reached the adapters on {', '.join(idle)} in the first step"))
+            notify(Status("note", f"no gradient reached the adapters on {', '.join(idle)} in the first step"))
 
     return both
 
@@ -249,7 +249,7 @@ def _logged(folder: Path, notify: Notify) -> Notify:
     def both(event: Any) -> None:
         if not isinstance(event, Progress):
             with (folder / "log.txt").open("a", encoding="utf-8") as log:
-                text = f"{event.topic}: {event.text}" if isinstance(event, Said) else str(event)
+                text = f"{event.topic}: {event.text}" if isinstance(event, Status) else str(event)
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         notify(event)
 

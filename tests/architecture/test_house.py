@@ -9,7 +9,7 @@ import pytest
 
 import talik
 from talik.recipe.recipe import Recipe
-from talik.recipe.recipe_file import table
+from talik.recipe.recipe_file import options_table
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -66,6 +66,6 @@ def test_only_show_prints(path: Path) -> None:
 def test_every_field_of_the_recipe_has_help_and_stands_in_the_docs(request: pytest.FixtureRequest) -> None:
     page = ROOT / "docs" / "recipe.md"
     if request.config.getoption("--update-golden"):
-        page.write_text(table(), encoding="utf-8")
+        page.write_text(options_table(), encoding="utf-8")
     assert all(field.description for field in Recipe.model_fields.values())
-    assert page.read_text(encoding="utf-8") == table()
+    assert page.read_text(encoding="utf-8") == options_table()

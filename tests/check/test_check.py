@@ -16,7 +16,7 @@ from talik.check.page import check_page
 from talik.check.result import LISTED, Check
 from talik.check.text import check_text
 from talik.cli.main import main
-from talik.recipe.recipe import check as recipe_of
+from talik.recipe.recipe import checked_recipe as recipe_of
 
 Checked = Callable[..., Check]
 

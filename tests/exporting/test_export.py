@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import talik
 from talik.base.errors import UsageError
-from talik.base.events import Said
+from talik.base.events import Status
 from talik.base.files import read_json
 from talik.chat import Talk, load_for_chat
 from talik.plan.ways import choose
@@ -43,7 +43,7 @@ def exported(run: Path, out: Path) -> list[str]:
     """Exports, and returns what was said about the logits."""
     said: list[Any] = []
     talik.export(run, out, notify=said.append)
-    return [event.text for event in said if isinstance(event, Said) and "logits" in event.text]
+    return [event.text for event in said if isinstance(event, Status) and "logits" in event.text]
 
 
 @pytest.mark.parametrize(("family", "changes", "precision"), CASES)

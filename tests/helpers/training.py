@@ -17,8 +17,8 @@ from talik.model.chain.chain import Chain
 from talik.model.freeze import freeze
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
-from talik.recipe.thaw import thawed
-from talik.training.loading import Loaded, load
+from talik.recipe.thaw import parse_thaw
+from talik.training.loading import RunModel, open_run_model
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.memory.store import ResidentStore
 from talik.training.run.evaluation import evaluate_top
@@ -65,14 +65,14 @@ def make_recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate({"model": "-", "data": "-", "thaw": "top.2,norm", **changes})
 
 
-def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: Any) -> Loaded:
+def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: Any) -> RunModel:
     """The model in files, as a run loads it: what `thaw` names is trained, the trunk streamed."""
     model.save_pretrained(folder)
     precision = "fp32" if model.dtype == torch.float32 else "bf16"
     recipe = make_recipe(precision=precision, thaw=thaw)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    plan = make_plan(top_at(Chain(model), thawed(thaw, count).cut), **{"trunk": "streamed", **changes})
-    return load(recipe, plan, folder)
+    plan = make_plan(top_at(Chain(model), parse_thaw(thaw, count).cut), **{"trunk": "streamed", **changes})
+    return open_run_model(recipe, plan, folder)
 
 
 def top_at(chain: Chain, cut: int) -> Top:
@@ -88,7 +88,7 @@ def freeze_top(model: Any, thaw: str = "top.2,norm") -> Top:
 def micro_batch(top: Top, examples: list[Example]) -> MicroBatch:
     """Padded together, each with what the trunk hands on for it alone, unpadded."""
     batch = collate(examples, pad_id=0)
-    width, dtype = top.chain.width(top.cut), top.chain.handed_on(top.cut)
+    width, dtype = top.chain.width_at(top.cut), top.chain.dtype_at(top.cut)
     hidden = torch.zeros(*batch["input_ids"].shape, width, dtype=dtype)
     for row, example in zip(hidden, examples, strict=True):
         row[: example.length] = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))[0]

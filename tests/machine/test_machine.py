@@ -19,7 +19,7 @@ import yaml
 
 from talik.base import system
 from talik.base.errors import NoRoomError, UsageError
-from talik.base.events import Said
+from talik.base.events import Status
 from talik.base.files import parse_size
 from talik.cli.main import main
 from talik.machine import rates as rates_module
@@ -74,7 +74,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def test_rates_are_measured_once(measured: list[str]) -> None:
     said: list[Any] = []
     first = this_machine("cpu", notify=said.append)
-    assert measured == ["device", "disk"] and isinstance(said[0], Said) and "machine.json" in said[0].text
+    assert measured == ["device", "disk"] and isinstance(said[0], Status) and "machine.json" in said[0].text
     again = this_machine("cpu", notify=said.append)
     assert measured == ["device", "disk"] and len(said) == 1 and again.rates == first.rates
     assert first.measured and first.rates.matmul == {"fp32": 1e11, "bf16": 2e9} and first.notes == ()
@@ -164,7 +164,7 @@ def test_the_device_is_one_that_can_be_planned_for(
     if chosen == "cpu":
         said: list[Any] = []
         this_machine(notify=said.append)
-        notes = [event.text for event in said if isinstance(event, Said) and event.topic == "note"]
+        notes = [event.text for event in said if isinstance(event, Status) and event.topic == "note"]
         assert notes == (["a run on mps cannot be planned yet: cpu is chosen"] if found else [])
 
 

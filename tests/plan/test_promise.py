@@ -19,7 +19,7 @@ from talik.cli.main import main
 from talik.plan.promise import Promise
 from talik.plan.ways import choose
 from talik.recipe.plan import Plan
-from talik.recipe.recipe import Recipe, check
+from talik.recipe.recipe import Recipe, checked_recipe
 from talik.run import Result
 
 
@@ -89,7 +89,7 @@ def test_a_refused_run_leaves_its_reason_and_a_free_folder(
 ) -> None:
     folder = tmp_path / "run"
     monkeypatch.chdir(Path(recipe.data[0].path).parent)
-    recipe = check({**recipe.model_dump(), "data": Path(recipe.data[0].path).name})
+    recipe = checked_recipe({**recipe.model_dump(), "data": Path(recipe.data[0].path).name})
     with pytest.raises(DoesNotFitError, match=r"fits 200\.0 MiB: .* missing"):
         talik.train(recipe, folder, memory=200 << 20)
     refused = read_json(folder / "refused.json")

@@ -17,14 +17,14 @@ from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.machine.machine import HERE, Machine, described_machine, this_machine
 from talik.model.freeze import trained_parameters
-from talik.plan.changes import Thrift, most_layers, smallest_changes
+from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
 from talik.plan.search import STAY, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
-from talik.recipe.thaw import thawed
+from talik.recipe.thaw import parse_thaw
 from talik.simulate.simulation import subject_of
 from talik.training.run.checkpoints import state_bytes
 
@@ -104,7 +104,7 @@ def test_a_smaller_way_is_found_where_the_first_does_not_fit(
 
 def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
-    needed = Thrift(folder, sets, target(64 << 30)).peak(recipe)
+    needed = ThriftiestWay(folder, sets, target(64 << 30)).peak(recipe)
     tight = target(int(needed * 0.97) + LEAST_SLACK)
     refused = plan_run(recipe, folder, *sets, target=tight)
     assert not refused.fits and refused.breaks is not None
@@ -124,13 +124,13 @@ def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
 
 def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
-    thrift = Thrift(folder, sets, target(64 << 30), streamed=False)
+    thrift = ThriftiestWay(folder, sets, target(64 << 30), streamed=False)
     peaks = [thrift.peak(recipe.model_copy(update={"top_layers": n})) for n in (1, 2, 3, 4)]
     assert peaks == sorted(peaks)
     for layers, peak in enumerate(peaks, start=1):
-        known = Thrift(folder, sets, target(peak + LEAST_SLACK), streamed=False)
+        known = ThriftiestWay(folder, sets, target(peak + LEAST_SLACK), streamed=False)
         known._peaks = thrift._peaks  # nothing is simulated again
-        assert known.most_layers(recipe, thawed("top.4", 4)) == layers
+        assert known.most_layers(recipe, parse_thaw("top.4", 4)) == layers
     with pytest.raises(DoesNotFitError, match="not even one layer"):
         most_layers(recipe, folder, sets, target(peaks[0] // 4 + LEAST_SLACK))
 
@@ -263,7 +263,7 @@ def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path)
     """Fewer of the layers that were named, as the option that says so."""
     sets = examples(64, 64), []
     named = Recipe(model=str(folder), data="-", thaw="layers.0-1,layers.3,head", precision="fp32")
-    needed = Thrift(folder, sets, target(64 << 30)).peak(named)
+    needed = ThriftiestWay(folder, sets, target(64 << 30)).peak(named)
     tight = target(int(needed * 0.98) + LEAST_SLACK)
     refused = plan_run(named, folder, *sets, target=tight)
     assert not refused.fits and refused.plan.cut == 0

@@ -26,12 +26,12 @@ from talik.data.dataset import read_sets
 from talik.data.examples import Example
 from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths
 from talik.model.chain.chain import Chain
-from talik.model.freeze import thaw
+from talik.model.freeze import freeze_for
 from talik.model.tokenizer import load_tokenizer
 from talik.plan.ways import check_plan, choose
-from talik.recipe.lora import Lora, read_lora
-from talik.recipe.recipe import Recipe, check
-from talik.training.loading import load, load_whole
+from talik.recipe.lora import Lora, parse_lora
+from talik.recipe.recipe import Recipe, checked_recipe
+from talik.training.loading import load_whole_model, open_run_model
 from talik.training.run.checkpoints import latest_checkpoint
 from talik.training.step.optim import learning_rate_at
 from talik.training.step.top import Top, make_top
@@ -50,7 +50,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 
 def recipe_for(folder: Path, rows: Path | str = "-", **changes: Any) -> Recipe:
     fields = {"model": str(folder), "data": str(rows), "precision": "fp32", "batch_tokens": 200}
-    return check({**fields, "top_layers": 2, "lora": "rank=4", "learning_rate": 3e-3, **changes})
+    return checked_recipe({**fields, "top_layers": 2, "lora": "rank=4", "learning_rate": 3e-3, **changes})
 
 
 def train(recipe: Recipe, run: Path, **options: Any) -> Any:
@@ -59,7 +59,7 @@ def train(recipe: Recipe, run: Path, **options: Any) -> Any:
 
 def adapted_top(model: Any, lora: str, seed: int = 0) -> Top:
     """The last two layers with adapters, B not zero, so that every gradient says something."""
-    thaw(model, Recipe(model="-", data="-", top_layers=2, lora=lora))
+    freeze_for(model, Recipe(model="-", data="-", top_layers=2, lora=lora))
     fill_adapters(model, seed, torch.device("cpu"))
     measure_lengths(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -98,9 +98,9 @@ def test_a_loaded_run_begins_as_peft_begins(
     build_model(family, **changes).save_pretrained(tmp_path)
     recipe = recipe_for(tmp_path, lora=lora)
     plan = choose(recipe, tmp_path)
-    loaded = load(recipe, plan, tmp_path)
+    loaded = open_run_model(recipe, plan, tmp_path)
     top = dict(loaded.top().parameters())
-    model, whole = load_whole(recipe, plan, tmp_path)
+    model, whole = load_whole_model(recipe, plan, tmp_path)
     assert [(n, p.shape) for n, p in top.items()] == [(n, p.shape) for n, p in whole.parameters()]
     assert all(torch.equal(top[name], parameter) for name, parameter in whole.parameters())
     assert not any(p.is_meta for layer in loaded.chain.layers[2:] for p in layer.parameters())
@@ -117,7 +117,7 @@ def test_a_loaded_run_begins_as_peft_begins(
 
 def peft_model(model: Any, line: str, layers: list[int]) -> Any:
     """As somebody writes it with PEFT."""
-    lora: Lora = read_lora(line)
+    lora: Lora = parse_lora(line)
     conv = model.config.model_type == "gpt2"
     return peft.get_peft_model(
         model,
@@ -143,7 +143,7 @@ def peft_loop(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, torch.
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), recipe.lora, [2, 3]
     ).eval()
     plan = choose(recipe, folder)
-    _, top = load_whole(recipe, plan, folder)
+    _, top = load_whole_model(recipe, plan, folder)
     inner = dict(model.base_model.model.named_parameters())
     trained = {name: parameter for name, parameter in inner.items() if parameter.requires_grad}
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_what_cannot_have_adapters_is_refused(
     build_model: Callable[..., Any], family: str, changes: dict[str, Any], lora: str, words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        thaw(build_model(family, **changes), Recipe(model="-", data="-", top_layers=2, lora=lora))
+        freeze_for(build_model(family, **changes), Recipe(model="-", data="-", top_layers=2, lora=lora))
 
 
 @pytest.mark.whole_run
@@ -292,7 +292,7 @@ def test_adapters_that_no_gradient_reaches_are_named(
 
 def test_experts_without_adapters_are_named(build_model: Callable[..., Any]) -> None:
     model = build_model("mixtral", **MOE)
-    thaw(model, Recipe(model="-", data="-", thaw="all", lora="rank=4"))
+    freeze_for(model, Recipe(model="-", data="-", thaw="all", lora="rank=4"))
     text = in_words(model)
     assert text.startswith("adapters on self_attn.q_proj,")
     assert "; mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj there have none" in text
@@ -305,7 +305,7 @@ def test_without_peft_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"adapters need PEFT(.|\n)*pip install \"talik\[peft\]\""):
-        thaw(build_model("qwen2"), Recipe(model="-", data="-", lora="rank=4", top_layers=2))
+        freeze_for(build_model("qwen2"), Recipe(model="-", data="-", lora="rank=4", top_layers=2))
 
 
 @pytest.mark.whole_run
@@ -334,6 +334,6 @@ def test_a_lowest_layer_without_adapters(
 def test_a_plan_for_frozen_embeddings_is_not_one_for_trained_ones(model_folder: Path) -> None:
     """What the trunk handed on would be read from the cache, though the embeddings change."""
     fields = {"model": str(model_folder), "data": "-"}
-    plan = choose(check({**fields, "thaw": "layers.0-3"}), model_folder)
+    plan = choose(checked_recipe({**fields, "thaw": "layers.0-3"}), model_folder)
     with pytest.raises(UsageError, match="embeddings are not trained"):
-        check_plan(plan, check({**fields, "thaw": "all"}), model_folder)
+        check_plan(plan, checked_recipe({**fields, "thaw": "all"}), model_folder)

@@ -7,12 +7,12 @@
     │   ├── DataError                       a row, a file of rows, an example
     │   ├── RunError                        a run folder that is missing, taken or of another recipe
     │   ├── NoRoomError                     not enough room on the disk
-    │   └── Problems                        several of these that have nothing to do with each other
+    │   └── SeveralErrors                   several of these that have nothing to do with each other
     ├── DoesNotFitError            exit 3   more memory than there is
     ├── ChainError                 exit 1   the chain does not give what the model's own forward gives
-    ├── ProblemsFound              exit 1   a data set that was checked has problems
+    ├── DataProblemsError          exit 1   a data set that was checked has problems
     ├── NonFiniteError             exit 1   a loss or a gradient that is not a number
-    └── Interrupted                exit 1   Ctrl-C; what was done is saved
+    └── InterruptedRunError        exit 1   Ctrl-C; what was done is saved
 
 An error says what happened, where (file, line, field), the number, and the remedy.
 """
@@ -60,12 +60,12 @@ class NoRoomError(UsageError):
     """Not enough room on the disk for what is about to be written."""
 
 
-class Problems(UsageError):
+class SeveralErrors(UsageError):
     """Several mistakes that have nothing to do with each other; `errors` are they."""
 
     def __init__(self, errors: list[UsageError]) -> None:
         self.errors = errors
-        super().__init__(listed([str(error).replace("\n", "\n  ") for error in errors]))
+        super().__init__(numbered_list([str(error).replace("\n", "\n  ") for error in errors]))
 
 
 class DoesNotFitError(TalikError):
@@ -82,28 +82,32 @@ class NonFiniteError(TalikError):
     """A loss or a gradient norm that is infinite or not a number."""
 
 
-class ProblemsFound(TalikError):
+class DataProblemsError(TalikError):
     """A data set that was checked has problems; they have been shown."""
 
 
-class Interrupted(TalikError):
+class InterruptedRunError(TalikError):
     """Stopped by Ctrl-C after saving."""
 
 
-def listed(problems: list[str]) -> str:
+def numbered_list(problems: list[str]) -> str:
     """One problem as it is; more with their number, one a line."""
     return "\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems:", *problems])
 
 
-def together(*parts: Callable[[], Any]) -> list[Any]:
-    """What each part returns. UsageError if one of them raises it: that one, or Problems with all of them."""
+def collect_errors(*parts: Callable[[], Any]) -> list[Any]:
+    """Calls every part and returns the results.
+
+    Raises:
+        UsageError: The mistake of one part, or SeveralErrors with those of all parts.
+    """
     results: list[Any] = []
     errors: list[UsageError] = []
     for part in parts:
         try:
             results.append(part())
         except UsageError as error:
-            errors += error.errors if isinstance(error, Problems) else [error]
+            errors += error.errors if isinstance(error, SeveralErrors) else [error]
     if errors:
-        raise errors[0] if len(errors) == 1 else Problems(errors)
+        raise errors[0] if len(errors) == 1 else SeveralErrors(errors)
     return results

@@ -12,7 +12,7 @@ Notify = Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Status:
     """One line about what is going on; `topic` is one word in front of it."""
 
     topic: str

@@ -210,14 +210,14 @@ def need_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if free < needed + margin:
         raise NoRoomError(
-            f"{what}: {in_words(needed)} are needed, and the disk has {in_words(free)} free "
-            f"({in_words(margin)} of which stay free)",
+            f"{what}: {format_bytes(needed)} are needed, and the disk has {format_bytes(free)} free "
+            f"({format_bytes(margin)} of which stay free)",
             where=folder,
             remedy="Make room, or name a folder on another disk.",
         )
 
 
-def in_words(size: int | float) -> str:
+def format_bytes(size: int | float) -> str:
     """A number of bytes for people: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

@@ -82,7 +82,7 @@ def _limits() -> Iterator[tuple[int, int]]:
             yield limit, used
 
 
-def settle_allocators() -> None:
+def configure_allocators() -> None:
     """Settles on Linux how memory is given out, before much is: what is held shall be what is used.
 
     CUDA's allocator gets expandable segments, unless the environment has its own settings. glibc maps blocks
@@ -99,7 +99,7 @@ def settle_allocators() -> None:
         mallopt(_TRIM_THRESHOLD, 16 << 20)
 
 
-def give_back_memory() -> None:
+def release_free_memory() -> None:
     """Gives back what is free in this process: glibc keeps what lies below something that is still used."""
     gc.collect()
     trim_heap()
@@ -178,12 +178,12 @@ def processor_name() -> str:
     return " ".join(name.split()) or platform.processor() or platform.machine()
 
 
-def forgets_pages() -> bool:
-    """Whether `forget_pages` does anything here: else what was just written is read from memory."""
+def can_drop_pages() -> bool:
+    """Whether `drop_pages` does anything here: else what was just written is read from memory."""
     return hasattr(os, "posix_fadvise")
 
 
-def forget_pages(file: int, start: int, size: int) -> None:
+def drop_pages(file: int, start: int, size: int) -> None:
     """Says that these bytes of an open file will not be read again soon, where a system takes hints.
 
     A size of 0 means up to the end.
@@ -203,7 +203,7 @@ def reserve(file: int, size: int) -> None:
 
 
 @contextlib.contextmanager
-def ctrl_c_waits() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function true; a later one interrupts at once.
 
     Within a second it is the same one: a terminal and the program above it may both pass it on.

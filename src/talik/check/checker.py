@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from talik.base.errors import DataError
-from talik.base.events import Notify, Progress, Said, silent
+from talik.base.events import Notify, Progress, Status, silent
 from talik.check.duplicates import Duplicates
 from talik.check.result import Check
 from talik.check.statistics import lost_at
@@ -101,7 +101,7 @@ class _Checker:
 
     def _sources(self) -> list[_Source]:
         def say(line: str) -> None:
-            self._notify(Said("data", line))
+            self._notify(Status("data", line))
 
         given = [(of, False) for of in self._recipe.data]
         given += [(of, True) for of in self._recipe.eval_data or ()]

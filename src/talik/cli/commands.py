@@ -29,8 +29,8 @@ ENFORCE = "make the plan's promise a hard limit: what breaks it ends with the di
 
 def train_command(argv: list[str]) -> None:
     """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
-    from talik.base.errors import together
-    from talik.recipe.recipe import Recipe, check
+    from talik.base.errors import collect_errors
+    from talik.recipe.recipe import Recipe, checked_recipe
     from talik.recipe.recipe_file import read_fields
 
     first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
@@ -59,7 +59,9 @@ def train_command(argv: list[str]) -> None:
     defaults = {name: field.default for name, field in Recipe.model_fields.items()} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
     given = {name: value for name, value in given.items() if (name, value) != ("data", [])}
-    recipe, limits = together(lambda: check({**written, **given}, config), lambda: _limits(plan, memory))
+    recipe, limits = collect_errors(
+        lambda: checked_recipe({**written, **given}, config), lambda: _limits(plan, memory)
+    )
 
     from talik.cli import show
     from talik.run import train
@@ -202,7 +204,7 @@ def export_command(argv: list[str]) -> None:
     with show.Watch() as watch:
         exported = export(parsed.run, parsed.out, adapter=parsed.adapter, notify=watch)
     what = "a folder of PEFT" if parsed.adapter else "a plain Transformers folder"
-    show.result(f"{exported.folder}: {show.in_words(exported.size)}, {what}")
+    show.result(f"{exported.folder}: {show.format_bytes(exported.size)}, {what}")
 
 
 def inspect_command(argv: list[str]) -> None:

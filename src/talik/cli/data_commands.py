@@ -27,13 +27,15 @@ def preview_command(argv: list[str]) -> None:
     from talik.data.preview import preview_html
     from talik.model.source.source import find_model
     from talik.model.tokenizer import load_tokenizer
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     quiet()
     load = partial(load_tokenizer, find_model(parsed["model"], weights=False).folder)
     tokenizer = load()
     with show.Watch() as watch:
-        recipe = check({"model": parsed["model"], **{name: parsed[name] for name in ("data", *DATA_FIELDS)}})
+        recipe = checked_recipe(
+            {"model": parsed["model"], **{name: parsed[name] for name in ("data", *DATA_FIELDS)}}
+        )
         data = read_all(recipe, recipe.data, tokenizer, "reading", load=load, notify=watch)
     for line in (*show.data_lines(data), *show.template_lines(data.report)):
         show.said("data", line)
@@ -57,7 +59,7 @@ def check_command(argv: list[str]) -> None:
         *recipe_fields(fields),
     )
     parsed = vars(parse("check", wanted, argv, "Every problem of a data set, with file and line."))
-    from talik.base.errors import ProblemsFound
+    from talik.base.errors import DataProblemsError
     from talik.base.files import write_text
     from talik.check.checker import check_rows
     from talik.check.page import check_page
@@ -66,10 +68,10 @@ def check_command(argv: list[str]) -> None:
     from talik.cli import show
     from talik.model.source.source import find_model
     from talik.model.tokenizer import load_tokenizer
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     quiet()
-    recipe = check({"model": parsed["model"], **{name: parsed[name] for name in ("data", *fields)}})
+    recipe = checked_recipe({"model": parsed["model"], **{name: parsed[name] for name in ("data", *fields)}})
     folder = find_model(parsed["model"], weights=False).folder
     tokenizer = load_tokenizer(folder)
     with show.Watch() as watch:
@@ -81,7 +83,7 @@ def check_command(argv: list[str]) -> None:
         write_text(Path(parsed["html"]), check_page(found, ", ".join(parsed["data"]), tokenizer))
         show.said("written", parsed["html"])
     if found.problems:
-        raise ProblemsFound(summary(found))
+        raise DataProblemsError(summary(found))
 
 
 def convert_command(argv: list[str]) -> None:
@@ -96,12 +98,12 @@ def convert_command(argv: list[str]) -> None:
     from talik.base.errors import UsageError
     from talik.cli import show
     from talik.data.convert import convert
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     *data, out = parsed["data"]
     if not data:
         raise UsageError("name the data and the file to write", remedy="talik convert DATA OUT.jsonl")
-    recipe = check({"model": "-", "data": data, **{name: parsed[name] for name in fields}})
+    recipe = checked_recipe({"model": "-", "data": data, **{name: parsed[name] for name in fields}})
     with show.Watch() as watch:
         done = convert(recipe, Path(out), watch)
     rows = (

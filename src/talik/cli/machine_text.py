@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.base.system import home_folder
 from talik.machine.machine import HERE, Machine
 from talik.machine.rates import kept_file
@@ -12,7 +12,7 @@ def machine_text(machine: Machine) -> str:
     """A machine on one screen."""
     rates, on_cpu = machine.rates, machine.device == "cpu"
     where = f" in {home_folder()}" if machine.name == HERE else ""
-    disk = "unknown" if machine.disk_free is None else f"{in_words(machine.disk_free)} free{where}"
+    disk = "unknown" if machine.disk_free is None else f"{format_bytes(machine.disk_free)} free{where}"
     capability = ".".join(map(str, machine.compute_capability or ()))
     if machine.measured:
         source = f"measured, kept in {kept_file()}"
@@ -23,8 +23,12 @@ def machine_text(machine: Machine) -> str:
         ("device", machine.device + (f", compute capability {capability}" if capability else "")),
         ("processor", machine.processor),
         ("threads", f"{machine.threads}"),
-        ("memory", f"{in_words(machine.memory)}, {in_words(machine.free)} of it free"),
-        *([] if on_cpu else [("RAM", f"{in_words(machine.ram)}, {in_words(machine.ram_free)} of it free")]),
+        ("memory", f"{format_bytes(machine.memory)}, {format_bytes(machine.free)} of it free"),
+        *(
+            []
+            if on_cpu
+            else [("RAM", f"{format_bytes(machine.ram)}, {format_bytes(machine.ram_free)} of it free")]
+        ),
         ("disk", disk),
         ("rates", source),
         *((f"  {dtype} matrices", f"{rate / 1e9:,.1f} GFLOP/s") for dtype, rate in rates.matmul.items()),

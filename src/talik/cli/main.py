@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from talik import __version__
 from talik.base.errors import NoRoomError, TalikError, UsageError
-from talik.base.system import settle_allocators
+from talik.base.system import configure_allocators
 
 HELP = """usage: talik COMMAND ...
 
@@ -68,7 +68,7 @@ def _guarded(command: str, argv: list[str]) -> int:
     """Turns what a command raises on purpose into a message and an exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    settle_allocators()
+    configure_allocators()
     module = importlib.import_module(f"talik.cli.{COMMANDS[command]}")
     try:
         getattr(module, f"{command}_command")(argv)

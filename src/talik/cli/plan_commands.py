@@ -136,10 +136,10 @@ def _explain_refused(file: Path, as_json: bool) -> None:
     from talik.base.files import read_json
     from talik.cli import show
     from talik.plan.report import plan_text
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     kept = read_json(file)
-    recipe = check(kept["recipe"], file)
+    recipe = checked_recipe(kept["recipe"], file)
     given = {"data": recipe.data, "machine": None, "top_layers": recipe.top_layers}
     with show.Watch() as watch:
         planned = _planned(recipe, given, {"memory": kept["planned"]["budget_bytes"]}, watch)
@@ -148,15 +148,15 @@ def _explain_refused(file: Path, as_json: bool) -> None:
 
 def _asked(parsed: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
     """The recipe, and the limits that were named, in bytes; one error with all that is wrong."""
-    from talik.base.errors import together
+    from talik.base.errors import collect_errors
     from talik.base.files import parse_size
     from talik.plan.picture import picture_kind
-    from talik.recipe.recipe import check
+    from talik.recipe.recipe import checked_recipe
 
     named = [name for name in ("memory", "ram", "disk") if parsed[name]]
     fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
-    recipe, _, _, *sizes = together(
-        lambda: check({"model": parsed["model"], "data": parsed["data"] or "-", **fields}),
+    recipe, _, _, *sizes = collect_errors(
+        lambda: checked_recipe({"model": parsed["model"], "data": parsed["data"] or "-", **fields}),
         partial(_check_two_ways, parsed),
         lambda: picture_kind(Path(parsed["picture"])) if parsed["picture"] else None,
         *(partial(parse_size, parsed[name], f"--{name}") for name in named),

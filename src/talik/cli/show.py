@@ -17,8 +17,8 @@ from rich.text import Text
 
 from talik.base.errors import TalikError
 from talik.base.events import Progress as Advanced
-from talik.base.events import Said
-from talik.base.files import in_words
+from talik.base.events import Status
+from talik.base.files import format_bytes
 
 if TYPE_CHECKING:
     from talik.base.events import Evaluated, StepDone
@@ -98,7 +98,7 @@ class Watch:
 
     def __call__(self, event: Any) -> None:
         kind = type(event).__name__
-        if isinstance(event, Said):
+        if isinstance(event, Status):
             self._line(event.topic, event.text)
         elif isinstance(event, Advanced):
             self._move(
@@ -147,7 +147,7 @@ def step_line(done: StepDone) -> str:
     """A step in one line."""
     return (
         f"step {done.step}/{done.steps}  loss {done.loss:.4f}  {done.tokens / done.seconds:,.0f} tokens/s  "
-        f"memory {in_words(done.peak_memory_bytes)}"
+        f"memory {format_bytes(done.peak_memory_bytes)}"
     )
 
 
@@ -225,7 +225,7 @@ def memory(phases: dict[str, dict[str, int]]) -> Table:
     for phase, row in phases.items():
         promised, measured = row.get("promised", 0), row.get("measured", 0)
         off = f"{100 * (measured / promised - 1):+.1f} %" if promised else ""
-        table.add_row(phase, in_words(promised) if promised else "-", in_words(measured), off)
+        table.add_row(phase, format_bytes(promised) if promised else "-", format_bytes(measured), off)
     return table
 
 
@@ -242,7 +242,7 @@ def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
             folder.key[:12],
             folder.model,
             f"{folder.tokens:,}",
-            in_words(folder.size),
+            format_bytes(folder.size),
             used,
             folder.state,
         )
@@ -250,7 +250,7 @@ def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if folders else ():  # no Table: it would cut names off where nobody has a terminal
         result("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    result(f"{len(folders)} caches, {in_words(total)}, in {root}")
+    result(f"{len(folders)} caches, {format_bytes(total)}, in {root}")
 
 
 def cleared(root: Path, done: Sequence[tuple[CacheFolder, bool]], as_json: bool) -> None:
@@ -262,8 +262,8 @@ def cleared(root: Path, done: Sequence[tuple[CacheFolder, bool]], as_json: bool)
         return
     for folder, removed in done:
         what = "removed" if removed else "left, another process uses it right now"
-        result(f"{folder.key[:12]}  {folder.model}  {in_words(folder.size)}: {what}")
-    result(f"{in_words(freed)} ({freed:,} bytes) freed in {root}")
+        result(f"{folder.key[:12]}  {folder.model}  {format_bytes(folder.size)}: {what}")
+    result(f"{format_bytes(freed)} ({freed:,} bytes) freed in {root}")
 
 
 def _cache_fields(folder: CacheFolder) -> dict[str, Any]:

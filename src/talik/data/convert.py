@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from talik.base.errors import UsageError
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.base.files import atomic
 from talik.data.formats.formats import RowOptions, converter_of, other_format, to_row
 from talik.data.formats.media import MEDIA
@@ -41,7 +41,7 @@ def convert(recipe: Recipe, out: Path, notify: Notify) -> Converted:
     files = [
         file
         for source in recipe.data
-        for file in find_data(source.path, lambda line: notify(Said("data", line)))
+        for file in find_data(source.path, lambda line: notify(Status("data", line)))
     ]
     if any(out.exists() and file.path.exists() and out.samefile(file.path) for file in files):
         remedy = "Name another file to write."

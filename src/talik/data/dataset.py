@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from talik.base.errors import DataError, UsageError, together
+from talik.base.errors import DataError, UsageError, collect_errors
 from talik.base.events import Notify, silent
 from talik.base.files import atomic, write_json
 from talik.data.preparing.held_out import draws_limit
@@ -19,7 +19,7 @@ from talik.data.preparing.store import examples_digest, lengths_of
 from talik.data.preview import length_histogram, preview_text
 from talik.data.reading.sources import check_data
 from talik.recipe.data_source import DataSource
-from talik.recipe.recipe import Recipe, check
+from talik.recipe.recipe import Recipe, checked_recipe
 
 
 def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
@@ -33,7 +33,7 @@ def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
     Raises:
         DataError: Rows that cannot be used, with file and line.
     """
-    recipe = check({"model": "-", "data": str(path), **options})
+    recipe = checked_recipe({"model": "-", "data": str(path), **options})
     return read_all(recipe, recipe.data, tokenizer, "reading")
 
 
@@ -56,7 +56,7 @@ def read_all(
 def check_files(recipe: Recipe) -> None:
     """DataError for data that are not there: what can be said before anything is read."""
     sources = (*recipe.data, *(recipe.eval_data or ()))
-    together(*(partial(check_data, source.path) for source in sources))
+    collect_errors(*(partial(check_data, source.path) for source in sources))
 
 
 def read_sets(

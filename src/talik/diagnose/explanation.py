@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from talik.base.errors import SourceError, UsageError
-from talik.base.files import in_words, parse_size
+from talik.base.files import format_bytes, parse_size
 from talik.diagnose.batch import batch_findings, squeezed
 from talik.diagnose.findings import Finding
 from talik.diagnose.graph import (
@@ -112,8 +112,8 @@ def _too_much(broken: Break, loop: Loop, budget: int) -> Finding:
     where = f"{broken.phase} {broken.block}".strip()
     what = (
         f"{where}: {broken.operator.removeprefix('aten::')} of "
-        f"{in_words(broken.bytes)} makes it {in_words(broken.total)}, more than {in_words(budget)}; the peak "
-        f"would be {in_words(peak.bytes)} ({peak.phase})."
+        f"{format_bytes(broken.bytes)} makes it {format_bytes(broken.total)}, more than "
+        f"{format_bytes(budget)}; the peak would be {format_bytes(peak.bytes)} ({peak.phase})."
     )
     line = "talik plan MODEL DATA  # the ways that fit"
     return Finding("does-not-fit", what, where, peak.bytes, "bytes", line)
@@ -132,7 +132,7 @@ def _lines(explained: Explanation) -> Iterator[str]:
     if explained.why:
         yield f"graph    from {explained.why}"
     if peak := explained.peak:
-        yield f"peak     {in_words(peak.bytes)} ({peak.phase}{f', {peak.block}' if peak.block else ''})"
+        yield f"peak     {format_bytes(peak.bytes)} ({peak.phase}{f', {peak.block}' if peak.block else ''})"
         for cause, size in sorted(peak.causes.items(), key=lambda item: -item[1]):
-            yield f"  {cause:<18}{in_words(size):>10}"
+            yield f"  {cause:<18}{format_bytes(size):>10}"
     yield f"assumed  {explained.assumed}"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Finding:
     def amount(self) -> str:
         """The number for people: '3.4 GiB', '12 tokens'."""
         if self.unit == "bytes":
-            return in_words(self.number)
+            return format_bytes(self.number)
         return f"{self.number:,} {self.unit.removesuffix('s') if self.number == 1 else self.unit}"
 
     def as_dict(self) -> dict[str, Any]:

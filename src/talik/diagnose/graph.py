@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.diagnose.findings import Finding
 from talik.diagnose.loop import Batch, Block, Loop, alive_at
 from talik.model.anatomy import Parts, parts_of
@@ -75,7 +75,7 @@ def graph_findings(model: nn.Module, loop: Loop) -> Iterator[Finding]:
     for cause in causes(model, parts, trunk[0].name):
         what = (
             f"{names}: nothing in them is trained, but they are in the graph, because {cause.why}. "
-            f"They keep {in_words(kept)} for the backward, which runs through all of them."
+            f"They keep {format_bytes(kept)} for the backward, which runs through all of them."
         )
         yield Finding(cause.habit, what, cause.name, kept, "bytes", cause.line)
 
@@ -161,7 +161,7 @@ def _copied(copied: list[Block], model: nn.Module, parts: Parts) -> Finding:
     what = (
         f"Frozen weights of {len(copied)} offloaded layers are copied in for their forward, and autograd "
         f"keeps each copy until the backward, because the layer's input requires a gradient: "
-        f"{in_words(total // len(copied))} x {len(copied)} layers, whatever the batch."
+        f"{format_bytes(total // len(copied))} x {len(copied)} layers, whatever the batch."
     )
     keep = f"device_map = {{..., {_entries(parts, [block.name for block in copied])}}}"
     where = f"{copied[0].name} to {copied[-1].name}"

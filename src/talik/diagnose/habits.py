@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from talik.base.errors import UsageError
-from talik.base.files import in_words, parse_size
+from talik.base.files import format_bytes, parse_size
 from talik.diagnose.habits_labels import LABELS, Shown
 from talik.diagnose.loop import Batch, Loop, run_loop
 from talik.model.chain.chain import Chain
@@ -280,11 +280,11 @@ def _table(wrong: Side, right: Side) -> Iterator[str]:
     blocks = list(wrong.levels)
     every = -(-len(blocks) // BLOCKS)
     for block in dict.fromkeys([*blocks[::every], blocks[-1]]):
-        yield row(block, lambda side, block=block: in_words(side.levels[block]))
+        yield row(block, lambda side, block=block: format_bytes(side.levels[block]))
     yield "peak of"
     for phase in wrong.phases:
-        yield row(phase, lambda side, phase=phase: in_words(side.phases.get(phase, 0)))
-    yield row("logits and loss", lambda side: in_words(side.logits))
+        yield row(phase, lambda side, phase=phase: format_bytes(side.phases.get(phase, 0)))
+    yield row("logits and loss", lambda side: format_bytes(side.logits))
     yield row("backward, GFLOP", lambda side: f"{side.backward_flops / 1e9:,.1f}")
     yield row("numbers trained", lambda side: f"{side.trained:,}")
     yield row("of which learning", lambda side: f"{side.learning:,}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from talik.base.errors import RunError
-from talik.base.files import in_words, quoted, read_json
+from talik.base.files import format_bytes, quoted, read_json
 from talik.diagnose.findings import Finding
 from talik.plan.target import slack_of
 
@@ -34,7 +34,7 @@ def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
     had = rows.get(phase, {}).get("measured", 0)
     if promised and had <= promised + slack_of(promised):
         why = "The run kept its promise: something else on this machine, or a limit, took the memory."
-        line = f"talik resume {quoted(folder)}  # once {in_words(promised + slack_of(promised))} are free"
+        line = f"talik resume {quoted(folder)}  # once {format_bytes(promised + slack_of(promised))} are free"
     else:
         why = "The run took more than it was promised."
         line = "talik train ... --memory SIZE  # with a smaller SIZE: another way is chosen, with more room"
@@ -47,6 +47,6 @@ def _beyond(memory: dict[str, dict[str, int]]) -> Iterator[Finding]:
     for phase, row in memory.items():
         promised, measured = row.get("promised", 0), row.get("measured", 0)
         if promised and measured > promised + slack_of(promised):
-            what = f"{in_words(measured)} were measured, and {in_words(promised)} promised."
+            what = f"{format_bytes(measured)} were measured, and {format_bytes(promised)} promised."
             line = "talik train ... --memory SIZE  # SIZE smaller by that much"
             yield Finding("beyond-promise", what, phase, measured - promised, "bytes", line)

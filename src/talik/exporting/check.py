@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from talik.base.errors import TalikError
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.base.system import free_memory
 from talik.machine.device import device_memory
 from talik.model.adapters import load_adapter_folder, merge_adapters
 from talik.model.loading import load_model
 from talik.model.tokenizer import load_tokenizer
-from talik.training.loading import load_whole, working_dtype
+from talik.training.loading import load_whole_model, working_dtype
 from talik.training.run.checkpoints import load_weights
 from talik.training.run.folder import Run
 
@@ -28,7 +28,8 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
     """
     free = min(free_memory(), device_memory(torch.device(run.plan.device))[0])
     if size * 1.5 > free:
-        return f"logits not compared: loading it takes {in_words(size * 1.5)} and {in_words(free)} are free"
+        needed = format_bytes(size * 1.5)
+        return f"logits not compared: loading it takes {needed} and {format_bytes(free)} are free"
     source = run.source.folder
     ids = load_tokenizer(source if adapter else out)(TEXT, return_tensors="pt").input_ids
     expected, note = _expected(run, checkpoint, ids, merged=run.recipe.lora is not None and not adapter)
@@ -46,7 +47,7 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
 @torch.no_grad()
 def _expected(run: Run, checkpoint: Path, ids: Tensor, *, merged: bool) -> tuple[Tensor, str]:
     """The tuned model's logits; with merged adapters also how far they are from those of separate ones."""
-    model, top = load_whole(run.recipe, run.plan, run.source.folder)
+    model, top = load_whole_model(run.recipe, run.plan, run.source.folder)
     load_weights(checkpoint, dict(top.parameters()))
     ids = ids.to(model.device)
     logits = model(input_ids=ids).logits

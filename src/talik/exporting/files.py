@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.base.files import read_json, write_json, write_text
 from talik.data.templates.facts import Stops, stops_of
 from talik.data.templates.template import plain_template
@@ -42,7 +42,7 @@ def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> N
         (folder / "additional_chat_templates").mkdir(exist_ok=True)
         shutil.copy2(path, folder / "additional_chat_templates")
     if left_out:
-        notify(Said("export", f"not copied from the source: {', '.join(left_out)}"))
+        notify(Status("export", f"not copied from the source: {', '.join(left_out)}"))
     write_template(source, folder)
     write_tokenizer(folder, load_tokenizer(source), notify)
     write_generation_config(source, folder)

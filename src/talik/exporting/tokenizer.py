@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from talik.base.errors import TalikError
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.base.files import read_json, write_json, write_text
 from talik.model.source.older_readers import older_tokenizer
 from talik.model.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, notify: Notify) -> None:
                 said = (
                     f"tokenizer.json has the rules of {kind} now, by which Transformers read it in training"
                 )
-                notify(Said("export", said))
+                notify(Status("export", said))
             return
     raise TalikError("no tokenizer files could be written that give the tokenizer of the training")
 

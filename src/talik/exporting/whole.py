@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from talik.base.errors import RunError, TalikError, UsageError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.files import check_folder_place, finished_folder, need_room, write_json
 from talik.exporting.adapters import Merged, Named, write_adapter
 from talik.exporting.card import model_card
@@ -77,7 +77,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
         else:
             exported = _write_whole(opened, checkpoint, folder, out, notify)
             whole = exported.size
-        notify(Said("export", verify_logits(opened, checkpoint, folder, whole, adapter=adapter)))
+        notify(Status("export", verify_logits(opened, checkpoint, folder, whole, adapter=adapter)))
     return exported
 
 
@@ -124,14 +124,14 @@ def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: No
     exported = write_model(run.source.folder, trained, folder, dtype, untied=untied, out=out)
     write_companions(run.source.folder, folder, card, notify)
     notify(
-        Said(
+        Status(
             "export",
             f"{exported.changed} tensors changed, {exported.copied} copied, {exported.converted} converted "
             f"to {str(dtype).removeprefix('torch.')}, {exported.added} added; every byte compared",
         )
     )
     if untied and exported.added:
-        notify(Said("export", "the head was tied to the embeddings and has weights of its own now"))
+        notify(Status("export", "the head was tied to the embeddings and has weights of its own now"))
     return exported
 
 

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from talik.base.errors import UsageError, listed
-from talik.base.files import in_words, parse_size
+from talik.base.errors import UsageError, numbered_list
+from talik.base.files import format_bytes, parse_size
 from talik.machine.gpus import GPUS, find_gpu
 
 GIB = 1 << 30
@@ -170,7 +170,7 @@ def _fill(given: dict[str, Any], likely: dict[str, Any]) -> list[str]:
 
 def _in_words(name: str, value: Any) -> str:
     if name in ("free", "ram", "ram_free"):
-        return in_words(value)
+        return format_bytes(value)
     if isinstance(value, float):
         unit = "FLOP" if name in ("fp32", "bf16") else "B"
         return f"{value / 1e12:.4g} T{unit}/s" if value >= 1e12 else f"{value / 1e9:.4g} G{unit}/s"
@@ -192,7 +192,7 @@ def _read(path: Path) -> Description:
         return Description.model_validate({str(name): value for name, value in fields.items()})
     except ValidationError as error:
         problems = [_problem(one) for one in error.errors()]
-        raise UsageError(listed(problems), where=path, remedy=REMEDY) from None
+        raise UsageError(numbered_list(problems), where=path, remedy=REMEDY) from None
 
 
 def _problem(error: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.files import write_text
 from talik.base.system import (
     free_memory,
@@ -67,7 +67,7 @@ def this_machine(
     """
     chosen, there = choose_device(device), accelerator_here()
     if device == "auto" and there is not None and chosen.type != there.type:
-        notify(Said("note", f"a run on {there} cannot be planned yet: {chosen} is chosen"))
+        notify(Status("note", f"a run on {there} cannot be planned yet: {chosen} is chosen"))
     processor = _processor(chosen)
     rates = rates_here(chosen, processor, measure=measure, anew=anew, notify=notify)
     free, memory = device_memory(chosen)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.base.files import need_room, read_json, write_json
-from talik.base.system import forget_pages, forgets_pages, free_memory, home_folder
+from talik.base.system import can_drop_pages, drop_pages, free_memory, home_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIECE = 32 << 20  # bytes written, or read, at once
@@ -89,7 +89,7 @@ def measure_disk(folder: Path) -> dict[str, float]:
 
         written = _times(write, PIECES)
         file.seek(0)
-        forget_pages(file.fileno(), 0, 0)
+        drop_pages(file.fileno(), 0, 0)
         read = _times(lambda: file.readinto(buffer), len(written))
     return {"disk_read": PIECE / min(read), "disk_write": PIECE / min(written)}
 
@@ -130,9 +130,11 @@ def rates_here(
     if missing and not measure:
         return None
     if missing:
-        notify(Said("machine", f"is measured, in a few seconds; kept in {kept_file()}"))
-        if not forgets_pages():
-            notify(Said("note", "this system may read the measured file from memory: disk reads look faster"))
+        notify(Status("machine", f"is measured, in a few seconds; kept in {kept_file()}"))
+        if not can_drop_pages():
+            notify(
+                Status("note", "this system may read the measured file from memory: disk reads look faster")
+            )
         new = {key: todo[key]() for key in missing}
         kept = {**_kept(), **new}
         write_json(kept_file(), kept)

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from talik.model.adapters import add_adapters
 from talik.model.anatomy import Parts, parts_of
-from talik.recipe.lora import read_lora
+from talik.recipe.lora import parse_lora
 from talik.recipe.recipe import Recipe
-from talik.recipe.thaw import Thawed, thawed
+from talik.recipe.thaw import Thawed, parse_thaw
 
 
 def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
@@ -22,16 +22,16 @@ def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
     trunk back into the graph is taken off. Returns the trained parameters by their full names. Raises
     UsageError for a part that is not written so, and for layers that the model does not have.
     """
-    return _freeze(model, thawed(thaw, parts_of(model).count))
+    return _freeze(model, parse_thaw(thaw, parts_of(model).count))
 
 
-def thaw(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
+def freeze_for(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
     """Freezes everything but what a recipe trains: parts of the model, or adapters, without storage yet."""
     wanted = recipe.thawed(parts_of(model).count)
     if recipe.lora is None:
         return _freeze(model, wanted)
     _freeze(model, replace(wanted, layers=()))
-    add_adapters(model, read_lora(recipe.lora), wanted.layers)
+    add_adapters(model, parse_lora(recipe.lora), wanted.layers)
     return trained_parameters(model)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talik.base.errors import SourceError, UsageError
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.model.anatomy import Anatomy, anatomy_of
 from talik.model.source.source import find_model
 
@@ -122,10 +122,10 @@ def _tied(own: Anatomy, tied: bool) -> str:
 _SENTENCES: dict[str, Callable[[Anatomy, Any], str]] = {
     "vocab_size": lambda own, size: (
         f"the model knows {size:,} tokens, and answers each position with as many scores "
-        f"({in_words(4 * size)} in float32)."
+        f"({format_bytes(4 * size)} in float32)."
     ),
     "hidden_size": lambda own, size: (
-        f"between layers every token is {size:,} numbers ({in_words(size * own.item_bytes)})."
+        f"between layers every token is {size:,} numbers ({format_bytes(size * own.item_bytes)})."
     ),
     "intermediate_size": _intermediate,
     "num_attention_heads": lambda own, count: (
@@ -134,7 +134,9 @@ _SENTENCES: dict[str, Callable[[Anatomy, Any], str]] = {
     "num_key_value_heads": _key_value_heads,
     "num_hidden_layers": lambda own, count: f"layers 0 to {count - 1} run one after the other.",
     "tie_word_embeddings": _tied,
-    "dtype": lambda own, _: f"a number takes {own.item_bytes} bytes, the whole model {in_words(own.bytes)}.",
+    "dtype": lambda own, _: (
+        f"a number takes {own.item_bytes} bytes, the whole model {format_bytes(own.bytes)}."
+    ),
     "max_position_embeddings": lambda own, count: f"a text can have up to {count:,} tokens, answer included.",
 }
 
@@ -168,13 +170,13 @@ def _table(own: Anatomy) -> list[str]:
     rows = [row for row in rows if row[1] or row[0] != "other"] + [("all", own.parameters)]
     width = max(len(name) for name, _ in rows)
     line = "{:{}}  {:>17,}  {:>6.1%}  {:>10}".format
-    return [line(name, width, n, n / own.parameters, in_words(n * own.item_bytes)) for name, n in rows]
+    return [line(name, width, n, n / own.parameters, format_bytes(n * own.item_bytes)) for name, n in rows]
 
 
 def _top_words(inspection: Inspection) -> str:
     own, last = inspection.anatomy, len(inspection.anatomy.layers) - 1
     which = f"layer {last}" if inspection.first == last else f"layers {inspection.first}..{last}"
-    share, size = inspection.top / own.parameters, in_words(inspection.top * own.item_bytes)
+    share, size = inspection.top / own.parameters, format_bytes(inspection.top * own.item_bytes)
     return (
         f"Training the last {inspection.top_layers} would train {which} and the final norm: "
         f"{inspection.top:,} parameters, {share:.1%} of the model, {size}."

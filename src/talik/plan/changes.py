@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from talik.base.errors import DoesNotFitError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of, not_longer
 from talik.plan.planned import Change, Planned
@@ -17,7 +17,7 @@ from talik.plan.search import STAY, Search, in_mebibytes
 from talik.plan.target import Target
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
-from talik.recipe.thaw import Thawed, thawed
+from talik.recipe.thaw import Thawed, parse_thaw
 from talik.simulate.simulation import subject_of
 from talik.simulate.work import assumed_examples
 
@@ -40,7 +40,7 @@ def smallest_changes(
     target, beside = planned.target, _beside(planned)
     if planned.breaks is None:
         return (Change(beside, planned.peak.bytes),)
-    thrift = Thrift(folder, sets, target, notify)
+    thrift = ThriftiestWay(folder, sets, target, notify)
     changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), beside)]
     if beside or (target.on_cpu and target.program > target.most):  # nothing else alone would be enough
         return tuple(changes)
@@ -124,7 +124,7 @@ def _option(recipe: Recipe) -> str:
     return f"--top-layers {recipe.top_layers}" if recipe.thaw is None else f"--thaw {recipe.thaw}"
 
 
-class Thrift:
+class ThriftiestWay:
     """What recipes take in the way that takes least, by simulation; `streamed` ways among them or not."""
 
     def __init__(
@@ -144,7 +144,7 @@ class Thrift:
         """The promise for a recipe, in bytes; its examples are those that are not longer than it allows."""
         key = recipe.model_dump_json()
         if key not in self._peaks:
-            self._notify(Said("plan", f"simulating {_in_words(recipe)}"))
+            self._notify(Status("plan", f"simulating {_in_words(recipe)}"))
             examples, evaluated = self._examples(recipe)
             search = Search(subject_of(recipe, self._folder), examples, evaluated, self._target)
             first = search.first()
@@ -201,8 +201,8 @@ def most_layers(
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
     every = config.num_hidden_layers
     for streamed in (False, True):
-        thrift = Thrift(folder, sets, target, notify, streamed=streamed)
-        if found := thrift.most_layers(recipe, thawed(f"top.{every}", every)):
+        thrift = ThriftiestWay(folder, sets, target, notify, streamed=streamed)
+        if found := thrift.most_layers(recipe, parse_thaw(f"top.{every}", every)):
             break
     else:
         raise DoesNotFitError("not even one layer fits", remedy="Give it more memory (--memory).")

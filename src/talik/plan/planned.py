@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
 from talik.recipe.plan import Plan
@@ -87,10 +87,10 @@ class Planned:
         """Why it does not fit, and by how much in the way that takes least of those known."""
         if self.breaks is not None:
             peak = self.changes[0].peak_bytes if self.changes else self.peak.bytes
-            short = in_words(self.target.needed(peak) - self.target.memory)
-            return f"no way to run this fits {in_words(self.target.memory)}: {short} are missing"
+            short = format_bytes(self.target.needed(peak) - self.target.memory)
+            return f"no way to run this fits {format_bytes(self.target.memory)}: {short} are missing"
         lacking = {"RAM": self.ram_missing, "disk": self.disk_missing}
-        return "; ".join(f"the {name} lacks {in_words(size)}" for name, size in lacking.items() if size)
+        return "; ".join(f"the {name} lacks {format_bytes(size)}" for name, size in lacking.items() if size)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""

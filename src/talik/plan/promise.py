@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from talik.base.errors import DoesNotFitError
-from talik.base.files import in_words, quoted
+from talik.base.files import format_bytes, quoted
 from talik.base.system import anonymous_bytes, trim_heap
 from talik.machine.peak_memory import PeakMemory
 from talik.recipe.plan import Plan
@@ -127,15 +127,15 @@ class Promise:
             for phase in {**before, **now}
         }
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """How far off the promise was."""
         phase, measured = max(self._memory.phases.items(), key=lambda item: item[1])
-        took = f"took {in_words(measured)} at most ({phase})"
+        took = f"took {format_bytes(measured)} at most ({phase})"
         promised = max((size for size in self._plan.promised.values()), default=0)
         if not promised:
             return f"{took}; nothing was promised"
         off = 100 * (measured / promised - 1)
-        return f"promised {in_words(promised)}, {took}: {abs(off):.1f} % {'more' if off > 0 else 'less'}"
+        return f"promised {format_bytes(promised)}, {took}: {abs(off):.1f} % {'more' if off > 0 else 'less'}"
 
     def broken_by(self, error: BaseException, run: object) -> DoesNotFitError | None:
         """The diagnosis of an error that says that there is no memory; None for any other."""
@@ -145,12 +145,12 @@ class Promise:
         self._memory.phase(self.now)
         found = _ASKED.search(text)
         said = f": {text}" if text and isinstance(cause, MemoryError) else ""
-        more = found and (in_words(int(found[1])) if found[1] else found[2])
+        more = found and (format_bytes(int(found[1])) if found[1] else found[2])
         asked = f": {more} more were asked for" if more else said
         promised = self._plan.promised.get(self.now)
         where = f"step {self.steps}, {self.now}" if self.steps else self.now
-        had = f"the run had {in_words(self._memory.phases.get(self.now, 0))}"
-        beside = f", and {in_words(promised)} were promised for this phase" if promised else ""
+        had = f"the run had {format_bytes(self._memory.phases.get(self.now, 0))}"
+        beside = f", and {format_bytes(promised)} were promised for this phase" if promised else ""
         return DoesNotFitError(
             f"no memory was left in {where}{asked}; {had}{beside}",
             remedy=f"See what takes it: talik explain {quoted(run)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from talik.base.files import in_words
+from talik.base.files import format_bytes
 from talik.machine.machine import Machine
 from talik.plan import ways
 from talik.plan.planned import Planned
@@ -45,15 +45,16 @@ def _verdict(planned: Planned) -> Iterator[str]:
     peak = planned.peak
     where = f"{peak.phase}, {peak.block}" if peak.block else peak.phase
     yield (
-        f"{'fits' if planned.fits else 'does not fit'}: {in_words(peak.bytes)} ({where}) and a margin of "
-        f"{in_words(slack_of(peak.bytes))}, of {in_words(planned.target.memory)} ({planned.plan.device})"
+        f"{'fits' if planned.fits else 'does not fit'}: {format_bytes(peak.bytes)} ({where}) and a margin "
+        f"of {format_bytes(slack_of(peak.bytes))}, of {format_bytes(planned.target.memory)} "
+        f"({planned.plan.device})"
     )
     if planned.least is not None:
-        yield f"between {in_words(planned.least)} and this, by what the router chooses"
+        yield f"between {format_bytes(planned.least)} and this, by what the router chooses"
     if planned.ram_missing:
-        yield f"the RAM beside it lacks {in_words(planned.ram_missing)}"
+        yield f"the RAM beside it lacks {format_bytes(planned.ram_missing)}"
     if planned.disk_missing:
-        yield f"the disk lacks {in_words(planned.disk_missing)}"
+        yield f"the disk lacks {format_bytes(planned.disk_missing)}"
     if planned.assumed:
         yield f"assumed: {planned.assumed}"
     yield from planned.target.machine.notes
@@ -63,7 +64,7 @@ def _bars(planned: Planned) -> Iterator[str]:
     for phase in planned.phases:
         filled = min(WIDTH, round(WIDTH * phase.bytes / max(1, planned.target.memory)))
         block = f"  {phase.block}" if phase.block else ""
-        yield f"{phase.phase:<9}{'#' * filled:.<{WIDTH}} {in_words(phase.bytes):>9}{block}"
+        yield f"{phase.phase:<9}{'#' * filled:.<{WIDTH}} {format_bytes(phase.bytes):>9}{block}"
 
 
 def _causes(planned: Planned) -> Iterator[str]:
@@ -71,15 +72,15 @@ def _causes(planned: Planned) -> Iterator[str]:
     yield f"at the peak ({peak.phase}{f', {peak.block}' if peak.block else ''}):"
     for cause, size in sorted(peak.causes.items(), key=lambda item: -item[1]):
         if size >= 1 << 20:
-            yield f"  {cause:<18}{in_words(size):>10}"
+            yield f"  {cause:<18}{format_bytes(size):>10}"
 
 
 def _costs(planned: Planned) -> Iterator[str]:
     seconds = planned.seconds
-    uses = " + ".join(f"{name} {in_words(size)}" for name, size in planned.disk.items())
+    uses = " + ".join(f"{name} {format_bytes(size)}" for name, size in planned.disk.items())
     yield (
         f"time about {_time(seconds.total)}: trunk {_time(seconds.trunk)}, an epoch {_time(seconds.epoch)}; "
-        f"disk {in_words(planned.disk_bytes)} ({uses})"
+        f"disk {format_bytes(planned.disk_bytes)} ({uses})"
     )
 
 
@@ -95,12 +96,12 @@ def _ways(planned: Planned) -> Iterator[str]:
         broken = planned.breaks
         where = f"{broken.phase}, {broken.block}" if broken.block else broken.phase
         yield (
-            f"breaks in {where}: {broken.operator.removeprefix('aten::')} of {in_words(broken.bytes)}, "
+            f"breaks in {where}: {broken.operator.removeprefix('aten::')} of {format_bytes(broken.bytes)}, "
             f"shape {' x '.join(map(str, broken.shape))}"
         )
     for change in planned.changes:
         note = f" ({change.note})" if change.note else ""
-        yield f"would fit: {change.options}{note}: {in_words(change.peak_bytes)}"
+        yield f"would fit: {change.options}{note}: {format_bytes(change.peak_bytes)}"
 
 
 def _time(seconds: float) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from talik.base.events import Notify, Said, silent
-from talik.base.files import in_words
+from talik.base.events import Notify, Status, silent
+from talik.base.files import format_bytes
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.model.freeze import trained_parameters
@@ -174,14 +174,14 @@ class Search:
         A streamed step has many parts that are alike: a glimpse of it comes first.
         """
         if (least := self._least(plan)) > self.target.most:
-            reason = f"takes {in_words(least)} at least"
+            reason = f"takes {format_bytes(least)} at least"
             self.refused.append(Refusal(way, least, reason, None, simulated=False))
             return False
         if not self.target.on_cpu and (ram := self.ram(plan)) > self.target.ram:
-            reason = f"takes {in_words(ram)} of RAM beside {self.target.machine.device}"
+            reason = f"takes {format_bytes(ram)} of RAM beside {self.target.machine.device}"
             self.refused.append(Refusal(way, least, reason, f"--ram {in_mebibytes(ram)}", simulated=False))
             return False
-        self.notify(Said("plan", f"simulating {ways.in_words(way)}"))
+        self.notify(Status("plan", f"simulating {ways.in_words(way)}"))
         tried = self.try_plan(plan, whole=plan.top == "resident")
         self._tried.append(tried)
         if not (tried.breaks or tried.whole):
@@ -257,5 +257,5 @@ def _why(broken: Break) -> str:
     shape = " x ".join(map(str, broken.shape))
     return (
         f"{broken.phase}{where}: {broken.operator.removeprefix('aten::')} of {shape} "
-        f"({in_words(broken.bytes)}) makes it {in_words(broken.total)}"
+        f"({format_bytes(broken.bytes)}) makes it {format_bytes(broken.total)}"
     )

@@ -103,7 +103,7 @@ def state_apart(subject: Subject, plan: Plan) -> int:
 
 def token_bytes(subject: Subject, plan: Plan) -> int:
     """What the cache keeps of one token."""
-    return subject.chain.width(plan.cut) * subject.chain.handed_on(plan.cut).itemsize
+    return subject.chain.width_at(plan.cut) * subject.chain.dtype_at(plan.cut).itemsize
 
 
 def _file_bytes(subject: Subject, cut: int) -> int:

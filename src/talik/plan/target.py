@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from talik.base.errors import NoRoomError, UsageError
 from talik.base.events import Notify, silent
-from talik.base.system import anonymous_bytes, give_back_memory
+from talik.base.system import anonymous_bytes, release_free_memory
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import PLANNED
 from talik.machine.machine import HERE, Machine, this_machine
@@ -55,7 +55,7 @@ class Target:
         """With what the program takes after planning, on this machine."""
         here = self.machine.name == HERE
         if here:
-            give_back_memory()
+            release_free_memory()
         return replace(self, program=max(self.program, anonymous_bytes() + LIBRARIES)) if here else self
 
     def kernels(self) -> AbstractContextManager[None]:

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig
 
 from talik.base.errors import UsageError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.system import free_memory
 from talik.machine.device import choose_device
 from talik.model.anatomy import anatomy_of, parts_of
 from talik.model.chain.chain import Chain
-from talik.model.freeze import thaw
+from talik.model.freeze import freeze_for
 from talik.model.weights.hollow import hollow_model
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
@@ -71,7 +71,7 @@ def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
     choose_device(plan.device)
     model = hollow_model(folder, working_dtype(recipe))
     check_layers(recipe, parts_of(model).count)
-    thaw(model, recipe)  # says what cannot be trained
+    freeze_for(model, recipe)  # says what cannot be trained
     chain = Chain(model, "cpu")
     cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
     remedy = "Leave --plan out, or name the plan.json of a run with this model that trains the same."
@@ -92,7 +92,7 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
     wanted, parts = wanted_cut(recipe, chain), recipe.thawed(layers).parts
     cut, reason = chain.lowest_cut(wanted)
     if reason:
-        notify(Said("cut", f"moved from layer {wanted} to {cut}: {reason}"))
+        notify(Status("cut", f"moved from layer {wanted} to {cut}: {reason}"))
     trunk = recipe.trunk
     if trunk == "auto":  # in memory where the model leaves room: every group would wait for nothing less
         size = anatomy_of(chain.model).parameters * working_dtype(recipe).itemsize

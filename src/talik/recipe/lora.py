@@ -26,7 +26,7 @@ class Lora:
     dora: bool = False
 
 
-def read_lora(line: str) -> Lora:
+def parse_lora(line: str) -> Lora:
     """The adapters that a line asks for; without alpha it is twice the rank. UsageError for a bad line."""
     fields: dict[str, Any] = {}
     for part in (part.strip() for part in line.split(",")):

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talik.base.errors import RecipeError, UsageError, listed
+from talik.base.errors import RecipeError, UsageError, numbered_list
 from talik.recipe.data_source import DataSources
-from talik.recipe.lora import read_lora
-from talik.recipe.thaw import PARTS, Thawed, check_thaw, thawed
+from talik.recipe.lora import parse_lora
+from talik.recipe.thaw import PARTS, Thawed, check_thaw, parse_thaw
 
 _ADAM = ("adamw", "adamw-8bit", "muon")
 READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
@@ -195,7 +195,7 @@ class Recipe(BaseModel):
         if parts := [part for part in named if part in PARTS]:
             yield f"lora puts adapters on layers, and thaw names {', '.join(parts)} beside: not supported"
         try:
-            read_lora(line)
+            parse_lora(line)
         except UsageError as error:
             yield error.problem
 
@@ -204,17 +204,17 @@ class Recipe(BaseModel):
 
         UsageError for layers beyond them.
         """
-        wanted = thawed(self.thaw or f"top.{self.top_layers},norm", layers)
+        wanted = parse_thaw(self.thaw or f"top.{self.top_layers},norm", layers)
         return wanted if self.lora is None else replace(wanted, parts=frozenset())
 
 
-def check(given: dict[str, Any], where: object = None) -> Recipe:
+def checked_recipe(given: dict[str, Any], where: object = None) -> Recipe:
     """The recipe with these fields; RecipeError with every wrong field if there are any."""
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
         raise RecipeError(
-            listed([_in_words(problem) for problem in error.errors()]),
+            numbered_list([_in_words(problem) for problem in error.errors()]),
             where=where,
             remedy="`talik train --help` lists every field with its default.",
         ) from None

@@ -48,7 +48,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     write_text(path, yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
 
 
-def table() -> str:
+def options_table() -> str:
     """docs/recipe.md: every field with its help and its default."""
     rows = [
         "| field | default | what it does |\n|---|---|---|\n",

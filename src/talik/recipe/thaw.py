@@ -62,7 +62,7 @@ def check_thaw(line: str) -> None:
         pass
 
 
-def thawed(line: str, count: int) -> Thawed:
+def parse_thaw(line: str, count: int) -> Thawed:
     """What a line means for a model with `count` layers. UsageError for a bad line or layers beyond them."""
     layers: set[int] = set()
     parts: set[str] = set()

@@ -22,7 +22,7 @@ from talik.data.preparing.store import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.anatomy import parts_of
 from talik.model.chain.chain import Chain, Skeleton
-from talik.model.freeze import thaw
+from talik.model.freeze import freeze_for
 from talik.model.weights.hollow import hollow_model
 from talik.model.weights.safetensors_file import Entry, read_tables, weight_files
 from talik.model.weights.weights import Weights
@@ -40,7 +40,7 @@ from talik.simulate.fakes import (
     assumed_table,
 )
 from talik.simulate.storage_log import Log
-from talik.training.loading import Loaded, begin, working_dtype
+from talik.training.loading import RunModel, new_run_model, working_dtype
 from talik.training.memory.store import Store
 from talik.training.run.evaluation import evaluate_top
 from talik.training.run.feed import load_micro_batches, run_step
@@ -84,7 +84,7 @@ def subject_of(recipe: Recipe, folder: Path) -> Subject:
     there = all(file.is_file() for file in weight_files(folder))
     tables = read_tables(folder) if there else assumed_table(model, folder)
     FakeWeights(model, folder, tables)
-    thaw(model, recipe)
+    freeze_for(model, recipe)
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 
@@ -111,7 +111,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
-    loaded = begin(chain, weights, plan, recipe.seed, AtOnce())
+    loaded = new_run_model(chain, weights, plan, recipe.seed, AtOnce())
     log.mark(adapter_weights(chain.model), "weights trained")
     log.phase("trunk")
     with loaded.trunk() as store:
@@ -123,7 +123,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     weights.changed = FakeCopy(top)
     scratch = MarkedScratch(log, plan.tier)
     prepare_top(top, recipe, loaded.store, scratch)
-    form = chain.width(plan.cut), chain.handed_on(plan.cut)
+    form = chain.width_at(plan.cut), chain.dtype_at(plan.cut)
     world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))
 
     def states_of(of: Sequence[Example]) -> States | None:
@@ -152,18 +152,18 @@ def _waiting(
     if plan.top == "resident" or not batches:
         return held
     sizes = [batch.input_ids.numel() for batch in batches]
-    dtype = chain.handed_on(plan.cut)
+    dtype = chain.dtype_at(plan.cut)
     for batch, size in zip(batches, sizes, strict=True):
         held.append(chain.skeleton(batch.input_ids, embed=False))
-        held.append(torch.empty(size, chain.width(plan.cut), dtype=dtype))
+        held.append(torch.empty(size, chain.width_at(plan.cut), dtype=dtype))
     groups = top.groups()
     for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's
         if plan.inputs == "memory":
-            scratch.waiting[group[0]] = (sum(sizes), chain.width(group[0])), dtype
+            scratch.waiting[group[0]] = (sum(sizes), chain.width_at(group[0])), dtype
     return held
 
 
-def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> None:
+def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:
     """The trunk's pass over the groups of the work."""
     groups = [(group, work.examples) for group in work.groups]
     cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
@@ -171,7 +171,7 @@ def _trunk(loaded: Loaded, store: Store, work: Work, log: Log, layers: int) -> N
     trunk_pass(loaded.chain, plan, groups, store, cache, silent)
 
 
-def _load_each(loaded: Loaded, store: Store, layers: int) -> None:
+def _load_each(loaded: RunModel, store: Store, layers: int) -> None:
     """Block after block, as the check of the chain loads them; its few tokens take nothing worth counting."""
     plan = loaded.plan
     store.get("embeddings")
@@ -200,4 +200,4 @@ def _kind(chain: Chain, index: int) -> Any:
     layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-    return type(layer), types[index] if index < len(types) else None, shapes, chain.width(index + 1)
+    return type(layer), types[index] if index < len(types) else None, shapes, chain.width_at(index + 1)

@@ -21,7 +21,7 @@ from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measu
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.chain.chain import Chain
 from talik.model.chain.verify import verify_layers
-from talik.model.freeze import thaw, trained_parameters
+from talik.model.freeze import freeze_for, trained_parameters
 from talik.model.loading import load_model
 from talik.model.weights.hollow import hollow_model
 from talik.model.weights.weights import Weights
@@ -40,7 +40,7 @@ def working_dtype(recipe: Recipe) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class RunModel:
     """A model whose weights are in its files until they are asked for."""
 
     chain: Chain
@@ -143,7 +143,7 @@ class Loaded:
             self.store.get("tail")
 
 
-def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
+def open_run_model(recipe: Recipe, plan: Plan, folder: Path) -> RunModel:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet.
 
     UsageError where the plan's device is not there: a run may be used on another computer.
@@ -151,13 +151,15 @@ def load(recipe: Recipe, plan: Plan, folder: Path) -> Loaded:
     choose_device(plan.device)
     model = hollow_model(folder, working_dtype(recipe), plan.device)
     weights = Weights(model, folder)
-    thaw(model, recipe)
+    freeze_for(model, recipe)
     weights.look_again()
     weights.forget = weights.bytes_in_files(base_tensors(model)) > psutil.virtual_memory().available // 2
-    return begin(Chain(model, plan.device), weights, plan, recipe.seed)
+    return new_run_model(Chain(model, plan.device), weights, plan, recipe.seed)
 
 
-def begin(chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None) -> Loaded:
+def new_run_model(
+    chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None
+) -> RunModel:
     """Makes the store of a plan, and what stays for the whole run: adapters by a seed, a few blocks."""
     fill_adapters(chain.model, seed, torch.device(plan.device))
     first = 0 if plan.trunk == "streamed" else plan.cut
@@ -169,19 +171,19 @@ def begin(chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executo
     store.stay("rest")
     if chain.calls_need_embeddings:
         store.stay("embeddings")
-    return Loaded(chain, weights, store, plan)
+    return RunModel(chain, weights, store, plan)
 
 
-def load_whole(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
+def load_whole_model(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
     """The whole model of a folder in memory, everything frozen but what the recipe trains."""
     model = load_model(folder, working_dtype(recipe), plan.device)
-    thaw(model, recipe)
+    freeze_for(model, recipe)
     fill_adapters(model, recipe.seed, model.device)
     measure_lengths(model)
     return model, make_top(Chain(model), trained_parameters(model), plan.cut)
 
 
-def what_is_trained(loaded: Loaded, recipe: Recipe) -> str:
+def describe_trained(loaded: RunModel, recipe: Recipe) -> str:
     """The trained parameters and the frozen ones, in words."""
     named = loaded.chain.model.named_parameters()
     sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}

@@ -22,7 +22,7 @@ from talik.data.preparing.kept_folders import data_root
 from talik.data.preparing.workers import Worker
 from talik.data.reading.streams import as_file
 from talik.model.tokenizer import load_tokenizer
-from talik.recipe.recipe import check
+from talik.recipe.recipe import checked_recipe
 
 COUNT = 600
 BAD = {50: "{", 51: '{"input": "q"}', 400: "{"}
@@ -58,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(rows: Any, folder: Path, said: list[str] | None = None, **options: Any) -> Data:
     """The data, prepared in files."""
-    recipe = check({"model": "-", "data": rows, "bad_rows": "skip", **options})
+    recipe = checked_recipe({"model": "-", "data": rows, "bad_rows": "skip", **options})
     load = partial(load_tokenizer, folder)
 
     def notify(event: Any) -> None:
@@ -69,7 +69,7 @@ def read(rows: Any, folder: Path, said: list[str] | None = None, **options: Any)
 
 
 def in_memory(rows: Any, folder: Path, **options: Any) -> Data:
-    recipe = check({"model": "-", "data": rows, "bad_rows": "skip", **options})
+    recipe = checked_recipe({"model": "-", "data": rows, "bad_rows": "skip", **options})
     return read_all(recipe, recipe.data, load_tokenizer(folder), "training")
 
 
@@ -243,10 +243,10 @@ from pathlib import Path
 from talik.data.preparing import kept, prepare, prepared
 from talik.data.dataset import read_all
 from talik.model.tokenizer import load_tokenizer
-from talik.recipe.recipe import check
+from talik.recipe.recipe import checked_recipe
 
 prepared.LARGE, prepare.CHUNK_BYTES, kept.worker_count = 0, 500, lambda: 2
-recipe = check({"model": "-", "data": sys.argv[2], "bad_rows": "skip"})
+recipe = checked_recipe({"model": "-", "data": sys.argv[2], "bad_rows": "skip"})
 load = partial(load_tokenizer, Path(sys.argv[1]))
 kept.Told.__call__ = lambda *_: input()  # after the first chunk it waits
 read_all(recipe, recipe.data, load(), "training", load=load)
@@ -304,7 +304,7 @@ def test_a_file_may_be_named_twice(folder: Path, tmp_path: Path) -> None:
 def test_rows_that_stand_in_one_line_are_told_apart(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"input": f"q {n}", "output": "a"} for n in range(1200)]), encoding="utf-8")
-    recipe = check({"model": "-", "data": str(path), "held_out": 0.25})
+    recipe = checked_recipe({"model": "-", "data": str(path), "held_out": 0.25})
     train, held = read_sets(recipe, load_tokenizer(folder))
     assert held and 200 <= len(held.examples) <= 400 and len(train.examples) + len(held.examples) == 1200
     assert (train.report.rows, held.report.rows) == (len(train.examples), len(held.examples))
@@ -314,7 +314,7 @@ def test_rows_that_stand_in_one_line_are_told_apart(folder: Path, tmp_path: Path
 
 def test_held_out_questions_of_several_sources(folder: Path, tmp_path: Path) -> None:
     one, two = saved(tmp_path / "one.jsonl", "same", 60), saved(tmp_path / "two.jsonl", "same", 80)
-    recipe = check({"model": "-", "data": [one, two], "held_out": 10})
+    recipe = checked_recipe({"model": "-", "data": [one, two], "held_out": 10})
     train, held = read_sets(recipe, load_tokenizer(folder))
     assert held is not None
     questions = {*lines(held, one), *lines(held, two)}

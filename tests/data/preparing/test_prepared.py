@@ -10,7 +10,7 @@ import pytest
 
 from talik.base.errors import DataError
 from talik.data.dataset import Data, read_all, read_sets
-from talik.recipe.recipe import Recipe, check
+from talik.recipe.recipe import Recipe, checked_recipe
 
 
 def write_rows(path: Path, count: int, name: str = "q") -> Path:
@@ -22,7 +22,7 @@ def write_rows(path: Path, count: int, name: str = "q") -> Path:
 
 
 def recipe_of(data: Any, **fields: Any) -> Recipe:
-    return check({"model": "-", "data": data, **fields})
+    return checked_recipe({"model": "-", "data": data, **fields})
 
 
 def outputs(data: Data) -> list[str]:

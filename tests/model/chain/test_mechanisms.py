@@ -75,7 +75,7 @@ def test_the_cut_moves_below_shared_keys() -> None:
     cut, reason = chain.lowest_cut(4)
     assert cut == 2 and reason == "layer 4 computes with what layer 2 computed, beside its hidden states"
     assert [chain.lowest_cut(wanted)[0] for wanted in range(7)] == [0, 1, 2, 2, 2, 2, 6]
-    assert chain.calls_need_embeddings and chain.width(2) == 4 * 64
+    assert chain.calls_need_embeddings and chain.width_at(2) == 4 * 64
 
 
 def test_the_cut_moves_below_shared_indices() -> None:
@@ -86,8 +86,8 @@ def test_the_cut_moves_below_shared_indices() -> None:
 def test_a_second_tensor_per_token_is_handed_on() -> None:
     chain = Chain(tiny_model("zaya", dtype=torch.bfloat16))
     assert chain.lowest_cut(3) == (3, None)
-    assert chain.width(3) > chain.width(0) == 64
-    assert chain.handed_on(3) == torch.float32
+    assert chain.width_at(3) > chain.width_at(0) == 64
+    assert chain.dtype_at(3) == torch.float32
 
 
 def test_gradients_flow_through_shared_keys() -> None:

@@ -55,7 +55,7 @@ def test_layers_and_embeddings_are_not_needed(name: str) -> None:
     if untied is not None:
         to_meta(other.embedding)
     other = Chain(hollow)
-    assert other.device.type == "cpu" and other.width(2) == chain.width(2)
+    assert other.device.type == "cpu" and other.width_at(2) == chain.width_at(2)
     calls = other.skeleton(ids, embed=untied is None).calls
     again = run_layers(chain, range(4), chain.skeleton(ids).embedded, calls)
     assert torch.equal(again, hidden)

@@ -17,7 +17,7 @@ import pytest
 
 import talik
 from talik.base.errors import RunError
-from talik.base.events import Said
+from talik.base.events import Status
 from talik.base.files import read_json
 from talik.chat import load_for_chat
 from talik.plan.ways import choose
@@ -217,7 +217,7 @@ def test_the_best_checkpoint_is_used_or_said_to_be_away(run: Path) -> None:
     shutil.rmtree(best)
     assert result_checkpoint(run, said.append) == newest(run)
     assert said == [
-        Said("note", f"the best checkpoint, {best.name}, is not there: {newest(run).name} is used")
+        Status("note", f"the best checkpoint, {best.name}, is not there: {newest(run).name} is used")
     ]
 
 
@@ -267,7 +267,11 @@ def test_a_checkpoint_is_verified_once_and_before_anything_that_takes_long(
         raise Reached
 
     monkeypatch.setattr(checkpoint_digests.hashlib, "file_digest", counted)
-    for module, name in (("run", "load"), ("evaluation", "load"), ("chat", "load_whole")):
+    for module, name in (
+        ("run", "open_run_model"),
+        ("evaluation", "open_run_model"),
+        ("chat", "load_whole_model"),
+    ):
         monkeypatch.setattr(import_module(f"talik.{module}"), name, slow)
     if use == "export":
         USES[use](run, rows, tmp_path / "out")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import talik
 from helpers.training import plain_loss
-from talik.base.errors import Interrupted, NonFiniteError, RunError, TalikError
+from talik.base.errors import InterruptedRunError, NonFiniteError, RunError, TalikError
 from talik.base.events import StepDone
 from talik.base.files import read_json
 from talik.data.batches import steps_of_epoch
@@ -213,10 +213,10 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
         if isinstance(event, StepDone) and event.step in (9, 13):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="after step 9"):
+    with pytest.raises(InterruptedRunError, match="after step 9"):
         train(recipe, tmp_path / "parts", notify=press)
     torch.manual_seed(123)  # whatever else happened to the generator
-    with pytest.raises(Interrupted, match="after step 13"):
+    with pytest.raises(InterruptedRunError, match="after step 13"):
         talik.resume(tmp_path / "parts", notify=press)
     result = talik.resume(tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

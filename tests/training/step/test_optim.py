@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 from helpers.training import freeze_top, make_recipe
 from helpers.updates import HEAD, MATRIX, RATE, noise, prepared, train, weights
 from talik.base.errors import RecipeError
-from talik.recipe.recipe import READ_BY, Recipe, check
+from talik.recipe.recipe import READ_BY, Recipe, checked_recipe
 from talik.training.step import optim as optim_module
 from talik.training.step import update as update_module
 from talik.training.step.optim import OPTIMIZERS, learning_rate_at, optimizer_of, round_stochastically_
@@ -174,12 +174,12 @@ def test_a_field_that_an_optimizer_does_not_read_is_refused(field: str) -> None:
     given = {"model": "-", "data": "-", field: 0.5}
     for optimizer in OPTIMIZERS:
         if optimizer in READ_BY[field]:
-            assert getattr(check({**given, "optimizer": optimizer}), field) == 0.5
+            assert getattr(checked_recipe({**given, "optimizer": optimizer}), field) == 0.5
         else:
             with pytest.raises(
                 RecipeError, match=f"{field} is read by .*{READ_BY[field][-1]} alone.*{optimizer}"
             ):
-                check({**given, "optimizer": optimizer})
+                checked_recipe({**given, "optimizer": optimizer})
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from helpers.training import make_examples
 from talik.base.errors import ChainError, NoRoomError, TalikError
-from talik.base.events import Said, silent
+from talik.base.events import Status, silent
 from talik.data.examples import Example
 from talik.training.trunk import cache as module
 from talik.training.trunk.cache import Cache, Group, groups_of, open_cache
@@ -273,7 +273,7 @@ def test_a_shard_that_contradicts_its_table_is_computed_again(
     assert len(cache.missing(groups)) == 2
     assert len(fill(cache, groups, data)) == 2
     (event,) = said
-    assert isinstance(event, Said) and "shard-00001.bin is damaged" in event.text
+    assert isinstance(event, Status) and "shard-00001.bin is damaged" in event.text
     assert_right(opened(filled.parent), groups, data)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from helpers.training import load_from, make_examples, make_plan, make_recipe, top_at
 from talik.base.errors import ChainError
-from talik.base.events import Progress, Said, silent
+from talik.base.events import Progress, Status, silent
 from talik.data.examples import Example
 from talik.model.chain.chain import Chain
 from talik.training.trunk.trunk import run_trunk, trunk_facts, trunk_states
@@ -96,7 +96,7 @@ def test_reads_the_trunk_only_and_once_per_shard(
     )
     assert loaded.store.traffic.bytes - before == checked + weights.bytes_in_files(trunk)
     assert all(parameter.is_meta for parameter in loaded.chain.model.parameters())
-    assert any(isinstance(event, Said) and "of weights read" in event.text for event in said)
+    assert any(isinstance(event, Status) and "of weights read" in event.text for event in said)
 
 
 def test_facts_cover_weights_cut_and_how_it_is_computed(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from talik.base.errors import DataError
-from talik.base.events import Notify, Progress, Said
+from talik.base.events import Notify, Progress, Status
 from talik.base.files import atomic, fingerprint, read_json, write_json
-from talik.base.system import give_back_memory
+from talik.base.system import release_free_memory
 from talik.data.preparing.kept_folders import held_folder, state_of
 from talik.data.preparing.parts import Damaged, joined, read_part, write_part
 from talik.data.preparing.prepare import (
@@ -80,13 +80,13 @@ def in_files(
     with held_folder(facts, states, notify) as folder:
         whole, done = _known(folder, files, notify)
         if (folder / "whole.json").is_file():
-            notify(Said("data", f"prepared before: {whole.rows:,} rows in {folder}"))
+            notify(Status("data", f"prepared before: {whole.rows:,} rows in {folder}"))
             return whole
         if done:
-            notify(Said("data", f"goes on after {whole.rows:,} rows that are prepared in {folder}"))
+            notify(Status("data", f"goes on after {whole.rows:,} rows that are prepared in {folder}"))
         work = work_of(files)
         told = Told(size, notify, sum(next(work).size for _ in range(done)))
-        give_back_memory()  # reading a tokenizer leaves more than it is, and workers do it at the same time
+        release_free_memory()  # reading a tokenizer leaves much, in each worker at the same time
         made = prepare_all(work, tokenizer, options, load, worker_count())
         _write_parts(folder, files, made, whole, told)
         for of, state in zip(files, states, strict=True):
@@ -144,7 +144,7 @@ def _write_part(
     write_part(joined(held.parts), file, {"chunks": count, **_about(held, files)})
     held.parts = [read_part(file, verify=False)[0]]
     whole.add(held)
-    give_back_memory()
+    release_free_memory()
 
 
 def _known(folder: Path, files: Sequence[FileOptions], notify: Notify) -> tuple[Outcome, int]:
@@ -165,7 +165,7 @@ def _known(folder: Path, files: Sequence[FileOptions], notify: Notify) -> tuple[
             done += about["chunks"]
         except (Damaged, LookupError, TypeError, ValueError) as error:
             if file.with_suffix(".json").is_file():  # else it was broken off
-                notify(Said("data", f"{file} {error}: it is prepared again, with all that follows"))
+                notify(Status("data", f"{file} {error}: it is prepared again, with all that follows"))
             _remove(folder, names[number:])
             break
     with suppress(OSError, ValueError, LookupError, TypeError):

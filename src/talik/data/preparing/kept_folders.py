@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.base.files import fingerprint, read_json, write_json
 from talik.base.system import home_folder
 from talik.data.reading.streams import DataFile
@@ -52,11 +52,11 @@ def held_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Noti
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        notify(Said("data", f"another process prepares the same data in {folder}: waiting for it"))
+        notify(Status("data", f"another process prepares the same data in {folder}: waiting for it"))
         lock.acquire()
     try:
         for gone in remove_outdated(root):
-            notify(Said("data", f"{gone} was prepared from files that have changed, and is removed"))
+            notify(Status("data", f"{gone} was prepared from files that have changed, and is removed"))
         folder.mkdir(exist_ok=True)
         if not (folder / "data.json").is_file():
             write_json(folder / "data.json", known)

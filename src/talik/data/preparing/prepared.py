@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from talik.base.errors import DataError
-from talik.base.events import Notify, Said
+from talik.base.events import Notify, Status
 from talik.data.examples import Example
 from talik.data.formats.formats import RowOptions
 from talik.data.formats.media import MEDIA
@@ -201,7 +201,7 @@ def _files(recipe: Recipe, sources: Sequence[DataSource], notify: Notify) -> lis
         of_recipe = RowOptions(recipe.input_field, recipe.output_field, recipe.format)
         options = of_recipe if own == RowOptions() else own
         left = source.limit
-        for file in find_data(source.path, lambda line: notify(Said("data", line))):
+        for file in find_data(source.path, lambda line: notify(Status("data", line))):
             found.append(file_options(file, len(found), number, options, left))
             if left is not None:
                 left -= sum(len(chunk.rows) for chunk in chunks(found[-1]))

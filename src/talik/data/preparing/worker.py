@@ -23,12 +23,12 @@ def main() -> None:
     inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a line that some library prints must not get between the outcomes
     try:
-        from talik.base.system import give_back_memory
+        from talik.base.system import release_free_memory
         from talik.data.preparing.prepare import Preparer
 
         load, options = pickle.load(inward)
         preparer = Preparer(load(), options)
-        give_back_memory()  # what reading a tokenizer leaves is more than what it is
+        release_free_memory()  # what reading a tokenizer leaves is more than what it is
         while True:
             _answer(outward, preparer.prepare(pickle.load(inward)))
     except (EOFError, BrokenPipeError):

@@ -91,18 +91,18 @@ class Chain:
         """The dtype of the embeddings."""
         return self.embedding.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
-    def handed_on(self, cut: int) -> torch.dtype:
+    def dtype_at(self, cut: int) -> torch.dtype:
         """The dtype of what goes into layer `cut`: fp32 in a bf16 model that keeps its residual in fp32."""
         return self._facts.forms[cut].dtype
 
-    def width(self, cut: int) -> int:
+    def width_at(self, cut: int) -> int:
         """Numbers per token that go into layer `cut` (into the tail, for the number of layers)."""
         return self._facts.forms[cut].width
 
     @property
     def hidden_size(self) -> int:
         """Numbers per token that the last layer hands on."""
-        return self.width(len(self.layers))
+        return self.width_at(len(self.layers))
 
     def lowest_cut(self, wanted: int) -> tuple[int, str | None]:
         """The highest cut up to `wanted` across which layers share nothing, and why it is not `wanted`.

@@ -12,7 +12,7 @@ from typing import Any
 from talik.base import files
 from talik.base.errors import SourceError, TalikError
 from talik.base.libraries import need_packages, one_line
-from talik.base.system import give_back_memory, home_folder
+from talik.base.system import home_folder, release_free_memory
 from talik.model.source.older_readers import rewrite
 
 
@@ -32,10 +32,10 @@ def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Pat
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.exists():
             need_packages("gguf", "gguf", "accelerate", where=file)
-            progress(f"reading {file.name} ({files.in_words(stat.st_size)}), once")
+            progress(f"reading {file.name} ({files.format_bytes(stat.st_size)}), once")
             with files.finished_folder(folder) as part, _reading_once():
                 _convert(file, part, weights)
-            give_back_memory()  # a plan would count what is free as held
+            release_free_memory()  # a plan would count what is free as held
     return folder
 
 

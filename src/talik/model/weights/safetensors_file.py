@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from talik.base.errors import SourceError
-from talik.base.system import forget_pages
+from talik.base.system import drop_pages
 from talik.model.weights.index import check_places, index_of, weight_map
 from talik.model.weights.safetensors_header import read_ranges
 
@@ -88,7 +88,7 @@ class Entry:
                     raise SourceError("is shorter than its header says", where=self.file)
                 done += more
             if forget:
-                forget_pages(file.fileno(), self.start, self.size)
+                drop_pages(file.fileno(), self.start, self.size)
 
 
 def weight_files(folder: Path) -> list[Path]:

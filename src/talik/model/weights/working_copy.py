@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from talik.base.files import need_room
-from talik.base.system import forget_pages, reserve
+from talik.base.system import drop_pages, reserve
 from talik.model.weights.safetensors_file import Entry, read_header, tensor_bytes
 
 
@@ -80,7 +80,7 @@ class WorkingCopy:
             done += self._file.write(place[done:])
         if self._forget:  # pages that are not on the disk yet cannot be forgotten
             os.fsync(self._file.fileno())
-            forget_pages(self._file.fileno(), self._table[name].start, len(place))
+            drop_pages(self._file.fileno(), self._table[name].start, len(place))
         self._written.add(name)
 
     def close(self) -> None:

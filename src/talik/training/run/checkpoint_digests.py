@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from talik.base.errors import RunError, listed
+from talik.base.errors import RunError, numbered_list
 from talik.base.files import quoted, read_json, write_json
 
 WEIGHTS, OPTIMIZER, STATE = FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
@@ -69,9 +69,9 @@ def verified(checkpoint: Path, names: Collection[str] = FILES) -> Path:
     if not checkpoint.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoint))
     if damage:
-        raise RunError(listed([*damage, *foreign]), where=checkpoint, remedy=_way_out(checkpoint))
+        raise RunError(numbered_list([*damage, *foreign]), where=checkpoint, remedy=_way_out(checkpoint))
     if foreign:
-        raise RunError(listed(foreign), where=checkpoint, remedy="Move it out of this folder.")
+        raise RunError(numbered_list(foreign), where=checkpoint, remedy="Move it out of this folder.")
     return checkpoint
 
 

@@ -76,7 +76,7 @@ def _through(
         yield from ((batch, run_top(top, batch)) for batch in batches)
         return
     waiting: list[MicroBatch] = []
-    held, token_bytes = 0, top.chain.width(top.cut) * top.chain.handed_on(top.cut).itemsize
+    held, token_bytes = 0, top.chain.width_at(top.cut) * top.chain.dtype_at(top.cut).itemsize
     for batch in batches:
         waiting.append(batch)
         held += batch.input_ids.numel() * token_bytes

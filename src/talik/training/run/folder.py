@@ -11,12 +11,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from talik.base.errors import RunError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.files import check_folder_place, finished_folder, quoted, read_json, write_json
 from talik.model.source.source import Source, find_model
 from talik.model.weights.digests import weights_fingerprint
 from talik.recipe.plan import Plan, read_plan
-from talik.recipe.recipe import Recipe, check
+from talik.recipe.recipe import Recipe, checked_recipe
 from talik.recipe.recipe_file import read_fields, write_recipe
 from talik.training.run.checkpoint_digests import STATE, WEIGHTS, verified
 from talik.training.run.checkpoints import checkpoint_path, latest_checkpoint
@@ -117,11 +117,11 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
             f"is not a run folder: {', '.join(missing)} missing" if folder.exists() else "no such folder"
         )
         raise RunError(problem, where=folder, remedy="Name the folder that `talik train -o` was given.")
-    recipe = check(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
+    recipe = checked_recipe(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
     plan = read_plan(folder / "plan.json")
     known = read_json(folder / "source.json")
     model = known["folder"] if Path(known["folder"]).is_dir() else recipe.model
-    source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Said("model", text)))
+    source = find_model(model, revision=recipe.revision, progress=lambda text: notify(Status("model", text)))
     source = replace(source, origin=known["origin"], kind=known["kind"], revision=known["revision"])
     if weights_fingerprint(source.folder) != known["weights"]:
         raise RunError(
@@ -150,6 +150,6 @@ def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:
     if not chosen.is_dir():
         if latest_checkpoint(folder) != newest:  # a run that goes on has saved another one
             return result_checkpoint(folder, notify)
-        notify(Said("note", f"the best checkpoint, {chosen.name}, is not there: {newest.name} is used"))
+        notify(Status("note", f"the best checkpoint, {chosen.name}, is not there: {newest.name} is used"))
         chosen = newest
     return verified(chosen, [WEIGHTS, STATE])

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from talik.base.errors import Interrupted, NonFiniteError
+from talik.base.errors import InterruptedRunError, NonFiniteError
 from talik.base.events import Evaluated, Evaluation, Saved, StepDone
 from talik.base.files import quoted, write_text
 from talik.data.batches import steps_of_epoch
@@ -95,7 +95,7 @@ def _epoch(lengths: Sequence[int], recipe: Recipe, epoch: int) -> list[list[int]
 
 
 def train_loop(job: Job, state: State) -> State:
-    """Trains from `state` to the end. Raises NonFiniteError, or Interrupted after saving."""
+    """Trains from `state` to the end. Raises NonFiniteError, or InterruptedRunError after saving."""
     lengths = lengths_of(job.examples)
     steps = count_steps(lengths, job.recipe)
     metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: nothing is saved yet
@@ -164,7 +164,7 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
         path = save_checkpoint(job.run, job.top, job.store, job.scratch, job.recipe, state)
         job.notify(Saved(state.step, path))
     if interrupted and not last:
-        raise Interrupted(
+        raise InterruptedRunError(
             f"stopped after step {state.step}; everything up to it is saved",
             remedy=f"Go on with: talik resume {quoted(job.run)}",
         )

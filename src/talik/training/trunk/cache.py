@@ -22,7 +22,7 @@ import torch
 from filelock import Timeout
 
 from talik.base.errors import NoRoomError, TalikError
-from talik.base.events import Notify, Said, silent
+from talik.base.events import Notify, Status, silent
 from talik.base.files import need_room, read_json, sync_folder, write_json
 from talik.training.trunk.cache_folder import CacheFolder, key_of, lock_of, remove
 from talik.training.trunk.cache_shard import Damaged, Group, Place, ShardWriter, States, groups_of, read_table
@@ -52,7 +52,7 @@ def open_cache(
     root.mkdir(parents=True, exist_ok=True)
     about = {"model": model, "token_bytes": width * dtype.itemsize, "facts": covered}
     if not _agrees(folder):
-        notify(Said("cache", f"{folder / 'key.json'} disagrees with its folder, which is made anew"))
+        notify(Status("cache", f"{folder / 'key.json'} disagrees with its folder, which is made anew"))
         if not remove(CacheFolder(folder, folder.name, "unfinished", "", 0, 0, 0.0)):
             raise TalikError("is in use and its key.json is damaged", where=folder, remedy="Try again later.")
     return Cache(folder, about, width, dtype, notify)
@@ -91,7 +91,7 @@ class Cache:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            self._notify(Said("cache", f"another process is writing {self.folder}: waiting for it"))
+            self._notify(Status("cache", f"another process is writing {self.folder}: waiting for it"))
             lock.acquire()
         try:
             finished, damaged = self._look()
@@ -158,7 +158,7 @@ class Cache:
         """Removes what was broken off and what cannot be used."""
         for name, error in damaged.items():
             where = self.folder / f"{name}.bin"
-            self._notify(Said("cache", f"{where} is damaged and removed, to be computed again: {error}"))
+            self._notify(Status("cache", f"{where} is damaged and removed, to be computed again: {error}"))
         for path in sorted(self.folder.iterdir(), reverse=True):  # tables before their shards
             if path.name.lstrip(".").startswith("shard-") and path.stem not in finished:
                 with suppress(PermissionError):  # Windows: somebody still has it open

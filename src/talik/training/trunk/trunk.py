@@ -21,15 +21,15 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from talik.base.events import Notify, Progress, Said
-from talik.base.files import in_words, need_room
+from talik.base.events import Notify, Progress, Status
+from talik.base.files import format_bytes, need_room
 from talik.data.examples import Example
 from talik.kernels.bf16_matmul import fp32_in_use
 from talik.model.chain.chain import Call, Chain, run_layers
 from talik.model.chain.probe import tensors_in
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
-from talik.training.loading import Loaded
+from talik.training.loading import RunModel
 from talik.training.memory.store import Store
 from talik.training.trunk.cache import Cache, Group, States, groups_of, open_cache
 from talik.training.trunk.cache_folder import default_root, make_room
@@ -128,7 +128,7 @@ def _run_layer(chain: Chain, layer: int, cut: int, flows: Sequence[Flow], store:
 
 @contextmanager
 def trunk_states(
-    loaded: Loaded, sets: Sequence[Sequence[Example]], recipe: Recipe, notify: Notify
+    loaded: RunModel, sets: Sequence[Sequence[Example]], recipe: Recipe, notify: Notify
 ) -> Iterator[list[States | None]]:
     """What the trunk hands on for each set of examples: from the cache, and by one pass what is not in it.
 
@@ -142,8 +142,8 @@ def trunk_states(
         return
     weights = loaded.weights.fingerprint(loaded.weights.trunk_names(cut))
     facts = trunk_facts(chain, cut, weights, plan)
-    root, width = cache_root(recipe), chain.width(cut)
-    cache = open_cache(root, facts, width, chain.handed_on(cut), model=recipe.model, notify=notify)
+    root, width = cache_root(recipe), chain.width_at(cut)
+    cache = open_cache(root, facts, width, chain.dtype_at(cut), model=recipe.model, notify=notify)
     groups = [groups_of(examples, plan.trunk_batch_tokens) for examples in sets]
     with cache.writing():
         work = _missing(cache, groups, sets)
@@ -151,11 +151,11 @@ def trunk_states(
         if work:
             needed = cache.size([group for group, _ in work])
             for removed in make_room(root, needed, recipe.cache_gb * 1e9, cache.folder):
-                notify(Said("cache", f"{removed.path} was used least lately and is removed"))
+                notify(Status("cache", f"{removed.path} was used least lately and is removed"))
             need_room(root, needed, "the trunk's cache")
             _run(loaded, work, cache, notify)
         else:
-            notify(Said("trunk", f"its {all_tokens:,} tokens are in the cache already"))
+            notify(Status("trunk", f"its {all_tokens:,} tokens are in the cache already"))
     with ExitStack() as stack:
         yield [stack.enter_context(cache.states(of_set)) for of_set in groups]
 
@@ -175,7 +175,7 @@ def _missing(
 
 
 def _run(
-    loaded: Loaded, work: Sequence[tuple[Group, Sequence[Example]]], cache: Cache, notify: Notify
+    loaded: RunModel, work: Sequence[tuple[Group, Sequence[Example]]], cache: Cache, notify: Notify
 ) -> None:
     """Checks the chain, runs the pass, and says what it took."""
     traffic = loaded.store.traffic
@@ -187,13 +187,15 @@ def _run(
     tokens = sum(group.tokens for group, _ in work)
     text = f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} a second"
     if loaded.plan.trunk == "streamed":
-        text += f"; {in_words(traffic.bytes - read)} of weights read, {traffic.waited - waited:.1f} s waited"
-    notify(Said("trunk", text))
+        text += (
+            f"; {format_bytes(traffic.bytes - read)} of weights read, {traffic.waited - waited:.1f} s waited"
+        )
+    notify(Status("trunk", text))
 
 
-def _check(loaded: Loaded, examples: Sequence[Example], store: Store, notify: Notify) -> None:
+def _check(loaded: RunModel, examples: Sequence[Example], store: Store, notify: Notify) -> None:
     loaded.check_chain(examples, store)
-    notify(Said("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
+    notify(Status("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
 
 
 def cache_root(recipe: Recipe) -> Path:
