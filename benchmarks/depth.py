@@ -21,6 +21,7 @@ from seven_billion import one_step
 
 from talik.base.system import configure_allocators
 from talik.machine.machine import this_machine
+from talik.model.folder import ModelFolder
 from talik.plan.promise import Promise
 from talik.plan.search import Search
 from talik.plan.target import target_of
@@ -48,7 +49,7 @@ def child(folder: Path, place: Path) -> dict[str, Any]:
     )
     examples = made_examples(LENGTHS, SIZES["vocab_size"])
     target = target_of(this_machine("cpu", measure=False))
-    search = Search(subject_of(recipe, folder), examples, [], target)
+    search = Search(subject_of(recipe, ModelFolder(folder)), examples, [], target)
     way = {**STREAMED, **ON_DISK, "micro_batch_tokens": 1024}
     tried = search.try_plan(search.first().model_copy(update=way))
     promised = {peak.phase: peak.bytes for peak in tried.phases}

@@ -31,6 +31,7 @@ from talik.base.errors import DoesNotFitError
 from talik.base.system import configure_allocators
 from talik.data.dataset import read_sets
 from talik.machine.machine import this_machine
+from talik.model.folder import ModelFolder
 from talik.model.tokenizer import load_tokenizer
 from talik.plan.changes import ThriftiestWay
 from talik.plan.search import plan_run
@@ -88,12 +89,14 @@ def pair(seed: int, folder: Path) -> dict[str, Any]:
     sets = read_sets(recipe, load_tokenizer(folder))
     examples, evaluated = (data.examples if data else [] for data in sets)
     machine = this_machine("cpu", measure=False)
-    free = plan_run(recipe, folder, examples, evaluated, target=target_of(machine))
+    free = plan_run(recipe, ModelFolder(folder), examples, evaluated, target=target_of(machine))
     anchor = free.peak.bytes
     if draw.choice((False, True)):
-        anchor = ThriftiestWay(folder, (examples, evaluated), target_of(machine)).peak(recipe)
+        anchor = ThriftiestWay(ModelFolder(folder), (examples, evaluated), target_of(machine)).peak(recipe)
     limit = int(draw.uniform(0.6, 1.4) * anchor) + slack_of(anchor)
-    planned = plan_run(recipe, folder, examples, evaluated, target=target_of(machine, memory=limit))
+    planned = plan_run(
+        recipe, ModelFolder(folder), examples, evaluated, target=target_of(machine, memory=limit)
+    )
     promise = planned.peak.bytes
     row = {"seed": seed, "run": what, "limit": limit, "promise": promise, "accepted": planned.fits}
     if not planned.fits and promise <= limit + slack_of(promise):

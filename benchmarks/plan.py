@@ -27,6 +27,7 @@ from helpers.tiny_models import tiny_model
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.model.folder import ModelFolder
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
@@ -67,7 +68,7 @@ def examples() -> list[Example]:
 def prepare(name: str, way: dict[str, Any], folder: Path) -> tuple[Subject, Plan, Work]:
     """What both sides run."""
     recipe = Recipe(model=str(folder), data="-", top_layers=way["top"], precision=way["precision"])
-    subject = subject_of(recipe, folder)
+    subject = subject_of(recipe, ModelFolder(folder))
     layers = len(subject.chain.layers)
     cut, _ = subject.chain.lowest_cut(layers - way["top"])
     plan = Plan(

@@ -34,6 +34,7 @@ from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import without_bf16
 from talik.machine.limits import hard_limit
 from talik.machine.machine import this_machine
+from talik.model.folder import ModelFolder
 from talik.model.weights.safetensors_file import weight_files
 from talik.plan.promise import Promise
 from talik.plan.search import plan_run
@@ -86,7 +87,7 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
     # Nothing is saved here. A cgroup counts page tables and file pages too, which no plan knows.
     target = target_of(this_machine("cpu"), memory=limit - BESIDE, disk=1 << 50)
     start = time.perf_counter()
-    planned = plan_run(recipe, folder, examples, target=target)
+    planned = plan_run(recipe, ModelFolder(folder), examples, target=target)
     row: dict[str, Any] = {"way": way, "limit": limit, "planning": time.perf_counter() - start}
     row |= {"promise": planned.peak.bytes, "plan": planned.plan.model_dump(), "fits": planned.fits}
     if planned.fits:
@@ -96,7 +97,7 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
             row |= one_step(recipe, planned.plan, folder, examples, place, promise)
         row["phases"] = promise.table()
         row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())
-        work = work_of(examples, [], planned.plan, recipe, subject_of(recipe, folder).chain)
+        work = work_of(examples, [], planned.plan, recipe, subject_of(recipe, ModelFolder(folder)).chain)
         simulated = sum(examples[i].length for step in work.steps for i in step)
         flops = sum(planned.simulation.flops[phase] for phase in ("forward", "loss", "backward"))
         row["flops"] = flops * sum(LENGTHS) / simulated  # of one step
@@ -111,7 +112,7 @@ def one_step(
     A later one is no faster: nothing is compiled, and weights are read anew in each.
     """
     promise.phase("load")  # which is when a limit begins
-    loaded = open_run_model(recipe, plan, folder)
+    loaded = open_run_model(recipe, plan, ModelFolder(folder))
     traffic, row = loaded.store.traffic, {}
     start = time.perf_counter()
     promise.phase("trunk")

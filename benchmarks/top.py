@@ -24,6 +24,7 @@ from talik.data.reading.rows import Place
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.rates import matmul_rate
 from talik.model.chain.chain import Chain
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze
 from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
@@ -72,7 +73,7 @@ def main(precision: str = "fp32") -> None:
     config = LlamaConfig(**SHAPE)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        plan = choose(recipe, Path(folder))
+        plan = choose(recipe, ModelFolder(Path(folder)))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     trained = freeze(model, "top.5,norm")
     top = make_top(Chain(model), trained)

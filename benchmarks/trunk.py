@@ -31,6 +31,7 @@ from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.peak_memory import PeakMemory
+from talik.model.folder import ModelFolder
 from talik.model.weights.hollow import hollow_model
 from talik.model.weights.safetensors_file import read_tables, write_tensors
 from talik.plan.ways import choose
@@ -116,8 +117,8 @@ def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
     recipe = Recipe.model_validate(
         {"model": "-", "data": "-", "precision": dtype, "thaw": "norm,head", "trunk": "streamed"}
     )
-    plan = choose(recipe, model)
-    loaded = open_run_model(recipe, plan, model)
+    plan = choose(recipe, ModelFolder(model))
+    loaded = open_run_model(recipe, plan, ModelFolder(model))
     examples = made_examples(int(tokens))
     groups = groups_of(examples, plan.trunk_batch_tokens)
     for table in read_tables(model).values():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, TextIteratorStreamer
+from transformers import PreTrainedModel, TextIteratorStreamer
 
 from talik.base.errors import UsageError
 from talik.base.events import Notify, Status, silent
@@ -19,9 +19,8 @@ from talik.data.templates.facts import facts_of, stops_of
 from talik.data.templates.template import Template, template_of
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import choose_device
+from talik.model.folder import open_model
 from talik.model.loading import load_model
-from talik.model.source.source import find_model
-from talik.model.tokenizer import load_tokenizer
 from talik.training.loading import load_whole_model
 from talik.training.run.checkpoints import load_weights
 from talik.training.run.folder import is_run, open_run, result_checkpoint
@@ -43,16 +42,16 @@ def load_for_chat(
         run = open_run(target, notify)
         plan = run.plan.model_copy(update={"device": str(choose_device("auto"))})
         checkpoint = None if base else result_checkpoint(run.folder, notify)
-        model, top = load_whole_model(run.recipe, plan, run.source.folder)
+        model, top = load_whole_model(run.recipe, plan, run.model)
         if checkpoint:
             load_weights(checkpoint, dict(top.parameters()))
-        return model, load_tokenizer(run.source.folder, date)
+        return model, run.model.tokenizer(date)
     if base:
         raise UsageError("--base is for a run: a model by itself has no other", where=target)
-    folder = find_model(str(target), progress=lambda text: notify(Status("model", text))).folder
-    dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+    folder = open_model(str(target), progress=lambda text: notify(Status("model", text)))
+    dtype = folder.config.dtype
     assert dtype is None or isinstance(dtype, torch.dtype)
-    return load_model(folder, dtype or torch.float32, choose_device("auto")), load_tokenizer(folder, date)
+    return load_model(folder.path, dtype or torch.float32, choose_device("auto")), folder.tokenizer(date)
 
 
 def chat_date(target: str | Path, date: str | None) -> str | None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from talik.base.events import Notify, Status, silent
 from talik.data.dataset import check_positions, read_all
 from talik.kernels.bf16_matmul import bf16_as_fp32
-from talik.model.source.source import find_model
+from talik.model.folder import open_model
 from talik.model.tokenizer import load_tokenizer
 from talik.model.weights.working_copy import SavedWeights
 from talik.plan.ways import choose
@@ -38,28 +37,27 @@ def evaluate(
     checkpoint = date = None
     if is_run(target):
         run = open_run(target, notify)
-        recipe, plan, folder, date = run.recipe, run.plan, run.source.folder, run.date
+        recipe, plan, model, date = run.recipe, run.plan, run.model, run.date
         recipe, checkpoint = (
             checked_recipe({**recipe.model_dump(), **options}),
             result_checkpoint(run.folder, notify),
         )
     else:
-        folder = find_model(str(target), progress=lambda text: notify(Status("model", text))).folder
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        precision = "fp32" if config.dtype in (None, torch.float32) else "bf16"
+        model = open_model(str(target), progress=lambda text: notify(Status("model", text)))
+        precision = "fp32" if model.config.dtype in (None, torch.float32) else "bf16"
         given = str(data) if isinstance(data, str | Path) else list(data)
         recipe = checked_recipe({"model": str(target), "data": given, "precision": precision, **options})
         recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut and runs once
-        plan = choose(recipe, folder, notify)
+        plan = choose(recipe, model, notify)
     sources = checked_recipe(
         {"model": "-", "data": str(data) if isinstance(data, str | Path) else list(data)}
     ).data
-    loader = partial(load_tokenizer, folder, date)
-    found = read_all(recipe, sources, loader(), "evaluation", load=loader, notify=notify)
+    loader = partial(load_tokenizer, model.path, date)
+    found = read_all(recipe, sources, model.tokenizer(date), "evaluation", load=loader, notify=notify)
     notify(found)
-    check_positions(AutoConfig.from_pretrained(folder, local_files_only=True), found)
+    check_positions(model.config, found)
     torch.set_num_threads(plan.threads)
-    loaded = open_run_model(recipe, plan, folder)
+    loaded = open_run_model(recipe, plan, model)
     with bf16_as_fp32(), trunk_states(loaded, [found.examples], recipe, notify) as [states]:
         top = loaded.top()
         found_by = {}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from talik.base.errors import DoesNotFitError, UsageError, collect_errors
 from talik.base.events import Notify, Progress, Status, StepDone, silent
@@ -28,6 +27,7 @@ from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import choose_device
 from talik.machine.limits import hard_limit
 from talik.model.adapters import idle_adapters
+from talik.model.folder import ModelFolder
 from talik.model.source.source import Source, find_model
 from talik.model.tokenizer import load_tokenizer
 from talik.model.weights.digests import remembered
@@ -81,19 +81,21 @@ def train(
         recipe.model, revision=recipe.revision, progress=lambda text: notify(Status("model", text))
     )
     notify(Status("model", f"{recipe.model} in {source.folder}"))
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    check_layers(recipe, config.get_text_config(decoder=True).num_hidden_layers)
-    date = date_of(load_tokenizer(source.folder))
-    sets = _read_sets(recipe, source.folder, date, notify)
-    check_positions(config, *sets)
+    model = ModelFolder.of(source)
+    check_layers(recipe, model.layers)
+    date = date_of(model.tokenizer())
+    sets = _read_sets(recipe, model, date, notify)
+    check_positions(model.config, *sets)
     if plan is None:
-        plan = _planned(recipe, source, folder, sets, memory, notify)
+        plan = _planned(recipe, source, model, folder, sets, memory, notify)
     else:
-        check_plan(plan, recipe, source.folder)
+        check_plan(plan, recipe, model)
     _limit(plan, enforce)  # refused, if it is, before there is a folder
     if not remembered(source.folder):
         notify(Status("model", "its weights are read once, to know them by their content"))
-    started = start_run(folder, _findable(recipe, source), plan, source, examples_fingerprint(*sets), date)
+    started = start_run(
+        folder, _findable(recipe, source), plan, source, model, examples_fingerprint(*sets), date
+    )
     keep_facts(folder, *sets)
     return _carry_out(started, *sets, enforce, notify)
 
@@ -103,7 +105,7 @@ def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -
     configure_allocators()
     opened = open_run(run, notify)
     choose_device(opened.plan.device)
-    sets = _read_sets(opened.recipe, opened.source.folder, opened.date, notify)
+    sets = _read_sets(opened.recipe, opened.model, opened.date, notify)
     check_same_data(opened, examples_fingerprint(*sets))
     return _carry_out(opened, *sets, enforce, notify)
 
@@ -111,6 +113,7 @@ def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -
 def _planned(
     recipe: Recipe,
     source: Source,
+    model: ModelFolder,
     folder: Path,
     sets: tuple[Data, Data | None],
     memory: int | None,
@@ -120,7 +123,7 @@ def _planned(
     machine = machine_here(recipe.device, notify)
     examples, evaluated = (data.examples if data else [] for data in sets)
     target = replace(target_of(machine, memory=memory), disk=None)  # asked for below, where it will be
-    planned = plan_run(recipe, source.folder, examples, evaluated, target=target, notify=notify)
+    planned = plan_run(recipe, model, examples, evaluated, target=target, notify=notify)
     for line in short_text(planned):
         notify(Status("plan", line))
     if not planned.fits:
@@ -144,7 +147,9 @@ def _findable(recipe: Recipe, source: Source) -> Recipe:
     return recipe.model_copy(update=found)
 
 
-def _read_sets(recipe: Recipe, folder: Path, date: str | None, notify: Notify) -> tuple[Data, Data | None]:
+def _read_sets(
+    recipe: Recipe, model: ModelFolder, date: str | None, notify: Notify
+) -> tuple[Data, Data | None]:
     if date is not None:
         notify(
             Status(
@@ -152,8 +157,8 @@ def _read_sets(recipe: Recipe, folder: Path, date: str | None, notify: Notify) -
                 f"the chat template writes a date; this run has {date} for it, now and when it goes on",
             )
         )
-    load = partial(load_tokenizer, folder, date)
-    sets = read_sets(recipe, load(), load=load, notify=notify)
+    load = partial(load_tokenizer, model.path, date)
+    sets = read_sets(recipe, model.tokenizer(date), load=load, notify=notify)
     for data in sets:
         if data is not None:
             notify(data)
@@ -193,7 +198,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     newest = latest_checkpoint(run.folder)
     checkpoint = verified(newest) if newest else None  # before anything that takes long
     torch.set_num_threads(run.plan.threads)
-    loaded = open_run_model(run.recipe, run.plan, run.source.folder)
+    loaded = open_run_model(run.recipe, run.plan, run.model)
     notify(Status("trained", describe_trained(loaded, run.recipe)))
     sets = [one.examples for one in (data, evaluation) if one is not None]
     with bf16_as_fp32(), contextlib.ExitStack() as stack:

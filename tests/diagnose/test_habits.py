@@ -14,6 +14,7 @@ import pytest
 from talik.base.errors import UsageError
 from talik.diagnose.habits import HABITS, Report, Side, habit
 from talik.diagnose.habits_labels import LABELS
+from talik.model.folder import ModelFolder
 
 MEMORY = [name for name in HABITS if name not in LABELS]
 
@@ -28,7 +29,7 @@ def folder(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
 
 @cache
 def small(name: str, folder: Path, budget: int | None = None) -> Report:
-    return habit(name, folder, budget, top_layers=1, sequence=64)
+    return habit(name, ModelFolder(folder), budget, top_layers=1, sequence=64)
 
 
 def sides(report: Report) -> tuple[Side, Side]:
@@ -91,7 +92,7 @@ def test_a_budget_is_full_in_a_layer(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", LABELS)
 def test_every_habit_of_labels_is_shown_and_found(model_folder: Path, name: str) -> None:
-    report = habit(name, model_folder)
+    report = habit(name, ModelFolder(model_folder))
     assert report.shown is not None
     assert [finding.habit for finding in report.shown.findings] == [name]
     right = [token for _, _, token in report.shown.tokens if token is not None]
@@ -102,20 +103,20 @@ def test_every_habit_of_labels_is_shown_and_found(model_folder: Path, name: str)
 
 def test_names_and_folders_that_do_not_exist(folder: Path) -> None:
     with pytest.raises(UsageError, match="trainable-embeddings"):
-        habit("unknown", folder)
+        habit("unknown", ModelFolder(folder))
     with pytest.raises(UsageError, match="no tokenizer"):
-        habit("masked-end", folder)
+        habit("masked-end", ModelFolder(folder))
 
 
 def test_more_layers_than_can_be_trained_above_frozen_ones_are_refused(folder: Path) -> None:
     for top_layers in (0, 4):
         with pytest.raises(UsageError, match=f"and not {top_layers}\n.*between 1 and 3"):
-            habit("offloaded", folder, top_layers=top_layers)
+            habit("offloaded", ModelFolder(folder), top_layers=top_layers)
 
 
 def test_the_table_of_a_deep_model_stays_on_one_screen(
     build_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     build_model("qwen2", num_hidden_layers=20).config.save_pretrained(tmp_path)
-    lines = str(habit("trainable-embeddings", tmp_path, top_layers=1, sequence=16)).splitlines()
+    lines = str(habit("trainable-embeddings", ModelFolder(tmp_path), top_layers=1, sequence=16)).splitlines()
     assert len(lines) < 30 and sum(line.startswith("layer 19 ") for line in lines) == 1

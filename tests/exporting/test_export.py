@@ -18,6 +18,7 @@ from talik.base.errors import UsageError
 from talik.base.events import Status
 from talik.base.files import read_json
 from talik.chat import Talk, load_for_chat
+from talik.model.folder import ModelFolder
 from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 
@@ -35,7 +36,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 def trained(folder: Path, rows: Path, run: Path, **changes: Any) -> Path:
     fields = {"model": str(folder), "data": str(rows), "top_layers": 2, "steps": 2, "batch_tokens": 300}
     recipe = Recipe.model_validate({**fields, "learning_rate": 1e-3, **changes})
-    talik.train(recipe, run, plan=choose(recipe, folder) if folder.is_dir() else None)
+    talik.train(recipe, run, plan=choose(recipe, ModelFolder(folder)) if folder.is_dir() else None)
     return run
 
 

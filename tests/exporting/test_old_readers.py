@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 import talik
 from helpers.old_reader import TEXT, ids_for
 from talik.base.files import read_json, write_json
+from talik.model.folder import ModelFolder
 from talik.model.source.older_readers import older_config
 from talik.model.tokenizer import load_tokenizer
 from talik.plan.ways import choose
@@ -135,7 +136,7 @@ def test_the_same_logits(
         as_transformers_4_wrote_it(source / "config.json")
     fields = {"model": str(source), "data": str(rows), "top_layers": 2, "steps": 1, "precision": "fp32"}
     recipe = Recipe.model_validate(fields)
-    talik.train(recipe, tmp_path / "run", plan=choose(recipe, source))
+    talik.train(recipe, tmp_path / "run", plan=choose(recipe, ModelFolder(source)))
     talik.export(tmp_path / "run", out)
     said = by_transformers_4(out, tmp_path / "logits.pt")
     theirs, ours, exact = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
+from talik.model.folder import ModelFolder
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.simulation import Subject, Work, subject_of
@@ -31,7 +32,7 @@ def problem(
     """A folder's model with two layers trained, a plan, and two steps."""
     of = {"model": "-", "data": "-", "top_layers": 2, "precision": precision}
     recipe = Recipe.model_validate({**of, "optimizer": optimizer, "lora": lora})
-    subject = subject_of(recipe, folder)
+    subject = subject_of(recipe, ModelFolder(folder))
     fields: dict[str, Any] = {
         "device": "cpu",
         "threads": 1,

@@ -14,6 +14,7 @@ from talik.data.batches import collate
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.model.chain.chain import Chain
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
@@ -72,7 +73,7 @@ def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: 
     recipe = make_recipe(precision=precision, thaw=thaw)
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     plan = make_plan(top_at(Chain(model), parse_thaw(thaw, count).cut), **{"trunk": "streamed", **changes})
-    return open_run_model(recipe, plan, folder)
+    return open_run_model(recipe, plan, ModelFolder(folder))
 
 
 def top_at(chain: Chain, cut: int) -> Top:

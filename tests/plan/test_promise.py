@@ -16,6 +16,7 @@ import talik
 from talik.base.errors import ChainError, DoesNotFitError, UsageError
 from talik.base.files import read_json
 from talik.cli.main import main
+from talik.model.folder import ModelFolder
 from talik.plan.promise import Promise
 from talik.plan.ways import choose
 from talik.recipe.plan import Plan
@@ -67,7 +68,7 @@ def test_a_plan_is_repeated_bit_for_bit_and_tracking_changes_nothing(
 
 
 def test_a_plan_of_another_cut_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    plan = choose(recipe, Path(recipe.model))
+    plan = choose(recipe, ModelFolder(Path(recipe.model)))
     with pytest.raises(UsageError, match="cut at 3, and this run has 4 layers cut at 2"):
         talik.train(recipe, tmp_path / "run", plan=plan.model_copy(update={"cut": 3}))
     with pytest.raises(UsageError, match="promises nothing"):
@@ -98,7 +99,7 @@ def test_a_refused_run_leaves_its_reason_and_a_free_folder(
     assert main(["explain", str(folder)]) == 0
     assert "200.0 MiB" in capsys.readouterr().out
     monkeypatch.chdir(Path(refused["recipe"]["data"]).parent)
-    assert talik.train(recipe, folder, plan=choose(recipe, Path(recipe.model))).steps == 3
+    assert talik.train(recipe, folder, plan=choose(recipe, ModelFolder(Path(recipe.model)))).steps == 3
     assert not (folder / "refused.json").exists()
 
 

@@ -16,6 +16,7 @@ from talik.cli.main import main
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.machine.machine import HERE, Machine, described_machine, this_machine
+from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
 from talik.plan.planned import Planned
@@ -66,11 +67,11 @@ def recipe(folder: Path) -> Recipe:
 @pytest.fixture(scope="module")
 def roomy(recipe: Recipe, folder: Path, machine_json: str) -> Planned:
     """With memory for everything."""
-    return plan_run(recipe, folder, examples(*[250] * 12), target=target(64 << 30))
+    return plan_run(recipe, ModelFolder(folder), examples(*[250] * 12), target=target(64 << 30))
 
 
 def test_a_config_is_enough(recipe: Recipe, folder: Path) -> None:
-    planned = plan_run(recipe, folder, target=target(64 << 30))
+    planned = plan_run(recipe, ModelFolder(folder), target=target(64 << 30))
     assert (
         planned.fits
         and planned.assumed is not None
@@ -88,7 +89,7 @@ def test_a_smaller_way_is_found_where_the_first_does_not_fit(
 ) -> None:
     assert roomy.plan.micro_batch_tokens == 2048 and not roomy.plan.recompute and not roomy.refused
     budget = int(roomy.peak.bytes * 0.75) + LEAST_SLACK
-    smaller = plan_run(recipe, folder, examples(*[250] * 12), target=target(budget))
+    smaller = plan_run(recipe, ModelFolder(folder), examples(*[250] * 12), target=target(budget))
     assert smaller.fits
     assert smaller.plan.micro_batch_tokens < 2048 or smaller.plan.recompute
     assert smaller.peak.bytes + slack_of(smaller.peak.bytes) <= budget
@@ -104,47 +105,51 @@ def test_a_smaller_way_is_found_where_the_first_does_not_fit(
 
 def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
-    needed = ThriftiestWay(folder, sets, target(64 << 30)).peak(recipe)
+    needed = ThriftiestWay(ModelFolder(folder), sets, target(64 << 30)).peak(recipe)
     tight = target(int(needed * 0.97) + LEAST_SLACK)
-    refused = plan_run(recipe, folder, *sets, target=tight)
+    refused = plan_run(recipe, ModelFolder(folder), *sets, target=tight)
     assert not refused.fits and refused.breaks is not None
-    changes = {change.options: change for change in smallest_changes(refused, recipe, folder, sets)}
+    changes = {
+        change.options: change for change in smallest_changes(refused, recipe, ModelFolder(folder), sets)
+    }
     assert "--top-layers 1" in changes
     for options, change in changes.items():
         fits = change.peak_bytes + slack_of(change.peak_bytes) <= tight.memory
         assert fits or options.startswith("--memory")
     assert len(changes) > 1 and all(change.note == "" for change in changes.values())
     one = recipe.model_copy(update={"top_layers": 1})
-    assert plan_run(one, folder, *sets, target=tight).fits
+    assert plan_run(one, ModelFolder(folder), *sets, target=tight).fits
     more = next(options for options in changes if options.startswith("--memory"))
     memory = int(more.removeprefix("--memory ").removesuffix("MiB")) << 20
     assert memory < target(0).needed(refused.refused[0].peak_bytes), "not that of the first way"
-    assert plan_run(recipe, folder, *sets, target=target(memory)).fits
+    assert plan_run(recipe, ModelFolder(folder), *sets, target=target(memory)).fits
 
 
 def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
-    thrift = ThriftiestWay(folder, sets, target(64 << 30), streamed=False)
+    thrift = ThriftiestWay(ModelFolder(folder), sets, target(64 << 30), streamed=False)
     peaks = [thrift.peak(recipe.model_copy(update={"top_layers": n})) for n in (1, 2, 3, 4)]
     assert peaks == sorted(peaks)
     for layers, peak in enumerate(peaks, start=1):
-        known = ThriftiestWay(folder, sets, target(peak + LEAST_SLACK), streamed=False)
+        known = ThriftiestWay(ModelFolder(folder), sets, target(peak + LEAST_SLACK), streamed=False)
         known._peaks = thrift._peaks  # nothing is simulated again
         assert known.most_layers(recipe, parse_thaw("top.4", 4)) == layers
     with pytest.raises(DoesNotFitError, match="not even one layer"):
-        most_layers(recipe, folder, sets, target(peaks[0] // 4 + LEAST_SLACK))
+        most_layers(recipe, ModelFolder(folder), sets, target(peaks[0] // 4 + LEAST_SLACK))
 
 
 def test_sizes_alone_refuse_what_stays_in_memory(
     recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, gradients and AdamW's state of two trained layers, without a simulation."""
-    search = Search(subject_of(recipe, folder), examples(LONG), [], target(64 << 30))
+    search = Search(subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(64 << 30))
     tried = search.try_plan(search.first())
     (backward,) = (peak for peak in tried.phases if peak.phase == "backward")
     stays = sum(backward.causes.get(cause, 0) for cause in STAY)
     assert 0.9 * stays < search._stays(search.first()) <= stays
-    tight = Search(subject_of(recipe, folder), examples(LONG), [], target(stays // 2 + LEAST_SLACK))
+    tight = Search(
+        subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(stays // 2 + LEAST_SLACK)
+    )
     monkeypatch.setattr(Search, "_simulated", None)
     assert not tight._fits(tight.first(), {}) and not tight.refused[0].simulated
 
@@ -154,7 +159,7 @@ def test_a_glimpse_of_a_streamed_step_takes_what_the_step_takes(
     recipe: Recipe, folder: Path, inputs: str
 ) -> None:
     """It stands for the whole; what waits does so until the update, which is too long."""
-    search = Search(subject_of(recipe, folder), examples(*[250] * 9), [], target(64 << 30))
+    search = Search(subject_of(recipe, ModelFolder(folder)), examples(*[250] * 9), [], target(64 << 30))
     way = {"top": "streamed", "recompute": True, "micro_batch_tokens": 256, "inputs": inputs}
     plan = search.first().model_copy(update=way)
     glimpse, whole = (
@@ -171,7 +176,7 @@ def test_a_disk_that_is_too_small_does_not_fit(roomy: Planned, recipe: Recipe, f
     short = replace(roomy, target=target(64 << 30, disk=roomy.disk_bytes - 1))
     assert not short.fits and short.disk_missing == 1
     assert "the disk lacks 1 B" in plan_text(short) and short.problem == "the disk lacks 1 B"
-    (change,) = smallest_changes(short, recipe, folder, (examples(250), []))
+    (change,) = smallest_changes(short, recipe, ModelFolder(folder), (examples(250), []))
     assert change.options == f"--disk {-(-short.disk_bytes // 2**20)}MiB"
 
 
@@ -182,7 +187,7 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     build_model("qwen2", **{**WIDE, **sizes}).config.save_pretrained(tmp_path)
     recipe = Recipe(model=str(tmp_path), data="-", top_layers=3)
     made, gpu = examples(LONG), Target(described_machine("RTX 4090"), 8 << 30, 32 << 30, None, 1 << 30)
-    search = Search(subject_of(recipe, tmp_path), made, [], gpu)
+    search = Search(subject_of(recipe, ModelFolder(tmp_path)), made, [], gpu)
     plans = [search.first().model_copy(update=way) for way in ways_of(search.first(), LONG)][2:]
     tiers = [("resident", "memory"), ("resident", "ram"), ("streamed", "ram"), ("streamed", "ram")]
     assert [(plan.top, plan.state) for plan in plans] == [*tiers, ("streamed", "disk")]
@@ -191,13 +196,13 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     state = state_bytes(trained_parameters(search.subject.chain.model), recipe)
     assert search.ram(plans[1]) - search.ram(plans[0]) == state
     little = replace(gpu, memory=gpu.needed(peaks[2]), ram=search.ram(plans[0]) + state)
-    planned = plan_run(recipe, tmp_path, made, target=little)
+    planned = plan_run(recipe, ModelFolder(tmp_path), made, target=little)
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
     assert "streamed from a working copy, optimizer state and layers' inputs on disk" in plan_text(planned)
     refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
     assert "of RAM beside cuda" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
-    enough = plan_run(recipe, tmp_path, made, target=replace(little, ram=more))
+    enough = plan_run(recipe, ModelFolder(tmp_path), made, target=replace(little, ram=more))
     assert enough.fits and (enough.plan.top, enough.plan.state) == ("streamed", "ram")
 
 
@@ -206,18 +211,20 @@ def test_experts_have_a_range(build_model: Callable[..., Any], tmp_path: Path) -
         tmp_path
     )
     recipe = Recipe(model=str(tmp_path), data="-", top_layers=1, precision="fp32", max_length=128)
-    planned = plan_run(recipe, tmp_path, examples(100, 90), target=target(64 << 30))
+    planned = plan_run(recipe, ModelFolder(tmp_path), examples(100, 90), target=target(64 << 30))
     assert planned.least is not None
     assert 0 < planned.least <= planned.peak.bytes
 
 
 def test_the_trunk_is_streamed_where_it_does_not_fit(recipe: Recipe, folder: Path) -> None:
     one = recipe.model_copy(update={"thaw": "norm,head"})
-    search = Search(subject_of(one, folder), examples(64, 64), [], target(64 << 30))
+    search = Search(subject_of(one, ModelFolder(folder)), examples(64, 64), [], target(64 << 30))
     tried = search.try_plan(search.first())
     trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
     assert tried.plan.trunk == "resident"
-    search = Search(subject_of(one, folder), examples(64, 64), [], target(trunk - 1 + LEAST_SLACK))
+    search = Search(
+        subject_of(one, ModelFolder(folder)), examples(64, 64), [], target(trunk - 1 + LEAST_SLACK)
+    )
     plan = search.first().model_copy(update={"trunk": "resident"})
     assert search.try_plan(plan).plan.trunk == "streamed"
 
@@ -263,9 +270,9 @@ def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path)
     """Fewer of the layers that were named, as the option that says so."""
     sets = examples(64, 64), []
     named = Recipe(model=str(folder), data="-", thaw="layers.0-1,layers.3,head", precision="fp32")
-    needed = ThriftiestWay(folder, sets, target(64 << 30)).peak(named)
+    needed = ThriftiestWay(ModelFolder(folder), sets, target(64 << 30)).peak(named)
     tight = target(int(needed * 0.98) + LEAST_SLACK)
-    refused = plan_run(named, folder, *sets, target=tight)
+    refused = plan_run(named, ModelFolder(folder), *sets, target=tight)
     assert not refused.fits and refused.plan.cut == 0
-    options = {change.options for change in smallest_changes(refused, named, folder, sets)}
+    options = {change.options for change in smallest_changes(refused, named, ModelFolder(folder), sets)}
     assert "--thaw top.1,head" in options

@@ -13,6 +13,7 @@ import torch
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.machine.machine import Machine, described_machine
+from talik.model.folder import ModelFolder
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.account import Simulation, account
@@ -142,7 +143,7 @@ def simulated(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("model")
     build_model("qwen2", **SMALL).config.save_pretrained(folder)
     recipe = Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, "precision": "bf16"})
-    subject = subject_of(recipe, folder)
+    subject = subject_of(recipe, ModelFolder(folder))
     plan = Plan.model_validate(
         {"device": "cpu", "threads": 1, "cut": 1, "layers": 3, "trunk": "streamed", "top": "resident",
          "cache": "disk", "trunk_batch_tokens": 256, "hidden_bytes": 1 << 30, "micro_batch_tokens": 512,

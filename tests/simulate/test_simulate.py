@@ -11,6 +11,7 @@ import torch
 
 from helpers.simulating import SMALL, problem
 from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.model.folder import ModelFolder
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
@@ -83,7 +84,9 @@ def test_a_streamed_tops_peak_is_that_of_the_run(
     _, planned, work = problem(tmp_path, "bf16")
     cut = planned.layers - 3
     ways = {"top": "streamed", "recompute": True, "micro_batch_tokens": 100, "cut": cut, **plan}
-    assert_same_peaks(tmp_path, subject_of(recipe, tmp_path), planned.model_copy(update=ways), work)
+    assert_same_peaks(
+        tmp_path, subject_of(recipe, ModelFolder(tmp_path)), planned.model_copy(update=ways), work
+    )
 
 
 def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) -> None:
@@ -136,7 +139,7 @@ def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any]
     for thaw in ("top.2,norm", "top.2,norm,head"):
         recipe = Recipe.model_validate({"model": "-", "data": "-", "thaw": thaw, "precision": "fp32"})
         _, plan, work = problem(tmp_path, "fp32")
-        peaks = simulate(subject_of(recipe, tmp_path), plan, work).phases
+        peaks = simulate(subject_of(recipe, ModelFolder(tmp_path)), plan, work).phases
         trained.append(next(peak.causes["weights trained"] for peak in peaks if peak.phase == "forward"))
     assert trained[1] - trained[0] == size
 

@@ -11,6 +11,7 @@ import pytest
 
 from helpers.simulating import SMALL, examples, problem
 from talik.data.examples import Span
+from talik.model.folder import ModelFolder
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.simulation import Subject, Work, simulate, subject_of
@@ -26,7 +27,7 @@ def subject(build_model: Callable[..., Any], tmp_path: Path) -> Subject:
     recipe = Recipe.model_validate(
         {"model": "-", "data": "-", "thaw": "top.2,norm,head", "precision": "fp32"}
     )
-    return subject_of(recipe, tmp_path)
+    return subject_of(recipe, ModelFolder(tmp_path))
 
 
 def peaks(subject: Subject, plan: Plan, work: Work) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 
 import talik
 from helpers.training import assert_same, make_recipe, trained
+from talik.model.folder import ModelFolder
 from talik.plan.target import slack_of
 from talik.plan.ways import IN_RAM, ON_DISK, STREAMED, choose
 from talik.recipe.recipe import Recipe
@@ -47,7 +48,7 @@ def test_losses_are_about_those_of_the_cpu(
         recipe = Recipe.model_validate(
             {**fields, "batch_tokens": 200, "steps": 10, "held_out": 0.2, "device": where}
         )
-        result = talik.train(recipe, tmp_path / str(number), plan=choose(recipe, model_folder))
+        result = talik.train(recipe, tmp_path / str(number), plan=choose(recipe, ModelFolder(model_folder)))
         assert result.base is not None and result.tuned is not None
         losses.append((result.base.loss, result.tuned.loss))
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)

@@ -26,6 +26,7 @@ from talik.data.dataset import read_sets
 from talik.data.examples import Example
 from talik.model.adapters import adapted, fill_adapters, idle_adapters, in_words, measure_lengths
 from talik.model.chain.chain import Chain
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
 from talik.model.tokenizer import load_tokenizer
 from talik.plan.ways import check_plan, choose
@@ -54,7 +55,7 @@ def recipe_for(folder: Path, rows: Path | str = "-", **changes: Any) -> Recipe:
 
 
 def train(recipe: Recipe, run: Path, **options: Any) -> Any:
-    return talik.train(recipe, run, plan=choose(recipe, Path(recipe.model)), **options)
+    return talik.train(recipe, run, plan=choose(recipe, ModelFolder(Path(recipe.model))), **options)
 
 
 def adapted_top(model: Any, lora: str, seed: int = 0) -> Top:
@@ -97,10 +98,10 @@ def test_a_loaded_run_begins_as_peft_begins(
     """Block by block and whole: the same adapters, on the model's own weights, and lengths as PEFT's."""
     build_model(family, **changes).save_pretrained(tmp_path)
     recipe = recipe_for(tmp_path, lora=lora)
-    plan = choose(recipe, tmp_path)
-    loaded = open_run_model(recipe, plan, tmp_path)
+    plan = choose(recipe, ModelFolder(tmp_path))
+    loaded = open_run_model(recipe, plan, ModelFolder(tmp_path))
     top = dict(loaded.top().parameters())
-    model, whole = load_whole_model(recipe, plan, tmp_path)
+    model, whole = load_whole_model(recipe, plan, ModelFolder(tmp_path))
     assert [(n, p.shape) for n, p in top.items()] == [(n, p.shape) for n, p in whole.parameters()]
     assert all(torch.equal(top[name], parameter) for name, parameter in whole.parameters())
     assert not any(p.is_meta for layer in loaded.chain.layers[2:] for p in layer.parameters())
@@ -142,8 +143,8 @@ def peft_loop(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, torch.
     model = peft_model(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), recipe.lora, [2, 3]
     ).eval()
-    plan = choose(recipe, folder)
-    _, top = load_whole_model(recipe, plan, folder)
+    plan = choose(recipe, ModelFolder(folder))
+    _, top = load_whole_model(recipe, plan, ModelFolder(folder))
     inner = dict(model.base_model.model.named_parameters())
     trained = {name: parameter for name, parameter in inner.items() if parameter.requires_grad}
     with torch.no_grad():
@@ -321,7 +322,9 @@ def test_a_lowest_layer_without_adapters(
     )
     weights = []
     for top in ("resident", "streamed"):
-        plan = choose(recipe, tmp_path / "model").model_copy(update={"top": top, "recompute": True})
+        plan = choose(recipe, ModelFolder(tmp_path / "model")).model_copy(
+            update={"top": top, "recompute": True}
+        )
         talik.train(recipe, tmp_path / top, plan=plan)
         checkpoint = latest_checkpoint(tmp_path / top)
         assert checkpoint is not None
@@ -334,6 +337,6 @@ def test_a_lowest_layer_without_adapters(
 def test_a_plan_for_frozen_embeddings_is_not_one_for_trained_ones(model_folder: Path) -> None:
     """What the trunk handed on would be read from the cache, though the embeddings change."""
     fields = {"model": str(model_folder), "data": "-"}
-    plan = choose(checked_recipe({**fields, "thaw": "layers.0-3"}), model_folder)
+    plan = choose(checked_recipe({**fields, "thaw": "layers.0-3"}), ModelFolder(model_folder))
     with pytest.raises(UsageError, match="embeddings are not trained"):
-        check_plan(plan, checked_recipe({**fields, "thaw": "all"}), model_folder)
+        check_plan(plan, checked_recipe({**fields, "thaw": "all"}), ModelFolder(model_folder))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from array import array
 from functools import cache
-from pathlib import Path
 
 from talik.base.errors import TalikError
 from talik.base.events import Notify
 from talik.check.statistics import Statistics
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
+from talik.model.folder import ModelFolder
 from talik.plan.report import short_text
 from talik.plan.search import plan_run
 from talik.recipe.recipe import Recipe
@@ -18,32 +18,25 @@ from talik.recipe.recipe import Recipe
 _PLACE = Place("-", 1)
 
 
-def plan_lines(statistics: Statistics, recipe: Recipe, folder: Path, notify: Notify) -> list[str]:
+def plan_lines(statistics: Statistics, recipe: Recipe, model: ModelFolder, notify: Notify) -> list[str]:
     """The plan of a run on examples of these lengths, in words; why there is none where there is none.
 
     The examples over the recipe's greatest length are left out, as the default of `--too-long` does.
     """
-    if not (folder / "config.json").is_file():
+    if not (model.path / "config.json").is_file():
         return ["none: the model's folder has no config.json"]
     sizes = zip(statistics.lengths, statistics.trained, strict=True)
     examples = [_example(*size) for size in sizes if size[0] <= recipe.max_length]
     if not examples:
         return ["none: no example can be trained"]
     try:
-        top = min(recipe.top_layers, _layers(folder))
+        top = min(recipe.top_layers, model.layers)
         usual = recipe.model_copy(update={"top_layers": top, "eval_data": None, "held_out": 0.0})
-        planned = plan_run(usual, folder, examples, notify=notify)
+        planned = plan_run(usual, model, examples, notify=notify)
     except TalikError as error:
         return [f"none: {error.problem}"]
     head = f"training the top {top} layers as `talik train` does by default:"
     return [head, *short_text(planned)]
-
-
-def _layers(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return config.get_text_config(decoder=True).num_hidden_layers
 
 
 @cache

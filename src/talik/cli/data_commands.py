@@ -66,18 +66,17 @@ def check_command(argv: list[str]) -> None:
     from talik.check.planned import plan_lines
     from talik.check.text import check_text, summary
     from talik.cli import show
-    from talik.model.source.source import find_model
-    from talik.model.tokenizer import load_tokenizer
+    from talik.model.folder import open_model
     from talik.recipe.recipe import checked_recipe
 
     quiet()
     recipe = checked_recipe({"model": parsed["model"], **{name: parsed[name] for name in ("data", *fields)}})
-    folder = find_model(parsed["model"], weights=False).folder
-    tokenizer = load_tokenizer(folder)
+    model = open_model(parsed["model"], weights=False)
+    tokenizer = model.tokenizer()
     with show.Watch() as watch:
         found = check_rows(recipe, tokenizer, watch)
         if not parsed["no_plan"]:
-            found.plan = plan_lines(found.statistics, recipe, folder, watch)
+            found.plan = plan_lines(found.statistics, recipe, model, watch)
     show.result_json(found.as_dict()) if parsed["json"] else show.result(check_text(found))
     if parsed["html"]:
         write_text(Path(parsed["html"]), check_page(found, ", ".join(parsed["data"]), tokenizer))

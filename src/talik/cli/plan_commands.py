@@ -104,7 +104,6 @@ def explain_command(argv: list[str]) -> None:
     from talik.cli import show
     from talik.diagnose.habits import HABITS, habit
     from talik.diagnose.run import explain_run
-    from talik.model.source.source import find_model
     from talik.training.run.folder import REFUSED, is_run
 
     folder = Path(parsed.target)
@@ -126,7 +125,9 @@ def explain_command(argv: list[str]) -> None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
         raise UsageError(f"{parsed.target} is no run; of a model, name a habit with --habit:\n{shown}")
     else:
-        model = find_model(parsed.target, weights=False).folder
+        from talik.model.folder import open_model
+
+        model = open_model(parsed.target, weights=False)
         report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)
         show.result_json(report.as_dict()) if parsed.json else show.result(str(report))
 
@@ -176,21 +177,18 @@ def _check_two_ways(parsed: dict[str, Any]) -> None:
 
 def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None], watch: Any) -> Any:
     """The plan, for the most layers that fit where that is asked for; with what would help if none does."""
-    from transformers import AutoConfig
-
     from talik.data.dataset import check_positions
     from talik.machine.machine import described_machine
     from talik.plan.changes import most_layers, smallest_changes
     from talik.plan.search import plan_run
     from talik.plan.target import machine_here, target_of
 
-    folder, read = _model_and_data(recipe, parsed["data"], watch)
+    model, read = _model_and_data(recipe, parsed["data"], watch)
     sets = (read[0].examples if read[0] else None, read[1].examples if read[1] else ())
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if parsed["data"]:
-        check_positions(config, *read)
+        check_positions(model.config, *read)
     else:
-        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = getattr(model.text_config, "max_position_embeddings", None)
         recipe = recipe.model_copy(
             update={"max_length": min(recipe.max_length, positions or recipe.max_length)}
         )
@@ -198,27 +196,27 @@ def _planned(recipe: Any, parsed: dict[str, Any], sizes: Mapping[str, int | None
     machine = described_machine(named) if named else machine_here(recipe.device, watch)
     target = target_of(machine, **sizes)
     if parsed["top_layers"] == "auto":
-        layers = most_layers(recipe, folder, sets, target, watch)
+        layers = most_layers(recipe, model, sets, target, watch)
         recipe = recipe.model_copy(update={"top_layers": layers})
-    planned = plan_run(recipe, folder, *sets, target=target, notify=watch)
+    planned = plan_run(recipe, model, *sets, target=target, notify=watch)
     if planned.fits:
         return planned
-    changes = smallest_changes(planned, recipe, folder, sets, watch)
+    changes = smallest_changes(planned, recipe, model, sets, watch)
     return dataclasses.replace(planned, changes=changes)
 
 
-def _model_and_data(recipe: Any, data: Any, notify: Any) -> tuple[Path, Any]:
-    """The model's folder, and the data to train on and to evaluate on, if there are any."""
+def _model_and_data(recipe: Any, data: Any, notify: Any) -> tuple[Any, Any]:
+    """The model, and the data to train on and to evaluate on, if there are any."""
     from talik.data.dataset import read_sets
-    from talik.model.source.source import find_model
+    from talik.model.folder import open_model
     from talik.model.tokenizer import load_tokenizer
 
-    folder = find_model(recipe.model, revision=recipe.revision, weights=False).folder
+    model = open_model(recipe.model, revision=recipe.revision, weights=False)
     if not data:
-        return folder, (None, None)
-    load = partial(load_tokenizer, folder)
-    sets = read_sets(recipe, load(), load=load, notify=notify)
+        return model, (None, None)
+    load = partial(load_tokenizer, model.path)
+    sets = read_sets(recipe, model.tokenizer(), load=load, notify=notify)
     for found in sets:
         if found is not None:
             notify(found)
-    return folder, sets
+    return model, sets

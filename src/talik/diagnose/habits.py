@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from talik.base.errors import UsageError
 from talik.base.files import format_bytes, parse_size
 from talik.diagnose.habits_labels import LABELS, Shown
 from talik.diagnose.loop import Batch, Loop, run_loop
 from talik.model.chain.chain import Chain
-from talik.model.weights.hollow import hollow_model
+from talik.model.folder import ModelFolder
 from talik.simulate.account import levels
 from talik.simulate.storage_log import StorageLog
 from talik.training.step.loss import chunked_loss
@@ -135,7 +133,7 @@ class Report:
 
 def habit(
     name: str,
-    folder: Path,
+    model: ModelFolder,
     budget: int | str | None = None,
     *,
     top_layers: int = 5,
@@ -152,11 +150,11 @@ def habit(
     if name not in HABITS:
         raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
     if name in LABELS:
-        shown = LABELS[name](_tokenizer(folder))
+        shown = LABELS[name](_tokenizer(model))
         return Report(name, HABITS[name], "one question and its answer", None, shown)
     room = parse_size(budget) if budget is not None else None
     wrong, right = (
-        _side(name, done_right, folder, (top_layers, batch_size, sequence), room)
+        _side(name, done_right, model, (top_layers, batch_size, sequence), room)
         for done_right in (False, True)
     )
     assumed = (
@@ -166,22 +164,24 @@ def habit(
     return Report(name, HABITS[name], assumed, (wrong, right), None)
 
 
-def _tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer.json").is_file():  # Transformers would make an empty one
+def _tokenizer(model: ModelFolder) -> Any:
+    if not (model.path / "tokenizer.json").is_file():  # Transformers would make an empty one
         remedy = "Name the model's whole folder: habits of labels are shown with its tokenizer."
-        raise UsageError("there is no tokenizer.json", where=folder, remedy=remedy)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        raise UsageError("there is no tokenizer.json", where=model.path, remedy=remedy)
+    return model.tokenizer()
 
 
-def _side(name: str, done_right: bool, folder: Path, sizes: tuple[int, int, int], room: int | None) -> Side:
+def _side(
+    name: str, done_right: bool, folder: ModelFolder, sizes: tuple[int, int, int], room: int | None
+) -> Side:
     """Prepares a hollow model as people do, or as is right, and runs the loop on fakes."""
     top_layers, batch_size, sequence = sizes
-    model = hollow_model(folder, torch.bfloat16).train()
+    model = folder.hollow(torch.bfloat16).train()
     chain = Chain(model, "cpu")
     if not 1 <= top_layers < len(chain.layers):
         problem = f"of {len(chain.layers)} layers some must be trained and some frozen, and not {top_layers}"
         remedy = f"Choose --top-layers between 1 and {len(chain.layers) - 1}."
-        raise UsageError(problem, where=folder, remedy=remedy)
+        raise UsageError(problem, where=folder.path, remedy=remedy)
     cut = len(chain.layers) - top_layers
     offloaded = _prepare(name, done_right, chain, cut)
     loss = _ChunkedLoss(chain) if name == "full-logits" and done_right else None

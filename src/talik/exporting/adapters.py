@@ -13,7 +13,6 @@ from talik.exporting.card import base_name
 from talik.exporting.files import write_adapter_companions
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
 from talik.model.freeze import freeze_for, trained_parameters
-from talik.model.weights.hollow import hollow_model
 from talik.training.loading import open_run_model, working_dtype
 from talik.training.run.checkpoints import load_weights
 from talik.training.run.folder import Run
@@ -30,7 +29,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
         plan = run.plan.model_copy(update={"trunk": "resident"})
-        self._loaded, self._named = open_run_model(run.recipe, plan, run.source.folder), named
+        self._loaded, self._named = open_run_model(run.recipe, plan, run.model), named
         load_weights(checkpoint, trained_parameters(self._loaded.chain.model))
         self._layer_of = {
             name: layer
@@ -72,8 +71,8 @@ def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str, notify: N
     """Writes what was trained as a folder of PEFT, with what it takes to use it; returns its bytes."""
     weights = checkpoint / "weights.safetensors"
     need_room(folder, weights.stat().st_size, "export")
-    model = hollow_model(run.source.folder, working_dtype(run.recipe))
+    model = run.model.hollow(working_dtype(run.recipe))
     freeze_for(model, run.recipe)
     write_adapter_folder(model, weights, folder, base_name(run))
-    write_adapter_companions(run.source.folder, folder, card, notify)
+    write_adapter_companions(run.model, folder, card, notify)
     return sum(file.stat().st_size for file in folder.iterdir())

@@ -31,7 +31,7 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
         needed = format_bytes(size * 1.5)
         return f"logits not compared: loading it takes {needed} and {format_bytes(free)} are free"
     source = run.source.folder
-    ids = load_tokenizer(source if adapter else out)(TEXT, return_tensors="pt").input_ids
+    ids = (run.model.tokenizer() if adapter else load_tokenizer(out))(TEXT, return_tensors="pt").input_ids
     expected, note = _expected(run, checkpoint, ids, merged=run.recipe.lora is not None and not adapter)
     found = load_model(source if adapter else out, working_dtype(run.recipe), run.plan.device)
     if adapter:
@@ -47,7 +47,7 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
 @torch.no_grad()
 def _expected(run: Run, checkpoint: Path, ids: Tensor, *, merged: bool) -> tuple[Tensor, str]:
     """The tuned model's logits; with merged adapters also how far they are from those of separate ones."""
-    model, top = load_whole_model(run.recipe, run.plan, run.source.folder)
+    model, top = load_whole_model(run.recipe, run.plan, run.model)
     load_weights(checkpoint, dict(top.parameters()))
     ids = ids.to(model.device)
     logits = model(input_ids=ids).logits

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from talik.base.errors import TalikError
 from talik.base.files import read_json
+from talik.model.folder import ModelFolder
 from talik.model.source.older_readers import older_config, parts_of_config, same_config
 
 
-def exported_config(source: Path, dtype: torch.dtype, *, untied: bool) -> dict[str, Any]:
+def exported_config(source: ModelFolder, dtype: torch.dtype, *, untied: bool) -> dict[str, Any]:
     """The fields of an export's config.json, with the keys that older readers look for.
 
     Args:
@@ -24,9 +24,9 @@ def exported_config(source: Path, dtype: torch.dtype, *, untied: bool) -> dict[s
     Raises:
         TalikError: Transformers would read another model from them than the one that was trained.
     """
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = copy.deepcopy(source.config)
     text = config.get_text_config(decoder=True)
-    fields: dict[str, Any] = read_json(source / "config.json")
+    fields: dict[str, Any] = read_json(source.path / "config.json")
     fields.pop("auto_map", None)  # the code that it names is not in the export
     if not {"dtype", "torch_dtype"} & fields.keys():
         fields["torch_dtype"] = ""
@@ -41,6 +41,6 @@ def exported_config(source: Path, dtype: torch.dtype, *, untied: bool) -> dict[s
     fields = older_config(fields)
     if not same_config(fields, config):
         raise TalikError(
-            "the exported config.json would not be read as the model that was trained", where=source
+            "the exported config.json would not be read as the model that was trained", where=source.path
         )
     return fields

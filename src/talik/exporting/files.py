@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from talik.base.events import Notify, Status
 from talik.base.files import read_json, write_json, write_text
 from talik.data.templates.facts import Stops, stops_of
 from talik.data.templates.template import plain_template
 from talik.exporting.tokenizer import write_tokenizer
-from talik.model.tokenizer import is_tokenizer_file, load_tokenizer
+from talik.model.folder import ModelFolder
+from talik.model.tokenizer import is_tokenizer_file
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
@@ -23,7 +24,7 @@ _DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 _MADE = {"config.json", "generation_config.json", "README.md", "talik_source.json", "adapter_config.json"}
 
 
-def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
+def write_companions(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
     """Writes all files of an export but weights and config.json.
 
     Args:
@@ -33,29 +34,31 @@ def write_companions(source: Path, folder: Path, card: str, notify: Notify) -> N
         notify: Told which files of the source are left out.
     """
     left_out = []
-    for path in sorted(source.iterdir()):
-        if _is_left_out(path, source):
+    for path in sorted(source.path.iterdir()):
+        if _is_left_out(path, source.path):
             left_out.append(path.name)
         elif path.is_file() and _belongs(path):
             shutil.copy2(path, folder / path.name)
-    for path in sorted((source / "additional_chat_templates").glob("*.jinja")):
+    for path in sorted((source.path / "additional_chat_templates").glob("*.jinja")):
         (folder / "additional_chat_templates").mkdir(exist_ok=True)
         shutil.copy2(path, folder / "additional_chat_templates")
     if left_out:
         notify(Status("export", f"not copied from the source: {', '.join(left_out)}"))
-    write_template(source, folder)
-    write_tokenizer(folder, load_tokenizer(source), notify)
-    write_generation_config(source, folder)
-    write_text(folder / "README.md", card)
+    _write_texts(source, folder, card, notify)
 
 
-def write_adapter_companions(source: Path, folder: Path, card: str, notify: Notify) -> None:
+def write_adapter_companions(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
     """Writes what somebody needs to use adapters: tokenizer, chat template, ends of turns, and the card."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and is_tokenizer_file(path.name) and not _is_left_out(path, source):
+    for path in sorted(source.path.iterdir()):
+        if path.is_file() and is_tokenizer_file(path.name) and not _is_left_out(path, source.path):
             shutil.copy2(path, folder / path.name)
+    _write_texts(source, folder, card, notify)
+
+
+def _write_texts(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
+    """Writes the chat template, the tokenizer, the ends of turns and the card."""
     write_template(source, folder)
-    write_tokenizer(folder, load_tokenizer(source), notify)
+    write_tokenizer(folder, source.tokenizer(), notify)
     write_generation_config(source, folder)
     write_text(folder / "README.md", card)
 
@@ -79,12 +82,12 @@ def _is_left_out(path: Path, source: Path) -> bool:
     return not real.is_relative_to(home) and not real.is_relative_to(cache)
 
 
-def write_template(source: Path, folder: Path) -> None:
+def write_template(source: ModelFolder, folder: Path) -> None:
     """Makes every place in an export that has a chat template hold the one that training used.
 
     It stays where the source has it; a tokenizer without one gets the plain template that it was trained by.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = source.tokenizer()
     template = tokenizer.chat_template
     if template is None:
         write_text(folder / "chat_template.jinja", plain_template(tokenizer))
@@ -95,15 +98,14 @@ def write_template(source: Path, folder: Path) -> None:
             write_json(file, {**fields, "chat_template": template})
 
 
-def write_generation_config(source: Path, folder: Path) -> None:
+def write_generation_config(source: ModelFolder, folder: Path) -> None:
     """Writes generation_config.json: the source's values, and all that ends a turn as it was trained."""
-    file = source / "generation_config.json"
+    file = source.path / "generation_config.json"
     if file.is_file():
         generation: dict[str, Any] = read_json(file)
     else:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        generation = GenerationConfig.from_model_config(config).to_diff_dict()
-    stops: Stops = stops_of(load_tokenizer(source), generation.get("eos_token_id"))
+        generation = GenerationConfig.from_model_config(source.config).to_diff_dict()
+    stops: Stops = stops_of(source.tokenizer(), generation.get("eos_token_id"))
     generation["eos_token_id"] = list(stops.ids)
     if stops.texts:
         known = generation.get("stop_strings") or []

@@ -6,6 +6,7 @@ The model is never held: one tensor at a time. The folder appears once it is com
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from talik.base.errors import RunError, TalikError, UsageError
 from talik.base.events import Notify, Status, silent
@@ -27,13 +28,13 @@ from talik.exporting.check import verify_logits
 from talik.exporting.config import exported_config
 from talik.exporting.files import write_companions
 from talik.model.anatomy import parts_of
+from talik.model.folder import ModelFolder
 from talik.model.weights.conversion import in_checkpoint
 from talik.model.weights.safetensors_file import (
     Entry,
     copy_bytes,
     pieces,
     read_header,
-    read_tables,
     tensor_bytes,
     write_tensors,
 )
@@ -73,7 +74,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
         if adapter:
             card = model_card(opened, checkpoint, adapter=True)
             exported = Exported(out, 0, 0, 0, 0, write_adapter(opened, checkpoint, folder, card, notify))
-            whole = sum(entry.size for table in read_tables(source).values() for entry in table.values())
+            whole = sum(entry.size for table in opened.model.tables.values() for entry in table.values())
         else:
             exported = _write_whole(opened, checkpoint, folder, out, notify)
             whole = exported.size
@@ -121,8 +122,8 @@ def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: No
         return named(load_file(checkpoint / "weights.safetensors"))
 
     card = model_card(run, checkpoint)
-    exported = write_model(run.source.folder, trained, folder, dtype, untied=untied, out=out)
-    write_companions(run.source.folder, folder, card, notify)
+    exported = write_model(run.model, trained, folder, dtype, untied=untied, out=out)
+    write_companions(run.model, folder, card, notify)
     notify(
         Status(
             "export",
@@ -146,7 +147,7 @@ def check_destination(source: Path, out: Path) -> None:
 
 
 def write_model(
-    source: Path,
+    source: ModelFolder,
     trained: Callable[[Named], Mapping[str, Tensor]],
     folder: Path,
     dtype: torch.dtype,
@@ -170,15 +171,15 @@ def write_model(
         TalikError: A tensor was written wrongly, or has no place in the checkpoint.
     """
     fields = exported_config(source, dtype, untied=untied)
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = copy.deepcopy(source.config)
     config.dtype = dtype
     if untied:
         config.get_text_config(decoder=True).tie_word_embeddings = config.tie_word_embeddings = False
-    tables = read_tables(source)
+    tables = source.tables
     known = {name for table in tables.values() for name in table}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    delta = trained(lambda tensors: in_checkpoint(model, tensors, known, source))
+    delta = trained(lambda tensors: in_checkpoint(model, tensors, known, source.path))
     head = parts_of(model).head
     added = {name: delta[name] for name in delta.keys() - known}
     if strange := sorted(added.keys() - ({f"{head}.weight"} if untied else set())):

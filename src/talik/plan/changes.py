@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-
-from transformers import AutoConfig
 
 from talik.base.errors import DoesNotFitError
 from talik.base.events import Notify, Status, silent
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of, not_longer
+from talik.model.folder import ModelFolder
 from talik.plan.planned import Change, Planned
 from talik.plan.search import STAY, Search, in_mebibytes
 from talik.plan.target import Target
@@ -28,7 +26,7 @@ SHORTEST = 64  # tokens of an example, below which no change is looked for
 def smallest_changes(
     planned: Planned,
     recipe: Recipe,
-    folder: Path,
+    model: ModelFolder,
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     notify: Notify = silent,
 ) -> tuple[Change, ...]:
@@ -40,7 +38,7 @@ def smallest_changes(
     target, beside = planned.target, _beside(planned)
     if planned.breaks is None:
         return (Change(beside, planned.peak.bytes),)
-    thrift = ThriftiestWay(folder, sets, target, notify)
+    thrift = ThriftiestWay(model, sets, target, notify)
     changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), beside)]
     if beside or (target.on_cpu and target.program > target.most):  # nothing else alone would be enough
         return tuple(changes)
@@ -129,14 +127,14 @@ class ThriftiestWay:
 
     def __init__(
         self,
-        folder: Path,
+        model: ModelFolder,
         sets: tuple[Sequence[Example] | None, Sequence[Example]],
         target: Target,
         notify: Notify = silent,
         *,
         streamed: bool = True,
     ) -> None:
-        self._folder, self._sets, self._target, self._notify = folder, sets, target, notify
+        self._model, self._sets, self._target, self._notify = model, sets, target, notify
         self._streamed = streamed
         self._peaks: dict[str, int] = {}
 
@@ -146,7 +144,7 @@ class ThriftiestWay:
         if key not in self._peaks:
             self._notify(Status("plan", f"simulating {_in_words(recipe)}"))
             examples, evaluated = self._examples(recipe)
-            search = Search(subject_of(recipe, self._folder), examples, evaluated, self._target)
+            search = Search(subject_of(recipe, self._model), examples, evaluated, self._target)
             first = search.first()
             way = ways_of(first, search.longest, streamed=self._streamed)[-1]
             tried = search.try_plan(first.model_copy(update=way))
@@ -189,7 +187,7 @@ class ThriftiestWay:
 
 def most_layers(
     recipe: Recipe,
-    folder: Path,
+    model: ModelFolder,
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     target: Target,
     notify: Notify = silent,
@@ -198,10 +196,9 @@ def most_layers(
 
     DoesNotFitError if that does not fit either.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    every = config.num_hidden_layers
+    every = model.layers
     for streamed in (False, True):
-        thrift = ThriftiestWay(folder, sets, target, notify, streamed=streamed)
+        thrift = ThriftiestWay(model, sets, target, notify, streamed=streamed)
         if found := thrift.most_layers(recipe, parse_thaw(f"top.{every}", every)):
             break
     else:

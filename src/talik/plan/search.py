@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from talik.base.events import Notify, Status, silent
 from talik.base.files import format_bytes
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
+from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan import ways
 from talik.plan.planned import Planned, Refusal
@@ -29,7 +29,7 @@ STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
 def plan_run(
     recipe: Recipe,
-    folder: Path,
+    model: ModelFolder,
     examples: Sequence[Example] | None = None,
     evaluated: Sequence[Example] = (),
     *,
@@ -39,7 +39,7 @@ def plan_run(
     """Plans a run (default: on this machine, with all that is free of it).
 
     `examples` are those to train on, `evaluated` those to evaluate on; without any, every one is taken to be
-    as long as the recipe allows. The folder needs no weights. Raises UsageError and ChainError for models
+    as long as the recipe allows. The model needs no weights. Raises UsageError and ChainError for models
     that cannot be trained.
     """
     target = target or target_of(machine_here(recipe.device, notify))
@@ -47,7 +47,7 @@ def plan_run(
     if examples is None:
         examples, assumed = assumed_examples(recipe)
         evaluated = examples if recipe.held_out or recipe.eval_data else ()
-    search = Search(subject_of(recipe, folder), examples, evaluated, target, notify)
+    search = Search(subject_of(recipe, model), examples, evaluated, target, notify)
     done = search.run()
     search.forget()
     plan, result, target = done.plan, done.result, search.target.now()

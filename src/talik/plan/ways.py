@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from talik.base.errors import UsageError
 from talik.base.events import Notify, Status, silent
 from talik.base.system import free_memory
 from talik.machine.device import choose_device
-from talik.model.anatomy import anatomy_of, parts_of
+from talik.model.anatomy import anatomy_of
 from talik.model.chain.chain import Chain
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
-from talik.model.weights.hollow import hollow_model
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
 from talik.training.loading import working_dtype
@@ -45,15 +43,14 @@ WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
 )
 
 
-def choose(recipe: Recipe, folder: Path, notify: Notify = silent) -> Plan:
+def choose(recipe: Recipe, model: ModelFolder, notify: Notify = silent) -> Plan:
     """A plan by rules alone, for what runs forward only, or for one's own loop.
 
     UsageError if the model has fewer layers than asked for, ChainError if it cannot be run layer by layer.
     """
-    text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-    check_layers(recipe, text.num_hidden_layers)
+    check_layers(recipe, model.layers)
     device = choose_device(recipe.device)
-    chain = Chain(hollow_model(folder, working_dtype(recipe)), "cpu")
+    chain = Chain(model.hollow(working_dtype(recipe)), "cpu")
     return first_plan(recipe, chain, str(device), _free_memory(device), notify)
 
 
@@ -66,13 +63,13 @@ def wanted_cut(recipe: Recipe, chain: Chain) -> int:
     return wanted.cut
 
 
-def check_plan(plan: Plan, recipe: Recipe, folder: Path) -> None:
+def check_plan(plan: Plan, recipe: Recipe, model: ModelFolder) -> None:
     """UsageError if a plan is not one for this recipe, model and machine."""
     choose_device(plan.device)
-    model = hollow_model(folder, working_dtype(recipe))
-    check_layers(recipe, parts_of(model).count)
-    freeze_for(model, recipe)  # says what cannot be trained
-    chain = Chain(model, "cpu")
+    check_layers(recipe, model.layers)
+    hollow = model.hollow(working_dtype(recipe))
+    freeze_for(hollow, recipe)  # says what cannot be trained
+    chain = Chain(hollow, "cpu")
     cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
     remedy = "Leave --plan out, or name the plan.json of a run with this model that trains the same."
     if (plan.layers, plan.cut) != (len(chain.layers), cut):

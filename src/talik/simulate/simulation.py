@@ -20,11 +20,10 @@ from talik.base.events import silent
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
-from talik.model.anatomy import parts_of
 from talik.model.chain.chain import Chain, Skeleton
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
-from talik.model.weights.hollow import hollow_model
-from talik.model.weights.safetensors_file import Entry, read_tables, weight_files
+from talik.model.weights.safetensors_file import Entry, weight_files
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
@@ -56,7 +55,7 @@ class Subject:
     """What is simulated: a recipe, and its model without weights; `tables` say what its files hold."""
 
     recipe: Recipe
-    folder: Path
+    model: ModelFolder
     chain: Chain
     tables: dict[Path, dict[str, Entry]]
 
@@ -77,13 +76,13 @@ class Work:
     waiting: Sequence[int] = ()
 
 
-def subject_of(recipe: Recipe, folder: Path) -> Subject:
+def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
     """The model of a folder with everything frozen but what the recipe trains; weights may be missing."""
-    model = hollow_model(folder, working_dtype(recipe))
-    check_layers(recipe, parts_of(model).count)
-    there = all(file.is_file() for file in weight_files(folder))
-    tables = read_tables(folder) if there else assumed_table(model, folder)
-    FakeWeights(model, folder, tables)
+    check_layers(recipe, folder.layers)
+    model = folder.hollow(working_dtype(recipe))
+    there = all(file.is_file() for file in weight_files(folder.path))
+    tables = folder.tables if there else assumed_table(model, folder.path)
+    FakeWeights(model, folder.path, tables)
     freeze_for(model, recipe)
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
@@ -92,7 +91,7 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
     """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
     chain, device = subject.chain, plan.device.partition(":")[0]
     plan = plan.model_copy(update={"device": "cpu"})  # a fake CUDA device has no backward
-    weights = FakeWeights(chain.model, subject.folder, subject.tables)
+    weights = FakeWeights(chain.model, subject.model.path, subject.tables)
     with fake_world(chain.model, device, routing) as log, log.blocks_of(chain):
         weights.log = log
         try:

@@ -21,9 +21,9 @@ from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measu
 from talik.model.adapters import in_words as adapters_in_words
 from talik.model.chain.chain import Chain
 from talik.model.chain.verify import verify_layers
+from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for, trained_parameters
 from talik.model.loading import load_model
-from talik.model.weights.hollow import hollow_model
 from talik.model.weights.weights import Weights
 from talik.model.weights.working_copy import SavedWeights, WorkingCopy
 from talik.recipe.plan import Plan
@@ -143,14 +143,14 @@ class RunModel:
             self.store.get("tail")
 
 
-def open_run_model(recipe: Recipe, plan: Plan, folder: Path) -> RunModel:
+def open_run_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> RunModel:
     """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet.
 
     UsageError where the plan's device is not there: a run may be used on another computer.
     """
     choose_device(plan.device)
-    model = hollow_model(folder, working_dtype(recipe), plan.device)
-    weights = Weights(model, folder)
+    model = folder.hollow(working_dtype(recipe), plan.device)
+    weights = Weights(model, folder.path)
     freeze_for(model, recipe)
     weights.look_again()
     weights.forget = weights.bytes_in_files(base_tensors(model)) > psutil.virtual_memory().available // 2
@@ -174,9 +174,9 @@ def new_run_model(
     return RunModel(chain, weights, store, plan)
 
 
-def load_whole_model(recipe: Recipe, plan: Plan, folder: Path) -> tuple[PreTrainedModel, Top]:
+def load_whole_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> tuple[PreTrainedModel, Top]:
     """The whole model of a folder in memory, everything frozen but what the recipe trains."""
-    model = load_model(folder, working_dtype(recipe), plan.device)
+    model = load_model(folder.path, working_dtype(recipe), plan.device)
     freeze_for(model, recipe)
     fill_adapters(model, recipe.seed, model.device)
     measure_lengths(model)

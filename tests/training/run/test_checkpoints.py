@@ -20,6 +20,7 @@ from talik.base.errors import RunError
 from talik.base.events import Status
 from talik.base.files import read_json
 from talik.chat import load_for_chat
+from talik.model.folder import ModelFolder
 from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 from talik.training.run import checkpoint_digests
@@ -105,7 +106,7 @@ def test_an_old_checkpoint_is_removed_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda folder, **_: "step-" in str(folder) and killed(folder))
         with pytest.raises(KeyboardInterrupt):
-            talik.train(recipe, tmp_path / "run", plan=choose(recipe, model_folder))
+            talik.train(recipe, tmp_path / "run", plan=choose(recipe, ModelFolder(model_folder)))
     assert [verified(path).name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
     assert list((tmp_path / "run" / "checkpoints").glob(".step-*"))
     talik.resume(tmp_path / "run")

@@ -24,6 +24,7 @@ from talik.base.events import StepDone
 from talik.base.files import read_json
 from talik.data.batches import steps_of_epoch
 from talik.data.dataset import read_sets
+from talik.model.folder import ModelFolder
 from talik.model.tokenizer import load_tokenizer
 from talik.model.weights.working_copy import WorkingCopy
 from talik.plan.ways import choose
@@ -49,7 +50,7 @@ STREAMED = {"top": "streamed", "recompute": True, "state": "disk", "inputs": "di
 
 def train(recipe: Recipe, run: Path, way: dict[str, Any] | None = None, **options: Any) -> Result:
     """By a plan of rules: simulating each of these runs would take longer than running it."""
-    plan = choose(recipe, Path(recipe.model)).model_copy(update=way or {})
+    plan = choose(recipe, ModelFolder(Path(recipe.model))).model_copy(update=way or {})
     return talik.train(recipe, run, plan=plan, **options)
 
 
@@ -262,7 +263,7 @@ def test_killed_inside_a_step_and_resumed(
 ) -> None:
     """SIGKILL in a step's updates: metrics are ahead of the checkpoint, and are taken back."""
     recipe = recipe_for(model_folder, rows, steps=9, save_every=4, clip=clip, precision="bf16-sr")
-    plan = choose(recipe, model_folder).model_copy(update=way)
+    plan = choose(recipe, ModelFolder(model_folder)).model_copy(update=way)
     talik.train(recipe, tmp_path / "whole", plan=plan)
     script = (
         "import os, signal, sys, torch, talik\n"

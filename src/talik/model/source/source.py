@@ -13,7 +13,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class Source:
     origin: str
     kind: Literal["folder", "hub", "modelscope", "gguf"]
     revision: str | None
+    config: Any = field(default=None, repr=False, compare=False)  # parsed, once the folder was checked
 
 
 def find_model(
@@ -70,8 +71,7 @@ def find_model(
         raise _no_such_path(path)
     else:
         source = _from_hub(model, revision, weights, offline)
-    _check(source, weights)
-    return source
+    return replace(source, config=_check(source, weights))
 
 
 def _as_path(model: str) -> Path:
@@ -117,7 +117,8 @@ def _gguf_file(path: Path) -> Path | None:
 # What every folder must be, wherever it comes from
 
 
-def _check(source: Source, weights: bool) -> None:
+def _check(source: Source, weights: bool) -> Any:
+    """Checks a folder and returns its parsed config."""
     file = source.folder / "config.json"
     if not file.is_file():
         raise SourceError("no config.json", where=source.folder, remedy=_what_else(source) or _HOLDS)
@@ -128,10 +129,11 @@ def _check(source: Source, weights: bool) -> None:
         remedy = "Is it the model's own config.json, wholly downloaded?"
         raise SourceError("is not a model's config: no model_type", where=file, remedy=remedy) from error
     _check_kind(config, kind, file)
-    _check_config(config, kind, file)
+    parsed = _check_config(config, kind, file)
     _check_generation_config(source.folder)
     if weights:
         _check_weights(source)
+    return parsed
 
 
 def _check_generation_config(folder: Path) -> None:
@@ -168,7 +170,7 @@ def _check_kind(config: dict[str, Any], kind: str, file: Path) -> None:
         raise SourceError(f"{what} is not a causal language model", where=file, remedy=remedy)
 
 
-def _check_config(config: dict[str, Any], kind: str, file: Path) -> None:
+def _check_config(config: dict[str, Any], kind: str, file: Path) -> Any:
     from transformers import AutoConfig
 
     if quantized := config.get("quantization_config"):
@@ -182,6 +184,7 @@ def _check_config(config: dict[str, Any], kind: str, file: Path) -> None:
     if getattr(parsed, "is_encoder_decoder", False):
         remedy = "Talik trains models that continue one sequence."
         raise SourceError(f"model_type {kind!r} is an encoder-decoder", where=file, remedy=remedy)
+    return parsed
 
 
 def _check_weights(source: Source) -> None:

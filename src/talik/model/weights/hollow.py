@@ -9,19 +9,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 
-def hollow_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def hollow_model(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
     """The causal LM in a local folder, in eval mode, its parameters and persistent buffers on `meta`.
 
     Everything else is as `from_pretrained(folder, dtype=dtype)` makes it: the same dtypes (parts that the
     model's class keeps in fp32 included), the same buffers.
     """
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to("meta")  # a few are drawn from a distribution, which the context does not see
     model.config.name_or_path = str(folder)
     _keep_in_fp32(model, dtype)

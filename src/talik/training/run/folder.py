@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from talik.base.errors import RunError
 from talik.base.events import Notify, Status, silent
 from talik.base.files import check_folder_place, finished_folder, quoted, read_json, write_json
+from talik.model.folder import ModelFolder
 from talik.model.source.source import Source, find_model
 from talik.model.weights.digests import weights_fingerprint
 from talik.recipe.plan import Plan, read_plan
@@ -33,6 +34,7 @@ class Run:
     recipe: Recipe
     plan: Plan
     source: Source
+    model: ModelFolder
     date: str | None = None  # that the chat template writes for today's
 
 
@@ -53,7 +55,13 @@ def check_new(folder: Path) -> None:
 
 
 def start_run(
-    folder: Path, recipe: Recipe, plan: Plan, source: Source, data: str, date: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    plan: Plan,
+    source: Source,
+    model: ModelFolder,
+    data: str,
+    date: str | None = None,
 ) -> Run:
     """Makes the folder with what the run will be, whole or not at all; `data` names the examples."""
     known = {
@@ -71,7 +79,7 @@ def start_run(
         write_json(part / "source.json", known)
         write_json(part / "plan.json", plan.model_dump())
         write_recipe(recipe, part / "recipe.yaml")
-    return Run(folder, recipe, plan, source, date)
+    return Run(folder, recipe, plan, source, model, date)
 
 
 def refuse_run(folder: Path, recipe: Recipe, planned: dict[str, Any]) -> None:
@@ -129,7 +137,7 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
             where=source.folder,
             remedy="Put the former weights back, or begin a new run: talik train",
         )
-    return Run(folder, recipe, plan, source, known.get("date"))
+    return Run(folder, recipe, plan, source, ModelFolder.of(source), known.get("date"))
 
 
 def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:
