@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINING = ["usual_loop.py", "trainer_with_drop_in.py"]
-TRAINED = re.compile(r"model\.layers\.[23]\.|model\.norm\.")  # the upper two of four layers, and the last norm
+TRAINED = re.compile(r"model\.layers\.[23]\.|model\.norm\.")  # top.2 of four layers, and norm
 
 
 def run_example(name: str, *arguments: str | Path) -> str:
