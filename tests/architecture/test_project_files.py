@@ -8,7 +8,7 @@ import yaml
 
 import talik
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def read(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = ["usual_loop.py", "trainer_with_drop_in.py"]
 TRAINED = re.compile(r"model\.layers\.[23]\.|model\.norm\.")  # top.2 of four layers, and norm
 
