@@ -31,7 +31,7 @@ from common import record
 
 import talik
 from talik.base.system import home_folder
-from talik.cli.demo import _of_package
+from talik.cli.demo_steps import _of_package
 from talik.data.dataset import Data
 from talik.machine.machine import this_machine
 from talik.model.source.source import find_model

@@ -113,13 +113,13 @@ def test_exit_codes(
     def fail(_: list[str]) -> None:
         raise raised
 
-    monkeypatch.setattr("talik.cli.commands.resume_command", fail)
+    monkeypatch.setattr("talik.cli.resume.command", fail)
     done = talik("resume")
     assert (done.code, done.out) == (code, "") and done.err.startswith("error") and words in done.err
 
 
 def test_an_error_of_talik_itself_is_not_hidden(talik: Talik, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("talik.cli.commands.resume_command", lambda _: [][0])
+    monkeypatch.setattr("talik.cli.resume.command", lambda _: [][0])
     with pytest.raises(IndexError):
         talik("resume")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from talik.cli import demo
+from talik.cli import demo_steps as demo
 from talik.cli.main import main
 
 

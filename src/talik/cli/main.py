@@ -14,37 +14,38 @@ from talik import __version__
 from talik.base.errors import NoRoomError, TalikError, UsageError
 from talik.base.system import configure_allocators
 
-HELP = """usage: talik COMMAND ...
+COMMANDS = {  # the arguments and the purpose of each; its code is in the file of the same name
+    "inspect": ("MODEL", "the model's config and sizes in words; no weights are read"),
+    "check": (
+        "DATA --model M",
+        "problems of the data with file and line; lengths, duplicates, languages",
+    ),
+    "convert": ("DATA OUT.jsonl", "any data format as rows of messages"),
+    "preview": ("DATA --model M", "which tokens are trained and which are masked"),
+    "plan": (
+        "MODEL [DATA]",
+        "memory, time and disk of a run, and why it does not fit; no weights are read",
+    ),
+    "explain": ("MODEL|RUN", "why a common training loop fills the memory, or why a run did not fit"),
+    "train": ("MODEL DATA -o RUN", "train; every option: talik train --help"),
+    "resume": ("RUN", "continue a run that was stopped"),
+    "eval": ("RUN|MODEL DATA", "loss, perplexity and accuracy; the base and the tuned model of a run"),
+    "chat": ("RUN|MODEL", "talk to it"),
+    "export": ("RUN OUT", "the result as a plain Transformers folder"),
+    "machine": ("", "memory and speed of this computer; --machine: of another one, described"),
+    "cache": ("list|clear", "list or delete cached hidden states of the frozen layers"),
+    "demo": ("", "all of this on a small model and real questions, in minutes"),
+}
+_LINES = "\n".join(f"  {f'{name} {given}':<24}  {purpose}" for name, (given, purpose) in COMMANDS.items())
+HELP = f"""usage: talik COMMAND ...
 
 Fine-tunes the top layers of a language model on the machine you have.
 
-  inspect MODEL             the model's config and sizes in words; no weights are read
-  check DATA --model M      every problem of a data set with file and line; lengths, duplicates, languages
-  convert DATA OUT.jsonl    any data format as rows of messages
-  preview DATA --model M    which tokens are trained and which are masked
-  plan MODEL [DATA]         what training would take, before a weight is loaded: fits or not, and why
-  explain MODEL|RUN         why a common habit fills the memory, or why a run did not fit
-  train MODEL DATA -o RUN   train; every option: talik train --help
-  resume RUN                go on with a run that was stopped
-  eval RUN|MODEL DATA       loss, perplexity and accuracy; base beside tuned
-  chat RUN|MODEL            talk to it
-  export RUN OUT            the result as a plain Transformers folder
-  machine                   what this computer has and how fast it is; --machine: another one, described
-  cache list|clear          what the trunk handed on, kept for later runs: sizes; remove by KEY or --all
-  demo                      all of this on a small model and real questions, in minutes
+{_LINES}
 
 MODEL is a folder, a Hugging Face id, modelscope:ORG/NAME or a .gguf file.
 Exit codes: 0 done, 1 failed, 2 asked for something that cannot be done, 3 does not fit.
 """
-
-COMMANDS = {  # and the module that has its function
-    **dict.fromkeys(("inspect", "train", "resume", "eval", "chat", "export"), "commands"),
-    **dict.fromkeys(("preview", "check", "convert"), "data_commands"),
-    "machine": "plan_commands",
-    "plan": "plan_commands",
-    "explain": "plan_commands",
-    **dict.fromkeys(("cache", "demo"), "commands"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,9 +70,9 @@ def _guarded(command: str, argv: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     configure_allocators()
-    module = importlib.import_module(f"talik.cli.{COMMANDS[command]}")
+    module = importlib.import_module(f"talik.cli.{command}")
     try:
-        getattr(module, f"{command}_command")(argv)
+        module.command(argv)
     except SystemExit as stop:  # tyro has printed the help, or what is wrong
         return int(stop.code or 0)
     except TalikError as error:
@@ -103,9 +104,9 @@ def _of_the_disk(error: Exception) -> TalikError | None:
 
 
 def _fail(error: TalikError) -> int:
-    from talik.cli import show
+    from talik.cli.show import console
 
-    show.failure(error)
+    console.failure(error)
     return error.exit_code
 
 

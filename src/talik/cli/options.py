@@ -11,6 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from talik.recipe.recipe import Recipe
 
+ENFORCE = "make the planned memory a hard limit: the run ends with a diagnosis if it needs more"
+DATA_HELP = "rows: files, folders, globs, -, hf:ORG/NAME, modelscope:ORG/NAME"
 DATA_FIELDS = (
     *("input_field", "output_field", "format", "bad_rows", "drop_media", "control_tokens"),
     *("train_on", "train_reasoning", "max_length", "too_long"),

@@ -157,23 +157,9 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """All contradictions at once; single fields have been checked by then."""
-        wrong = []
-        if self.held_out > 1 and self.held_out % 1:
-            wrong.append("held_out is a share below 1 or a whole number of questions")
+        wrong = [*self._wrong_evaluation(), *self._wrong_optimizer()]
         if (self.input_field is None) != (self.output_field is None):
             wrong.append("input_field and output_field go together: name both or neither")
-        if self.eval_data and self.held_out:
-            wrong.append("eval_data and held_out are two ways to evaluate: name one")
-        if self.early_stop and not (self.eval_data or self.held_out):
-            wrong.append("early_stop needs something to evaluate on: name eval_data or held_out")
-        if self.eval_every and not (self.eval_data or self.held_out):
-            wrong.append("eval_every needs something to evaluate on: name eval_data or held_out")
-        for field, readers in READ_BY.items():
-            changed = getattr(self, field) != Recipe.model_fields[field].default
-            if changed and self.optimizer not in readers:
-                wrong.append(
-                    f"{field} is read by {', '.join(readers)} alone, not by {self.optimizer}: leave it out"
-                )
         if self.thaw is not None:
             wrong += self._wrong_thaw(self.thaw)
         if self.lora is not None:
@@ -181,6 +167,22 @@ class Recipe(BaseModel):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _wrong_evaluation(self) -> Iterator[str]:
+        if self.held_out > 1 and self.held_out % 1:
+            yield "held_out is a share below 1 or a whole number of questions"
+        if self.eval_data and self.held_out:
+            yield "eval_data and held_out are two ways to evaluate: name one"
+        if not (self.eval_data or self.held_out):
+            for field in ("early_stop", "eval_every"):
+                if getattr(self, field):
+                    yield f"{field} needs something to evaluate on: name eval_data or held_out"
+
+    def _wrong_optimizer(self) -> Iterator[str]:
+        for field, readers in READ_BY.items():
+            changed = getattr(self, field) != Recipe.model_fields[field].default
+            if changed and self.optimizer not in readers:
+                yield f"{field} is read by {', '.join(readers)} alone, not by {self.optimizer}: leave it out"
 
     def _wrong_thaw(self, line: str) -> Iterator[str]:
         if self.top_layers != Recipe.model_fields["top_layers"].default:
