@@ -17,10 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from talik import __version__
-from talik.base.errors import DoesNotFitError, TalikError, UsageError
+from talik.base.errors import DoesNotFitError, RecipeError, TalikError, UsageError
 from talik.cli.main import COMMANDS, HELP, main
 from talik.evaluation import evaluate
-from talik.recipe.recipe import Recipe
+from talik.recipe.aliases import ALIASES
+from talik.recipe.recipe import Recipe, checked_recipe
+from talik.recipe.recipe_file import read_fields
 
 SMALL = ["--top-layers", "2", "--precision", "fp32", "--epochs", "1", "--batch-tokens", "300"]
 QUESTION = "What is 2 plus 3?"
@@ -278,3 +280,32 @@ def test_adapters_from_the_plan_to_the_export(
     written = {path.name for path in (tmp_path / "adapter").iterdir()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     assert written == {"adapter_config.json", "adapter_model.safetensors", "README.md", *tokenizer}
+
+
+# Names of Transformers
+
+
+def test_names_of_transformers_are_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: m\ndata: d\nmax_grad_norm: 0.3\nlr_scheduler_type: linear\n", encoding="utf-8")
+    recipe = checked_recipe(read_fields(file))
+    assert (recipe.clip, recipe.schedule) == (0.3, "linear")
+    assert all(field in Recipe.model_fields for field in ALIASES.values())
+
+
+def test_fields_under_two_names_and_those_without_a_counterpart_are_explained(tmp_path: Path) -> None:
+    given = {"clip": 1.0, "max_grad_norm": 0.3, "per_device_train_batch_size": 4, "warmup": 2}
+    with pytest.raises(RecipeError) as caught:
+        checked_recipe({"model": "m", "data": "d", **given})
+    text = str(caught.value)
+    assert "3 problems" in text and "max_grad_norm: the same field as clip" in text
+    assert "per_device_train_batch_size: a step is counted in tokens here" in text and "warmup: 2" in text
+
+
+def test_an_option_of_transformers_overrides_the_file(talik: Talik, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: m\ndata: d\nmax_grad_norm: 0.3\n", encoding="utf-8")
+    done = talik("train", "-c", str(file), "--max-grad-norm", "-1", "-o", "run")
+    assert done.code == 2 and "clip: -1" in done.err
+    done = talik("train", "-c", str(file), "--bf16", "-o", "run")
+    assert done.code == 2 and "--bf16: name the precision" in done.err

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from talik.base.errors import UsageError, numbered_list
+from talik.recipe.aliases import EXPLAINED, options_of
 from talik.recipe.recipe import Recipe
 
 ENFORCE = "make the planned memory a hard limit: the run ends with a diagnosis if it needs more"
@@ -21,12 +23,23 @@ DATA_FIELDS = (
 
 def parse(command: str, options: type, argv: list[str], description: str) -> Any:
     """The parsed options; on help or a wrong option tyro prints it and exits. `data` is a list."""
+    _explain_unknown(argv)
     parsed = tyro.cli(options, args=argv, prog=f"talik {command}", description=description, add_help=True)
     if hasattr(parsed, "more_data"):
         first = parsed.data if isinstance(parsed.data, list) else [parsed.data] if parsed.data else []
         parsed.data = [*first, *parsed.more_data]
         del parsed.more_data
     return parsed
+
+
+def _explain_unknown(argv: list[str]) -> None:
+    """UsageError for options of Transformers that a recipe has no field for."""
+    named = {
+        word.partition("=")[0].removeprefix("--").replace("-", "_"): word for word in argv if word[:2] == "--"
+    }
+    wrong = [f"{named[name].partition('=')[0]}: {why}" for name, why in EXPLAINED.items() if name in named]
+    if wrong:
+        raise UsageError(numbered_list(wrong))
 
 
 def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:
@@ -63,7 +76,7 @@ def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]
         if not field.is_required():
             default = shown.get(name, field.get_default(call_default_factory=True))
             kind = list[str] | None if name == "eval_data" else field.annotation
-            fields.append((name, arg(kind, help), default))
+            fields.append((name, arg(kind, help, *options_of(name)), default))
         else:
             kind: Any = str | None if name in shown else str
             default = (shown[name],) if name in shown else ()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from talik.base.errors import RecipeError, UsageError, numbered_list
+from talik.recipe.aliases import own_names, why_unknown
 from talik.recipe.data_source import DataSources
 from talik.recipe.lora import parse_lora
 from talik.recipe.thaw import PARTS, Thawed, check_thaw, parse_thaw
@@ -154,6 +155,11 @@ class Recipe(BaseModel):
         """The largest norm that the gradient may have."""
         return 1.0 if self.clip == "last" else self.clip
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, given: Any) -> Any:
+        return own_names(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """All contradictions at once; single fields have been checked by then."""
@@ -227,7 +233,7 @@ def _in_words(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: is missing"
     if problem["type"] == "extra_forbidden":
-        return f"{field}: there is no such field"
+        return f"{field}: {why_unknown(field)}"
     if not field:
         return problem["msg"].removeprefix("Value error, ")
     return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

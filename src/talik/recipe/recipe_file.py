@@ -9,6 +9,7 @@ import yaml
 
 from talik.base.errors import RecipeError
 from talik.base.files import write_text
+from talik.recipe.aliases import ALIASES, own_names
 from talik.recipe.recipe import Recipe
 
 _AS_YAML = "Write one `field: value` a line, in UTF-8."
@@ -40,7 +41,7 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise RecipeError(f"is not YAML in UTF-8: {error}", where=path, remedy=_AS_YAML) from None
     if not isinstance(fields, dict):
         raise RecipeError("holds no fields", where=path, remedy=_AS_YAML)
-    return {str(name): value for name, value in fields.items()}
+    return own_names({str(name): value for name, value in fields.items()})
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
@@ -61,4 +62,8 @@ def options_table() -> str:
         "# The recipe\n\nEvery field is an option of `talik train` (`top_layers` is `--top-layers`) and a "
         "line of recipe.yaml (`talik train -c recipe.yaml`). This page is written from the code.\n\n"
     )
-    return head + "".join(rows)
+    tail = (
+        "\nNames of Transformers' TrainingArguments that are accepted:\n\n| name | field |\n|---|---|\n"
+        + "".join(f"| `{name}` | `{field}` |\n" for name, field in ALIASES.items())
+    )
+    return head + "".join(rows) + tail
