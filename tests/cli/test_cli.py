@@ -306,6 +306,6 @@ def test_an_option_of_transformers_overrides_the_file(talik: Talik, tmp_path: Pa
     file = tmp_path / "recipe.yaml"
     file.write_text("model: m\ndata: d\nmax_grad_norm: 0.3\n", encoding="utf-8")
     done = talik("train", "-c", str(file), "--max-grad-norm", "-1", "-o", "run")
-    assert done.code == 2 and "clip: -1" in done.err
+    assert done.code == 2 and "clip: -1.0: input should be greater than or equal to 0 or 'last'" in done.err
     done = talik("train", "-c", str(file), "--bf16", "-o", "run")
     assert done.code == 2 and "--bf16: name the precision" in done.err

@@ -5,6 +5,7 @@ The command line, recipe.yaml and the table in docs/recipe.md derive from these 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -217,19 +218,31 @@ class Recipe(BaseModel):
 
 
 def checked_recipe(given: dict[str, Any], where: object = None) -> Recipe:
-    """The recipe with these fields; RecipeError with every wrong field if there are any."""
+    """The recipe with these fields.
+
+    Raises:
+        RecipeError: Fields are wrong; the error names all of them, and `where` they stand.
+    """
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
         raise RecipeError(
-            numbered_list([_in_words(problem) for problem in error.errors()]),
+            numbered_list(_sentences(error)),
             where=where,
             remedy="`talik train --help` lists every field with its default.",
         ) from None
 
 
-def _in_words(problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
+def _sentences(error: ValidationError) -> list[str]:
+    """One sentence for each wrong field; pydantic reports a field of several types once for each type."""
+    problems: dict[str, list[str]] = {}
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"] if not re.search(r"[-\[]", str(part)))
+        problems.setdefault(field, []).append(_sentence(field, problem))
+    return [" or ".join([first, *(_expected(more) for more in rest)]) for first, *rest in problems.values()]
+
+
+def _sentence(field: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{field}: is missing"
     if problem["type"] == "extra_forbidden":
@@ -237,6 +250,10 @@ def _in_words(problem: Any) -> str:
     if not field:
         return problem["msg"].removeprefix("Value error, ")
     return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _expected(sentence: str) -> str:
+    return sentence.rpartition("input should be ")[2]
 
 
 def check_layers(recipe: Recipe, layers: int) -> None:
