@@ -3,8 +3,8 @@
     python3 dev.py bench fits [--only MODEL] [--jobs N]
 
 Each model is a folder with its published config.json and no weights. A plan without data is for one step of
-four examples of 1,024 tokens, half of them trained. Machines are described in full: nothing is measured here, and
-no GPU is needed. The tables go to stderr, for people; results/fits.json has every plan.
+four examples of 1,024 tokens, half of them trained. Machines are described in full: nothing is measured
+here, and no GPU is needed. The tables go to stderr, for people; results/fits.json has every plan.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from talik.cli import main as talik
 GIB = 1 << 30
 LENGTH, BATCH_TOKENS = 1024, 4096  # tokens; the recipe's defaults are 2048 and 4096
 
-# Billions of parameters, and the published config.json without what only concerns generation. A config that was
-# copied wrongly has another count.
+# Billions of parameters, and the published config.json without what only concerns generation. A config that
+# was copied wrongly has another count.
 QWEN2 = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -185,18 +185,18 @@ MACHINES = {
     "24 GiB RAM, no GPU": cpu("24 GiB"),
 }
 ASSUMED = (
-    f"Steps of {BATCH_TOKENS:,} tokens in examples of {LENGTH:,}, half of them trained; bf16. GPUs: RTX 4060 and "
-    "RTX 4060 Ti with 32 GiB of RAM, RTX 4090 with 64 GiB. 1 GiB of each memory is taken by other programs."
+    f"Steps of {BATCH_TOKENS:,} tokens in examples of {LENGTH:,}, half of them trained; bf16. GPUs: RTX 4060 "
+    "and RTX 4060 Ti with 32 GiB of RAM, RTX 4090 with 64 GiB. 1 GiB of each memory is taken by other programs."
 )
 NOT_COMPARED = (
-    "Plans for GPUs are computed from the sources of PyTorch and have not been compared with a device yet; those "
-    "for CPUs have (benchmarks/results/plan.json, limits.json, seven-billion.json)."
+    "Plans for GPUs are computed from the sources of PyTorch and have not been compared with a device yet; "
+    "those for CPUs have (benchmarks/results/plan.json, limits.json, seven-billion.json)."
 )
 DISK_AND_TIME = (
-    "Disk: at most three checkpoints, the working copy and what is kept out of memory, without the cache of the "
-    "trunk's results. Step: an estimate from peak rates (GPUs: the makers'; CPUs: 8 threads of 50 GFLOP/s) and a "
-    "disk that reads 2 GB/s and writes 1 GB/s. A step with more tokens takes less time per token where layers "
-    "are streamed."
+    "Disk: at most three checkpoints, the working copy and what is kept out of memory, without the cache of "
+    "the trunk's results. Step: an estimate from peak rates (GPUs: the makers'; CPUs: 8 threads of 50 GFLOP/s) "
+    "and a disk that reads 2 GB/s and writes 1 GB/s. A step with more tokens takes less time per token where "
+    "layers are streamed."
 )
 
 
