@@ -186,7 +186,8 @@ MACHINES = {
 }
 ASSUMED = (
     f"Steps of {BATCH_TOKENS:,} tokens in examples of {LENGTH:,}, half of them trained; bf16. GPUs: RTX 4060 "
-    "and RTX 4060 Ti with 32 GiB of RAM, RTX 4090 with 64 GiB. 1 GiB of each memory is taken by other programs."
+    "and RTX 4060 Ti with 32 GiB of RAM, RTX 4090 with 64 GiB. 1 GiB of each memory is taken by other "
+    "programs."
 )
 NOT_COMPARED = (
     "Plans for GPUs are computed from the sources of PyTorch and have not been compared with a device yet; "
@@ -194,9 +195,9 @@ NOT_COMPARED = (
 )
 DISK_AND_TIME = (
     "Disk: at most three checkpoints, the working copy and what is kept out of memory, without the cache of "
-    "the trunk's results. Step: an estimate from peak rates (GPUs: the makers'; CPUs: 8 threads of 50 GFLOP/s) "
-    "and a disk that reads 2 GB/s and writes 1 GB/s. A step with more tokens takes less time per token where "
-    "layers are streamed."
+    "the trunk's results. Step: an estimate from peak rates (GPUs: the makers'; CPUs: 8 threads of 50 "
+    "GFLOP/s) and a disk that reads 2 GB/s and writes 1 GB/s. A step with more tokens takes less time per "
+    "token where layers are streamed."
 )
 
 
