@@ -52,8 +52,8 @@ OTHERS = ("activations, workspace", ACTIVATIONS)
 PHASES = ("load", "trunk", "forward", "loss", "backward", "update")
 NOTE = (
     "Simulated from config.json: bf16, AdamW, one row of {length:,} tokens a step. Left: tensors alone; "
-    "embeddings, head and the top layers are on the device, which has\nnothing else in it. Right: layers come "
-    "from the disk one after the other, and the optimizer state stays there."
+    "embeddings, head and the top layers are on the device, which has\nnothing else in it. Right: layers "
+    "come from the disk one after the other, and the optimizer state stays there."
 )
 
 
