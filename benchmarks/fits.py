@@ -1,6 +1,7 @@
 """What fits on which machine: `talik plan` for well-known models on described GPUs and CPUs.
 
     python3 dev.py bench fits [--only MODEL] [--jobs N]
+    python3 dev.py bench fits --tables                    the tables of results/fits.json once more
 
 Each model is a folder with its published config.json and no weights. A plan without data is for one step of
 four examples of 1,024 tokens, half of them trained. Machines are described in full: nothing is measured
@@ -25,7 +26,7 @@ import torch
 import transformers
 import yaml
 from accelerate import init_empty_weights
-from common import record
+from common import RESULTS, record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from talik.cli import main as talik
@@ -196,8 +197,12 @@ NOT_COMPARED = (
 DISK_AND_TIME = (
     "Disk: at most three checkpoints, the working copy and what is kept out of memory, without the cache of "
     "the trunk's results. Step: an estimate from peak rates (GPUs: the makers'; CPUs: 8 threads of 50 "
-    "GFLOP/s) and a disk that reads 2 GB/s and writes 1 GB/s. A step with more tokens takes less time per "
-    "token where layers are streamed."
+    "GFLOP/s) and a disk that reads 2 GB/s and writes 1 GB/s. Where a step waits for weights, one with more "
+    "tokens takes less time per token."
+)
+TRAINED = (
+    "Peaks in italics: the trained layers are streamed. LoRA of rank 16 and the top 5 layers: AdamW, fp32 "
+    "masters. Everything: Adafactor, bf16 with stochastic rounding, --clip last."
 )
 
 
@@ -341,12 +346,17 @@ def main(only: list[str], jobs: int) -> None:
         billions = found[name]["parameters"] / 1e9
         if abs(billions - MODELS[name][0]) > 0.01:
             raise ValueError(f"{name} has {billions:.2f} billion parameters, and not {MODELS[name][0]}")
-    tables = largest_table(found), peaks_table(found), whole_table(found)
     if not only:
         said = {"assumed": ASSUMED, "devices": NOT_COMPARED, "disk and time": DISK_AND_TIME}
         values = {**said, "machines": MACHINES, "options": THINGS}
         record("fits", {**values, "seconds": round(time.perf_counter() - start), "models": found})
-    print("\n\n".join((*tables, ASSUMED, NOT_COMPARED, DISK_AND_TIME)), file=sys.stderr)
+    show(found)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the tables, and what they take for granted."""
+    tables = largest_table(found), peaks_table(found), whole_table(found)
+    print("\n\n".join((*tables, TRAINED, ASSUMED, NOT_COMPARED, DISK_AND_TIME)), file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -359,5 +369,9 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser("dev.py bench fits")
         parser.add_argument("--only", action="append", choices=list(MODELS), default=[])
         parser.add_argument("--jobs", type=int, default=2, help="models that are planned at once")
+        parser.add_argument("--tables", action="store_true", help="show the recorded results")
         given = parser.parse_args()
-        main(given.only, given.jobs)
+        if given.tables:
+            show(json.loads((RESULTS / "fits.json").read_text(encoding="utf-8"))["models"])
+        else:
+            main(given.only, given.jobs)
