@@ -4,7 +4,7 @@
     python3 dev.py test [...]    the tests; arguments go to pytest
     python3 dev.py check         format, lint, types, and the one-way imports
     python3 dev.py format        put the format right
-    python3 dev.py bench NAME    a benchmark of benchmarks/
+    python3 dev.py bench NAME    a benchmark of benchmarks/; without NAME, the names
 
 Standard library only, Python >= 3.11, on Linux, macOS and Windows.
 """
@@ -98,6 +98,26 @@ def test(arguments: list[str]) -> int:
     return run(PYTHON, "-m", "pytest", *arguments)
 
 
+def benchmarks() -> list[str]:
+    """The names of the benchmarks, with dashes: the files of benchmarks/ that say how dev.py runs them."""
+    files = sorted((ROOT / "benchmarks").glob("*.py"))
+    runnable = [file for file in files if "dev.py bench" in file.read_text(encoding="utf-8")]
+    return [file.stem.replace("_", "-") for file in runnable]
+
+
+def bench(arguments: list[str]) -> int:
+    """Runs a benchmark, whose name may have dashes or underscores; 2 for a name that is not known."""
+    name, known = "".join(arguments[:1]).replace("_", "-"), benchmarks()
+    if name not in known:
+        wrong = f"There is no benchmark {name!r}. " if name else ""
+        print(f"{wrong}The benchmarks are: {', '.join(known)}", file=sys.stderr)
+        return 2
+    install(*NEEDS["bench"])
+    if name == "versus":
+        install(*NEEDS["demo"])  # its model and its data are the demo's
+    return run(PYTHON, ROOT / "benchmarks" / f"{name.replace('-', '_')}.py", *arguments[1:])
+
+
 def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"Talik needs Python 3.11 or newer, and this is {sys.version.split()[0]}.")
@@ -105,6 +125,8 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     command, arguments = sys.argv[1], sys.argv[2:]
+    if command == "bench":
+        return bench(arguments)
     install(*NEEDS[command])
     if command == "demo":
         return run(PYTHON, "-m", "talik.cli", "demo", *arguments)
@@ -112,10 +134,6 @@ def main() -> int:
         return check()
     if command == "format":
         return run(BIN / "ruff", "format", ".") or run(BIN / "ruff", "check", "--fix", ".")
-    if command == "bench":
-        if arguments[:1] == ["versus"]:
-            install(*NEEDS["demo"])  # its model and its data are the demo's
-        return run(PYTHON, ROOT / "benchmarks" / f"{arguments[0]}.py", *arguments[1:]) if arguments else 2
     return test(arguments)
 
 
