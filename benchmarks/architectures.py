@@ -1,6 +1,6 @@
 """Which causal-LM architectures of the installed Transformers the chain gives exactly, each as a tiny model.
 
-    python3 dev.py bench architectures             all of them, and writes docs/architectures.md
+    python3 dev.py bench architectures             all of them, and writes docs/supported-models.md
     python3 dev.py bench architectures qwen2 opt   these, printed only
 
 Each name has a child process with 3 GiB, one thread and a minute. Ends with 1 if any differs.
@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "tests" / "model"))
 from helpers.loading_check import loaded_differently  # noqa: E402  # pyright: ignore[reportMissingImports]
 from helpers.tiny_models import tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "supported-models.md"
 COMMAND = "python3 dev.py bench architectures"
 MEMORY, SECONDS, LENGTHS = 3 * 2**30, 60, (12, 9, 7)
 
@@ -203,7 +203,7 @@ def survey(name: str, context: Any) -> Row:
 def page(rows: list[Row]) -> str:
     counts = Counter(row.state for row in rows)
     lines = [
-        "# Architectures",
+        "# Supported models",
         "",
         f"Written by `{COMMAND}`. Transformers {transformers.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, fp32, eager attention, on a CPU. Every causal-LM name of "
