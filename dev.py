@@ -1,7 +1,7 @@
 """Development in one file: makes .venv, installs what a command needs at exact versions, and runs it.
 
     python3 dev.py demo          fine-tune a small model on real questions, in minutes
-    python3 dev.py test [...]    the tests; arguments go to pytest
+    python3 dev.py test [...]    the tests; arguments go to pytest; --quick leaves out the slow ones
     python3 dev.py check         format, lint, types, and the one-way imports
     python3 dev.py format        put the format right
     python3 dev.py bench NAME    a benchmark of benchmarks/; without NAME, the names
@@ -92,7 +92,9 @@ def check() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """pytest over the tests, on two processes unless told otherwise."""
+    """Runs pytest, on two processes unless the arguments say otherwise."""
+    if "--quick" in arguments:
+        arguments = ["-m", "not slow", *(argument for argument in arguments if argument != "--quick")]
     if not any(argument.startswith("-n") for argument in arguments):
         arguments = ["-n", "2", *arguments]
     return run(PYTHON, "-m", "pytest", *arguments)

@@ -22,6 +22,19 @@ from talik.simulate.fake_log import Routing
 from talik.simulate.simulation import Subject, Work, simulate
 
 
+ROOT = Path(__file__).parent
+# Files of tests that take more than ten seconds together on one core.
+SLOW = {
+    *("architecture/test_docs", "architecture/test_examples", "check/test_check"),
+    *("data/preparing/test_prepare", "exporting/test_export", "exporting/test_export_files"),
+    *("exporting/test_old_readers", "model/chain/test_chain", "model/chain/test_mechanisms"),
+    *("model/chain/test_positions", "model/chain/test_runs", "plan/test_promise", "plan/test_search"),
+    *("simulate/test_simulate", "simulate/test_work", "training/run/test_training"),
+    *("training/step/test_gradients", "training/step/test_streamed", "training/test_adapters"),
+    *("training/test_drop_in", "training/trunk/test_trunk"),
+}
+
+
 @pytest.fixture(autouse=True)
 def shapes_checked(request: pytest.FixtureRequest) -> None:
     """Shapes in signatures are checked by the tests of the packages that have them.
@@ -154,6 +167,13 @@ def run_folder(model_folder: Path, rows: Path, tmp_path_factory: pytest.TempPath
         patch.setenv("TALIK_HOME", str(tmp_path_factory.mktemp("home")))
         assert main(["train", str(model_folder), str(rows), "-o", str(folder), *options.split()]) == 0
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the files that `dev.py test --quick` leaves out."""
+    for item in items:
+        if item.path.relative_to(ROOT).with_suffix("").as_posix() in SLOW:
+            item.add_marker("slow")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Talking to a run or a model: answers come piece by piece."""
+"""A conversation with a run or a model; answers are streamed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from talik.training.loading import load_whole_model
 from talik.training.run.checkpoints import load_weights
 from talik.training.run.folder import is_run, open_run, result_checkpoint
 
-# A model's own defaults that bend what is likeliest; they hold only where somebody asks for them.
+# Defaults of generation configs that change greedy decoding; neutral values are passed in their place.
 _UNBENT = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -37,7 +37,7 @@ _UNBENT = {
 def load_for_chat(
     target: str | Path, *, base: bool = False, date: str | None = None, notify: Notify = silent
 ) -> tuple[PreTrainedModel, Any]:
-    """The model to talk to and its tokenizer: any model, or a run with what it trained (unless `base`)."""
+    """Loads a model, or a run with its trained weights (without them if `base`), and the tokenizer."""
     if is_run(target):
         run = open_run(target, notify)
         plan = run.plan.model_copy(update={"device": str(choose_device("auto"))})
@@ -47,7 +47,7 @@ def load_for_chat(
             load_weights(checkpoint, dict(top.parameters()))
         return model, run.model.tokenizer(date)
     if base:
-        raise UsageError("--base is for a run: a model by itself has no other", where=target)
+        raise UsageError("--base is for a run; this is a model", where=target)
     folder = open_model(str(target), progress=lambda text: notify(Status("model", text)))
     dtype = folder.config.dtype
     assert dtype is None or isinstance(dtype, torch.dtype)
@@ -55,10 +55,14 @@ def load_for_chat(
 
 
 def chat_date(target: str | Path, date: str | None) -> str | None:
-    """The date that a chat template gets for today's: one in ISO 8601, or with "run" the one of the training.
+    """The date that a chat template writes in place of today's.
+
+    Args:
+        target: A run or a model.
+        date: A date in ISO 8601, "run" for the date of the training, or None.
 
     Raises:
-        UsageError: It is no date, or the target is no run with one.
+        UsageError: It is not a date, or the target is not a run with a date.
     """
     if date is None:
         return None
@@ -73,22 +77,23 @@ def chat_date(target: str | Path, date: str | None) -> str | None:
     try:
         return datetime.fromisoformat(date).isoformat()
     except ValueError:
-        raise UsageError(f"--date: {date!r} is no date", remedy="Write it as 2026-01-31.") from None
+        raise UsageError(f"--date: {date!r} is not a date", remedy="Write it as 2026-01-31.") from None
 
 
 @dataclass
 class Talk:
     """A conversation with a model.
 
-    The model reads its own answers as the ids that it wrote, as training showed it whole sequences of ids.
-    Where the template writes an earlier answer in another way, the conversation is rendered anew.
+    The model reads its earlier answers as the ids it generated, as in training. If the template writes an
+    earlier
+    answer differently, the conversation is rendered again.
 
     Attributes:
         model: The model.
         tokenizer: Its tokenizer.
-        messages: The messages so far; a system message may be the first.
-        max_tokens: Tokens of an answer, at most.
-        temperature: 0 takes the likeliest token each time; else tokens are drawn.
+        messages: The messages so far; the first may be a system message.
+        max_tokens: Maximum tokens of an answer.
+        temperature: 0 for greedy decoding; otherwise the sampling temperature.
     """
 
     model: PreTrainedModel
@@ -96,22 +101,22 @@ class Talk:
     messages: list[dict[str, str]] = field(default_factory=list)
     max_tokens: int = 256
     temperature: float = 0.0
-    _ids: list[int] = field(default_factory=list)  # of `_text`, the prompt of the last answer and the answer
+    _ids: list[int] = field(default_factory=list)  # ids of `_text`: the last prompt and its answer
     _text: str = ""
 
     def __post_init__(self) -> None:
         self._template = template_of(self.tokenizer)
         self._stops = stops_of(self.tokenizer, self.model.generation_config.eos_token_id)
         self._header = _tokens(self._template, facts_of(self._template).answer_header)
-        # An end that is an added token but no special one would be shown.
+        # An end of turn that is an added but not a special token would be shown.
         ends = self.tokenizer.convert_ids_to_tokens(list(self._stops.ids))
         self._hidden = (*self._stops.texts, *(end for end in ends if end not in self._template.special))
 
     def ask(self, question: str) -> Iterator[str]:
-        """Asks a question; yields the answer piece by piece, up to the end of the turn or `max_tokens`.
+        """Asks a question and yields the answer as it is generated, up to its end or `max_tokens`.
 
         Raises:
-            UsageError: The chat template refuses the messages; the question is forgotten then.
+            UsageError: The chat template refuses the messages; the question is not added to them.
         """
         prompt, ids = self._prompt([*self.messages, {"role": "user", "content": question}])
         self.messages.append({"role": "user", "content": question})
@@ -125,7 +130,7 @@ class Talk:
         self._text = prompt + self.tokenizer.decode(streamer.ids, skip_special_tokens=False)
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The text up to the next answer, and its ids: those of the last answer stay as they were made."""
+        """The prompt and its ids; the ids of earlier answers stay as they were generated."""
         text = self._template.apply(messages, prompt=True)
         if isinstance(text, Exception):
             remedy = "Ask in another way, or leave the system message out."
@@ -154,7 +159,7 @@ class Talk:
     def _generate(self, ids: list[int], streamer: _Streamer) -> None:
         inputs = torch.tensor([ids], device=self.model.device)
         drawn: dict[str, Any] = {"do_sample": True, "temperature": self.temperature}
-        if not self.temperature:  # a generation config with sampling values would warn
+        if not self.temperature:  # sampling values in the generation config would cause a warning
             drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **_UNBENT}
         pad = self.tokenizer.pad_token_id
         texts = list(self._stops.texts)
@@ -173,7 +178,7 @@ class Talk:
 
 
 class _Streamer(TextIteratorStreamer):
-    """Text as it comes, without the header that the template writes before an answer; the ids of all."""
+    """Streams text without the header that the template writes before an answer, and keeps all ids."""
 
     def __init__(self, tokenizer: Any, header: list[int]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
@@ -200,18 +205,18 @@ class _Streamer(TextIteratorStreamer):
         super().end()
 
     def _after_header(self) -> list[int]:
-        """The ids so far that are not the header."""
+        """The ids so far without the header."""
         self._header_done, size = True, len(self._header)
         return self.ids[size:] if self.ids[:size] == self._header else self.ids
 
 
 def _tokens(template: Template, text: str) -> list[int]:
-    """The ids of a rendered text: the template has written its special tokens."""
+    """The ids of a rendered text, which contains its special tokens already."""
     return template.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _without(stops: tuple[str, ...], pieces: Iterator[str]) -> Iterator[str]:
-    """A stream of text up to the first of `stops`; text that may begin one is held until it is known."""
+    """A stream of text up to the first of `stops`; text that may begin a stop is held back."""
     held = ""
     for piece in pieces:
         held += piece
@@ -219,7 +224,7 @@ def _without(stops: tuple[str, ...], pieces: Iterator[str]) -> Iterator[str]:
         if at >= 0:
             yield held[:at].rstrip()
             held = ""
-            for _ in pieces:  # the rest of what was generated
+            for _ in pieces:  # drop the rest of the answer
                 pass
             return
         safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
@@ -231,6 +236,6 @@ def _without(stops: tuple[str, ...], pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text could begin `stop`."""
+    """The number of characters at the end of a text that could begin `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy per trained token, from the same cache that training reads."""
+"""Loss, perplexity and accuracy per trained token, computed from the same cache as training."""
 
 from __future__ import annotations
 
@@ -27,12 +27,20 @@ from talik.training.trunk.trunk import trunk_states
 def evaluate(
     target: str | Path, data: str | Path | Sequence[str], *, notify: Notify = silent, **options: Any
 ) -> dict[str, Any]:
-    """Evaluates a run or a model on a file of rows: loss per trained token, perplexity, token accuracy.
+    """Evaluates a run or a model on rows of data.
 
-    A run is evaluated twice from one cache, with the base's top and with the tuned one. `options` are the
-    fields of a Recipe that concern data; where none is given, the run's own. Returns {"examples",
-    "trained_tokens"} and {"base": {...}, "tuned": {...}} for a run, {"model": {...}} for a model; of several
-    sources also {"by_source": {source: {"base": {...}, ...}}}.
+    A run is evaluated twice from one cache: with the base model's top and with the tuned one.
+
+    Args:
+        target: A run folder or a model.
+        data: Rows, named as in a recipe.
+        notify: Gets the events.
+        **options: Fields of a Recipe that concern data; by default those of the run.
+
+    Returns:
+        "examples" and "trained_tokens"; "base" and "tuned" for a run or "model" for a model, each with
+        "loss",
+        "perplexity" and "accuracy"; for several sources also "by_source".
     """
     checkpoint = date = None
     if is_run(target):
@@ -47,7 +55,7 @@ def evaluate(
         precision = "fp32" if model.config.dtype in (None, torch.float32) else "bf16"
         given = str(data) if isinstance(data, str | Path) else list(data)
         recipe = checked_recipe({"model": str(target), "data": given, "precision": precision, **options})
-        recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut and runs once
+        recipe = recipe.model_copy(update={"thaw": "norm"})  # the whole model is below the cut
         plan = choose(recipe, model, notify)
     sources = checked_recipe(
         {"model": "-", "data": str(data) if isinstance(data, str | Path) else list(data)}

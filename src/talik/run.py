@@ -1,4 +1,4 @@
-"""Puts the parts together: training and going on with it. Nothing here prints; `notify` is told.
+"""Training and resuming: puts all parts together. Nothing here prints; `notify` gets the events.
 
 train(Recipe(model="folder", data="rows.jsonl"), "runs/first")
 """
@@ -66,11 +66,21 @@ def train(
     enforce: bool = False,
     notify: Notify = silent,
 ) -> Result:
-    """Trains by a recipe into a new run folder, by a given plan or the fastest that fits.
+    """Trains by a recipe into a new run folder.
 
-    `memory`: bytes that it may take, in place of what is free. `enforce`: the plan's promise is a hard limit.
-    Raises the errors of talik.base.errors; every one that concerns the recipe, the model's files or the data
-    is raised before the folder is made. The first Ctrl-C saves and raises Interrupted.
+    Args:
+        recipe: What is trained, on what, and how.
+        run: The run folder; it must be new.
+        plan: A plan to carry out; by default the fastest that fits is chosen.
+        memory: Bytes the run may take; by default the free memory.
+        enforce: Make the planned peak a hard limit.
+        notify: Gets the events (talik.base.events).
+
+    Raises:
+        UsageError: The recipe, the model's files or the data are wrong; raised before the folder is made.
+        DoesNotFitError: No way to run it fits.
+        InterruptedRunError: Ctrl-C was pressed; a checkpoint has been saved.
+        TalikError: See talik.base.errors for the others.
     """
     configure_allocators()
     if plan is not None and memory is not None:
@@ -90,9 +100,9 @@ def train(
         plan = _planned(recipe, source, model, folder, sets, memory, notify)
     else:
         check_plan(plan, recipe, model)
-    _limit(plan, enforce)  # refused, if it is, before there is a folder
+    _limit(plan, enforce)  # raises before the folder is made
     if not remembered(source.folder):
-        notify(Status("model", "its weights are read once, to know them by their content"))
+        notify(Status("model", "hashing the weights (once per file)"))
     started = start_run(
         folder, _findable(recipe, source), plan, source, model, examples_fingerprint(*sets), date
     )
@@ -101,7 +111,7 @@ def train(
 
 
 def resume(run: str | Path, *, enforce: bool = False, notify: Notify = silent) -> Result:
-    """Goes on with a run from its newest checkpoint, bit for bit as if it had not stopped."""
+    """Continues a run from its newest checkpoint, bit for bit as if it had not been stopped."""
     configure_allocators()
     opened = open_run(run, notify)
     choose_device(opened.plan.device)
@@ -119,10 +129,12 @@ def _planned(
     memory: int | None,
     notify: Notify,
 ) -> Plan:
-    """The plan that was chosen; a refusal stays in the run's folder for `talik explain`."""
+    """Chooses a plan. A refused one is kept in the run's folder for `talik explain`."""
     machine = machine_here(recipe.device, notify)
     examples, evaluated = (data.examples if data else [] for data in sets)
-    target = replace(target_of(machine, memory=memory), disk=None)  # asked for below, where it will be
+    target = replace(
+        target_of(machine, memory=memory), disk=None
+    )  # the room is checked below, in the folder of the run
     planned = plan_run(recipe, model, examples, evaluated, target=target, notify=notify)
     for line in short_text(planned):
         notify(Status("plan", line))
@@ -138,7 +150,7 @@ def _planned(
 
 
 def _findable(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe with whole paths, so that the run goes on from any folder."""
+    """The recipe with absolute paths, so that the run can be resumed from any folder."""
     fields = ["cache"] + (["model"] if source.kind in ("folder", "gguf") else [])
     paths = {field: getattr(recipe, field) for field in fields}
     found = {k: str(Path(v).absolute()) for k, v in paths.items() if v}
@@ -166,13 +178,13 @@ def _read_sets(
 
 
 def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, notify: Notify) -> Result:
-    """Loads, checks the chain, runs the trunk once, and trains from the newest checkpoint on."""
-    # The thread that samples starts before the limit is there: it would have no room where that is too low.
+    """Checks the chain, runs the trunk once, and trains from the newest checkpoint."""
+    # The sampling thread starts before the limit is set: a low limit would leave no room for it.
     with only_process(run.folder), Promise(run.plan) as promise, _limit(run.plan, enforce) as again:
         promise.between = again
         (run.folder / BROKEN).unlink(missing_ok=True)
         try:
-            promise.phase("load")  # now under the limit, which may be less than what is held
+            promise.phase("load")  # checked against the limit, which may be below what is in use
             result = _train(run, data, evaluation, promise, _logged(run.folder, notify))
         except Exception as error:
             if (broken := promise.broken_by(error, run.folder)) is None:
@@ -184,11 +196,11 @@ def _carry_out(run: Run, data: Data, evaluation: Data | None, enforce: bool, not
 
 
 def _limit(plan: Plan, enforce: bool) -> contextlib.AbstractContextManager[Callable[[], None]]:
-    """The hard limit that a run has: its promise and the slack, or none."""
+    """The hard limit of a run: its planned peak and a slack; nothing without `enforce`."""
     if not enforce:
         return contextlib.nullcontext(lambda: None)
     if not (most := max(plan.promised.values(), default=0)):
-        raise UsageError("--enforce: the plan promises nothing", remedy="Leave --enforce or --plan out.")
+        raise UsageError("--enforce: the plan has no planned peaks", remedy="Leave --enforce or --plan out.")
     return hard_limit(torch.device(plan.device), most + slack_of(most))
 
 
@@ -196,7 +208,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
     started = time.perf_counter()
     clear_unfinished(run.folder)
     newest = latest_checkpoint(run.folder)
-    checkpoint = verified(newest) if newest else None  # before anything that takes long
+    checkpoint = verified(newest) if newest else None  # before anything slow
     torch.set_num_threads(run.plan.threads)
     loaded = open_run_model(run.recipe, run.plan, run.model)
     notify(Status("trained", describe_trained(loaded, run.recipe)))
@@ -238,7 +250,7 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
 
 
 def _noting_idle_adapters(loaded: RunModel, notify: Notify) -> Notify:
-    """`notify`, with a note after the first step where the model does not train through some adapters."""
+    """`notify`, with a note after the first step if some adapters got no gradient."""
 
     def both(event: Any) -> None:
         notify(event)
@@ -249,7 +261,7 @@ def _noting_idle_adapters(loaded: RunModel, notify: Notify) -> Notify:
 
 
 def _logged(folder: Path, notify: Notify) -> Notify:
-    """`notify`, with every event but progress written to the run's log.txt too."""
+    """`notify`, which also writes every event except progress to the run's log.txt."""
 
     def both(event: Any) -> None:
         if not isinstance(event, Progress):

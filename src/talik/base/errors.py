@@ -24,7 +24,13 @@ from typing import Any
 
 
 class TalikError(Exception):
-    """The base of all. `problem` is one sentence; `where` a place; `remedy` what the user can do about it."""
+    """The base class of all errors of Talik.
+
+    Attributes:
+        problem: What happened, in one sentence.
+        where: The file, line or field; None if there is none.
+        remedy: What the user can do about it; None if nothing is known.
+    """
 
     exit_code = 1
 
@@ -61,7 +67,11 @@ class NoRoomError(UsageError):
 
 
 class SeveralErrors(UsageError):
-    """Several mistakes that have nothing to do with each other; `errors` are they."""
+    """Several independent mistakes, reported at once.
+
+    Attributes:
+        errors: The mistakes.
+    """
 
     def __init__(self, errors: list[UsageError]) -> None:
         self.errors = errors
@@ -91,7 +101,7 @@ class InterruptedRunError(TalikError):
 
 
 def numbered_list(problems: list[str]) -> str:
-    """One problem as it is; more with their number, one a line."""
+    """The problems, one per line, with their number first if there are several."""
     return "\n  ".join(problems if len(problems) == 1 else [f"{len(problems)} problems:", *problems])
 
 

@@ -1,4 +1,4 @@
-"""What is told to whoever watches a run. Nothing below `show` prints: it calls `notify(event)`."""
+"""Events: what `notify` is called with while a run goes on. Only talik.cli.show prints them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ Notify = Callable[[Any], None]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One line about what is going on; `topic` is one word in front of it."""
+    """One line about what is going on.
+
+    Attributes:
+        topic: One word that is shown in front.
+        text: The line.
+    """
 
     topic: str
     text: str
@@ -21,9 +26,13 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far something has come, in tokens; `text` says it where it is not counted in tokens.
+    """Progress of one activity.
 
-    A `total` of 0: it is not known.
+    Attributes:
+        what: The activity, in one word.
+        done: Tokens done so far.
+        total: Tokens in all; 0 if that is not known.
+        text: Shown in place of the token counts if it is not empty.
     """
 
     what: str
@@ -34,21 +43,27 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Over all trained tokens of a set: mean loss (natural logarithm) and share guessed right."""
+    """The loss and accuracy over all trained tokens of a data set.
+
+    Attributes:
+        loss: Mean cross-entropy per trained token, natural logarithm.
+        accuracy: Share of the trained tokens that the model predicts.
+        trained_tokens: Their number.
+    """
 
     loss: float
     accuracy: float
     trained_tokens: int
 
     def measures(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy, for people and programs."""
+        """Loss, perplexity and accuracy by their names."""
         perplexity = math.exp(min(self.loss, 700.0))
         return {"loss": self.loss, "perplexity": perplexity, "accuracy": self.accuracy}
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One step, as it stands in metrics.jsonl, and how many there will be."""
+    """One training step as metrics.jsonl records it, and the number of steps of the run (`steps`)."""
 
     step: int
     epoch: int
@@ -64,6 +79,15 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
+    """An evaluation during a run.
+
+    Attributes:
+        step: The step after which it was made; 0 for the base model.
+        evaluation: The result over all evaluation data.
+        best: True if no earlier evaluation has a lower loss.
+        by_source: The result for each source of the data, if there are several.
+    """
+
     step: int
     evaluation: Evaluation
     best: bool
@@ -72,9 +96,11 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
+    """A checkpoint was written."""
+
     step: int
     path: Path
 
 
 def silent(event: Any) -> None:
-    """Tells nobody."""
+    """Ignores an event: the default of `notify`."""

@@ -1,6 +1,7 @@
-"""Files that are either whole or not there: atomic writes, folders finished last, fingerprints, room.
+"""Atomic writes, folders that appear when they are complete, hashes, and checks of free disk space.
 
-No write goes over a file that somebody may have mapped: a temporary file beside it, fsync, rename.
+No file is overwritten in place, because somebody may have mapped it: a temporary file in the same folder is
+written, synced and renamed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only once it is complete and on the disk."""
+    """Opens a binary file that appears under `path` only once it is complete and synced to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     part = Path(name)
@@ -42,7 +43,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())  # mkstemp makes it private, which a shared model folder is not
+        part.chmod(0o666 & ~_umask())  # mkstemp makes it private; files of a shared model folder are not
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -50,7 +51,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def _settle(folder: Path) -> None:
-    """Brings every file to the disk, readable as the umask allows: some libraries write private files."""
+    """Syncs every file of a folder to disk and applies the umask: some libraries write private files."""
     mask = _umask()
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -66,21 +67,25 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Writes `text` as UTF-8 atomically."""
     with atomic(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all."""
+    """Writes `value` as indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, *, once: bool = False) -> Any:
-    """The value of a JSON file in UTF-8; `once`: a key may not be given twice.
+    """Reads a JSON file in UTF-8.
+
+    Args:
+        path: The file.
+        once: Refuse a file in which a key is given twice.
 
     Raises:
-        ValueError: The file is no JSON, nested too deeply to be read, or has a key twice.
+        ValueError: The file is not valid JSON, is nested too deeply, or has a key twice.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once if once else None)
@@ -99,13 +104,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def finished_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under `path` only once everything in it is on the disk.
+    """Makes a folder that appears under `path` only once everything in it is synced to disk.
 
-    It is made next to `path` under a name of this process alone; an error leaves nothing. Leftovers of killed
-    processes are removed first.
+    It is built next to `path` under a name that only this process uses, and removed if an error is raised.
+    Remains of killed processes are removed first.
 
     Raises:
-        UsageError: `path` is there and not empty by then: another process has made it.
+        UsageError: Another process has made `path` in the meantime, and it is not empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_parts(path)
@@ -121,12 +126,12 @@ def finished_folder(path: Path) -> Iterator[Path]:
 
 
 def _part_stem(path: Path) -> str:
-    """The start of the names of a folder's unfinished forms, short enough for every file system."""
+    """The beginning of the names of a folder under construction, short enough for every file system."""
     return f".{path.name}" if len(path.name.encode()) < 200 else f".{fingerprint(path.name)}"
 
 
 def _clear_parts(path: Path) -> None:
-    """Removes unfinished forms of a folder whose processes are gone."""
+    """Removes folders under construction whose processes have ended."""
     for part in path.parent.glob(f"{glob.escape(_part_stem(path))}.*.part"):
         match = re.search(r"\.(\d+)-[0-9a-f]{6}\.part$", part.name)
         if match and not psutil.pid_exists(int(match[1])):
@@ -134,7 +139,7 @@ def _clear_parts(path: Path) -> None:
 
 
 def _put(part: Path, path: Path) -> None:
-    """Gives a finished folder its name, in place of an empty one."""
+    """Renames a finished folder to its final name, in place of an empty folder."""
     try:
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
@@ -157,10 +162,10 @@ def _put(part: Path, path: Path) -> None:
 
 
 def check_folder_place(path: Path) -> None:
-    """Checks that a folder of this name can be made by `finished_folder`.
+    """Checks that `finished_folder` can make a folder of this name.
 
     Raises:
-        UsageError: It is the current folder, a mount point, or its name is too long for the file system.
+        UsageError: It is the current folder or a mount point, or its name is too long for the file system.
     """
     try:
         there = path.exists()
@@ -176,7 +181,7 @@ def check_folder_place(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's list of files to the disk, where the system lets a program do that."""
+    """Syncs a folder's list of files to disk, where the operating system supports it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -186,7 +191,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def fingerprint(*parts: bytes | memoryview | str) -> str:
-    """32 hexadecimal digits that are the same for the same parts in the same order."""
+    """A hash of the parts in this order: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8") if isinstance(part, str) else part
@@ -196,7 +201,7 @@ def fingerprint(*parts: bytes | memoryview | str) -> str:
 
 
 def quoted(path: object) -> str:
-    """A path as one types it in a command: quoted where it has blanks or other special characters."""
+    """A path as it is typed in a shell: quoted if it contains blanks or other special characters."""
     text = str(path)
     if os.name == "nt":
         return f'"{text}"' if re.search(r"[\s&()^;,=]", text) else text
@@ -204,7 +209,11 @@ def quoted(path: object) -> str:
 
 
 def need_room(folder: Path, needed: int, what: str) -> None:
-    """Raises NoRoomError if the disk under `folder` has less than `needed` bytes and a margin free."""
+    """Checks that the disk under `folder` has `needed` bytes and a margin free.
+
+    Raises:
+        NoRoomError: It has less; `what` names what was to be written.
+    """
     margin = 64 << 20
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
@@ -218,7 +227,7 @@ def need_room(folder: Path, needed: int, what: str) -> None:
 
 
 def format_bytes(size: int | float) -> str:
-    """A number of bytes for people: 1536 -> '1.5 KiB'."""
+    """A number of bytes in the largest fitting binary unit: 1536 becomes '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -227,9 +236,14 @@ def format_bytes(size: int | float) -> str:
 
 
 def parse_size(text: str | int | float, option: str | None = None) -> int:
-    """Bytes: 1536, "1536", "24GiB" (2^30 each), "24 GB" (10^9 each), "1.5TB"; UsageError for all else.
+    """Parses a size: 1536, "1536", "24GiB" (2^30 bytes each), "24 GB" (10^9 bytes each), "1.5TB".
 
-    The error names the `option` that it came from.
+    Args:
+        text: The size.
+        option: The command-line option that it came from, for the error.
+
+    Raises:
+        UsageError: It is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:

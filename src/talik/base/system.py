@@ -1,4 +1,4 @@
-"""All that differs between Linux, Windows and macOS."""
+"""Everything that differs between Linux, Windows and macOS."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import psutil
 
-_CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows what containers and services may take
+_CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows the memory limits of containers and services
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_... of malloc.h
-_CGROUP_FILES = {  # version: limit and usage in bytes; the part of the usage that is given back on demand
+_CGROUP_FILES = {  # version: limit and usage in bytes; the part of the usage that is reclaimed on demand
     "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     "v2": ("memory.max", "memory.current", "inactive_file"),
 }
-_ZEROS = 1 << 20  # bytes of a file that are written at once where none can be reserved
+_ZEROS = 1 << 20  # bytes written at once where a file cannot be reserved
 
 
 def home_folder() -> Path:
-    """Where Talik keeps caches and converted models: $TALIK_HOME, or the system's folder for caches."""
+    """The folder of caches and converted models: $TALIK_HOME, or the system's folder for caches."""
     if "TALIK_HOME" in os.environ:
         return Path(os.environ["TALIK_HOME"]).expanduser()
     if sys.platform == "win32":
@@ -39,10 +39,11 @@ def home_folder() -> Path:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs: anonymous and shared anonymous pages.
+    """Memory of this process that is not backed by a file: anonymous and shared anonymous pages, in bytes.
 
-    Linux: RssAnon + RssShmem. Windows: what is committed to this process alone, which is cheap to ask for.
-    Elsewhere the memory that only this process holds (psutil's `uss`).
+    Linux: RssAnon + RssShmem. Windows: the private commit charge, which is cheap to read. Elsewhere the
+    unique
+    set size (`uss` of psutil).
     """
     if sys.platform == "linux":
         return _resident("RssAnon", "RssShmem")
@@ -52,24 +53,24 @@ def anonymous_bytes() -> int:
 
 
 def _resident(*kinds: str) -> int:
-    """The sum of these rows of Linux's /proc/self/status, in bytes."""
+    """The sum of the named rows of /proc/self/status on Linux, in bytes."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return sum(int(status.partition(f"{kind}:")[2].split(maxsplit=1)[0]) * 1024 for kind in kinds)
 
 
 def free_memory() -> int:
-    """Bytes of RAM that this process can still take: what the system has, and what limits leave of it."""
+    """Bytes of RAM that this process can still allocate: free memory of the system, reduced by limits."""
     left = (limit - used for limit, used in _limits())
     return max(0, min([psutil.virtual_memory().available, *left]))
 
 
 def total_memory() -> int:
-    """Bytes of RAM that this process could have in all: the machine's, or the lowest limit on it."""
+    """Bytes of RAM in all: of the machine, or the lowest limit of this process."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of all that bounds this process beside the RAM itself."""
+    """Limit and usage, in bytes, of everything that bounds the memory of this process other than the RAM."""
     if sys.platform != "linux":  # elsewhere there are no cgroups, and rlimits of memory are not enforced
         return
     import resource
@@ -83,12 +84,15 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def configure_allocators() -> None:
-    """Settles on Linux how memory is given out, before much is: what is held shall be what is used.
+    """Configures the memory allocators so that freed memory is returned to the system.
 
-    CUDA's allocator gets expandable segments, unless the environment has its own settings. glibc maps blocks
-    of 2 MiB and more apart where its heap has no room, and gives them back when they are freed; it would
-    learn from the first to keep all up to 32 MiB (mallopt(3)). Others stay to be used again, the last 16 MiB
-    of the heap too, until `trim_heap`.
+    CUDA: expandable segments, unless the environment sets something else. Linux: glibc uses mmap for blocks
+    of
+    2 MiB and more that the heap has no room for, and returns them when they are freed; by default it would
+    raise
+    that threshold to 32 MiB over time (mallopt(3)). Smaller blocks stay in the heap for reuse, up to 16 MiB
+    at its
+    end, until `trim_heap` is called.
     """
     if sys.platform != "linux":
         return
@@ -100,25 +104,31 @@ def configure_allocators() -> None:
 
 
 def release_free_memory() -> None:
-    """Gives back what is free in this process: glibc keeps what lies below something that is still used."""
+    """Collects garbage and returns free memory of the heap to the system."""
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Gives back whole pages that are free between others in glibc's heap; 1 to 12 ms."""
+    """Returns free whole pages inside the heap of glibc to the system; takes 1 to 12 ms."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
 def limited_memory(most: int) -> Iterator[Callable[[], None]]:
-    """Inside, this process gets no more than `most` bytes of anonymous memory. Linux only: RLIMIT_DATA.
+    """Limits the anonymous memory of this process while the context is entered. Linux only (RLIMIT_DATA).
 
-    That limit counts what was asked for and never touched, or given back within a heap, too: what is so when
-    what it yields is called first, and whenever it is called again, comes on top; pages of files in memory
-    (tmpfs) do not count. MemoryError then if more is held already: with no room at all any line of any
-    library may fail in its own way.
+    RLIMIT_DATA also counts memory that was reserved but never touched, or freed inside the heap. The yielded
+    function measures that excess and raises the limit by it: call it once at the start and again between
+    phases.
+    Pages of files in memory (tmpfs) do not count.
+
+    Args:
+        most: The limit in bytes.
+
+    Raises:
+        MemoryError: More than `most` bytes are in use already.
     """
     import resource
 
@@ -140,9 +150,9 @@ def limited_memory(most: int) -> Iterator[Callable[[], None]]:
 
 
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and working set of this process's memory cgroup and of every one around it.
+    """Limit and working set of the memory cgroup of this process and of every enclosing one.
 
-    A container may see its own cgroup as the root: then the folder of its full name is not there.
+    A container may see its own cgroup as the root; the folder with its full name does not exist then.
     """
     lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if _OWN_CGROUPS.exists() else []
     for _, kinds, name in (line.split(":", 2) for line in lines):
@@ -166,7 +176,7 @@ def _limit_in(folder: Path, limit: str, usage: str, inactive: str) -> Iterator[t
 
 
 def processor_name() -> str:
-    """What the processor calls itself, as in "AMD EPYC 7763 64-Core Processor"."""
+    """The model name of the processor, as in "AMD EPYC 7763 64-Core Processor"."""
     name = ""
     with contextlib.suppress(OSError):
         if sys.platform == "linux":
@@ -179,12 +189,12 @@ def processor_name() -> str:
 
 
 def can_drop_pages() -> bool:
-    """Whether `drop_pages` does anything here: else what was just written is read from memory."""
+    """True if `drop_pages` has an effect here; otherwise data just written are read from memory."""
     return hasattr(os, "posix_fadvise")
 
 
 def drop_pages(file: int, start: int, size: int) -> None:
-    """Says that these bytes of an open file will not be read again soon, where a system takes hints.
+    """Advises the system that these bytes of an open file will not be read again soon.
 
     A size of 0 means up to the end.
     """
@@ -193,7 +203,7 @@ def drop_pages(file: int, start: int, size: int) -> None:
 
 
 def reserve(file: int, size: int) -> None:
-    """Takes `size` bytes of the disk for an open, empty file: OSError now and not when they are written."""
+    """Allocates `size` bytes on disk for an open, empty file, so that a full disk raises OSError now."""
     if hasattr(os, "posix_fallocate"):
         if size:
             os.posix_fallocate(file, 0, size)
@@ -204,9 +214,9 @@ def reserve(file: int, size: int) -> None:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function true; a later one interrupts at once.
+    """Defers the first Ctrl-C: it makes the yielded function return True. A second one interrupts at once.
 
-    Within a second it is the same one: a terminal and the program above it may both pass it on.
+    Signals within one second count as one, because a terminal and a parent process may both send it.
     """
     pressed = 0.0
 
@@ -217,7 +227,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             signal.default_int_handler(number, frame)  # pyright: ignore[reportArgumentType]
         pressed = pressed or now
 
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # signals can be handled only in the main thread
         yield lambda: False
         return
     before = signal.signal(signal.SIGINT, note)

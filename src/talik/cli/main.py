@@ -1,4 +1,4 @@
-"""The command line. A command's parser is built only once the command is known, so that help is quick."""
+"""The command line. A command is imported only when it is called, so that help is fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from talik import __version__
 from talik.base.errors import NoRoomError, TalikError, UsageError
 from talik.base.system import configure_allocators
 
-COMMANDS = {  # the arguments and the purpose of each; its code is in the file of the same name
+COMMANDS = {  # arguments and purpose; the code of each is in the file of that name
     "inspect": ("MODEL", "the model's config and sizes in words; no weights are read"),
     "check": (
         "DATA --model M",
@@ -51,7 +51,7 @@ Exit codes: 0 done, 1 failed, 2 asked for something that cannot be done, 3 does 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a console or pipe without Unicode gets escapes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # consoles and pipes without Unicode get escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: str, argv: list[str]) -> int:
-    """Turns what a command raises on purpose into a message and an exit code."""
+    """Runs a command; expected errors become a message and an exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     configure_allocators()
@@ -90,7 +90,7 @@ def _guarded(command: str, argv: list[str]) -> int:
 
 
 def _of_the_disk(error: Exception) -> TalikError | None:
-    """The user's side of a disk that is full or a place that is closed; None for every other error."""
+    """The error of a full disk or an unusable path in words; None for every other error."""
     number, where = getattr(error, "errno", None), getattr(error, "filename", None)
     if number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)) or re.search(
         r"os error (28|112)\)", str(error)

@@ -1,4 +1,4 @@
-"""Options of a command: those of its own, and those that the recipe's fields give it."""
+"""Options of commands: their own, and those derived from the recipe's fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA_FIELDS = (
 
 
 def parse(command: str, options: type, argv: list[str], description: str) -> Any:
-    """The parsed options; on help or a wrong option tyro prints it and exits. `data` is a list."""
+    """Parses the options of a command. tyro prints help and mistakes, and exits. `data` becomes a list."""
     _explain_unknown(argv)
     parsed = tyro.cli(options, args=argv, prog=f"talik {command}", description=description, add_help=True)
     if hasattr(parsed, "more_data"):
@@ -33,7 +33,7 @@ def parse(command: str, options: type, argv: list[str], description: str) -> Any
 
 
 def _explain_unknown(argv: list[str]) -> None:
-    """UsageError for options of Transformers that a recipe has no field for."""
+    """Raises UsageError for options of Transformers that have no counterpart in a recipe."""
     named = {
         word.partition("=")[0].removeprefix("--").replace("-", "_"): word for word in argv if word[:2] == "--"
     }
@@ -48,7 +48,7 @@ def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:
 
 
 def positional(kind: Any, help: str, metavar: str) -> Any:
-    """The annotation of a positional one."""
+    """The annotation of a positional option."""
     return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(help=help, metavar=metavar)]
 
 
@@ -56,7 +56,7 @@ MORE_DATA = ("more_data", positional(list[str], "more rows, named in the same wa
 
 
 def options(name: str, *fields: tuple[str, Any] | tuple[str, Any, Any]) -> type:
-    """A dataclass of options: (name, type) or (name, type, default); required ones first."""
+    """Makes a dataclass of options from (name, type) or (name, type, default); required ones come first."""
     made = [
         (field[0], field[1], dataclasses.field(default_factory=lambda value=field[2]: value))
         if len(field) == 3
@@ -67,7 +67,7 @@ def options(name: str, *fields: tuple[str, Any] | tuple[str, Any, Any]) -> type:
 
 
 def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]:
-    """Options for fields of the Recipe, with its help and its defaults, or the `shown` ones."""
+    """Options for fields of the Recipe, with their help; defaults are replaced by the `shown` values."""
     fields: list[Any] = []
     for name, field in Recipe.model_fields.items():
         if names is not None and name not in names:
@@ -87,13 +87,13 @@ def recipe_fields(names: Sequence[str] | None = None, **shown: Any) -> list[Any]
 
 
 def optional(kind: Any) -> Any:
-    """The annotation of an option that may be left out."""
+    """The annotation of an option that may be omitted."""
     inner, *metadata = kind.__origin__, *kind.__metadata__
     return Annotated[inner | None, *metadata]
 
 
 def fits(name: str, value: Any) -> bool:
-    """Whether a value may be shown as the default of a field."""
+    """True if a value may be shown as the default of a field."""
     try:
         read_as(name, value)
     except (KeyError, ValidationError):
@@ -102,13 +102,13 @@ def fits(name: str, value: Any) -> bool:
 
 
 def read_as(name: str, value: Any) -> Any:
-    """A value of a recipe.yaml in the field's own type: YAML 1.1 reads 1e-5 as a text."""
+    """Converts a value of a recipe.yaml to the field's type: YAML 1.1 reads 1e-5 as a string."""
     kind: Any = Recipe.model_fields[name].annotation
     return TypeAdapter(kind).validate_python(value)
 
 
 def quiet() -> None:
-    """Turns off the progress bars of Transformers: they would break ours."""
+    """Turns off the progress bars of Transformers, which would break those of Talik."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -26,15 +26,17 @@ def command(argv: list[str]) -> None:
         ("data", positional(str | None, "rows, for the true lengths", "[DATA]"), None),
         MORE_DATA,
         ("top_layers", arg(int | Literal["auto"], "train the last N layers; auto: the most that fit"), 5),
-        ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
-        ("ram", arg(str | None, "what it may take of the RAM beside a GPU"), None),
-        ("disk", arg(str | None, "what it may write"), None),
+        ("memory", arg(str | None, "memory the run may take, as in 8GiB; default: what is free"), None),
+        ("ram", arg(str | None, "host RAM the run may take, with a GPU"), None),
+        ("disk", arg(str | None, "disk space the run may take"), None),
         ("machine", arg(str | None, "another computer: a YAML file, or a GPU's name"), None),
-        ("picture", arg(str | None, "memory over the run, stacked by cause, to this .svg or .png"), None),
+        ("picture", arg(str | None, "draw memory over the run by cause to this .svg or .png"), None),
         ("json", arg(bool, "print it as JSON"), False),
         *recipe_fields([name for name in PLANNED if name != "top_layers"]),
     )
-    parsed = vars(parse("plan", wanted, argv, "What a run will take, before a weight is loaded."))
+    parsed = vars(
+        parse("plan", wanted, argv, "Plans memory, time and disk of a run before a weight is loaded.")
+    )
     from talik.cli.show.watch import Watch
     from talik.plan.asked import plan_asked
     from talik.plan.picture import write_picture
@@ -66,7 +68,7 @@ def command(argv: list[str]) -> None:
 
 
 def _asked(parsed: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
-    """The recipe, and the limits that were named, in bytes; one error with all that is wrong."""
+    """The recipe and the limits in bytes; all mistakes are reported at once."""
     from talik.plan.picture import picture_kind
 
     named = [name for name in ("memory", "ram", "disk") if parsed[name]]
@@ -81,7 +83,7 @@ def _asked(parsed: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
 
 
 def _check_two_ways(parsed: dict[str, Any]) -> None:
-    """UsageError for options of which one says what another says, too."""
+    """Raises UsageError for options that contradict each other."""
 
     if parsed["machine"] and parsed["device"] != "auto":
         raise UsageError("--machine describes another computer: leave out --device")

@@ -25,14 +25,14 @@ from talik.recipe.recipe_file import read_fields
 
 
 def command(argv: list[str]) -> None:
-    """Positional and named options over recipe.yaml over defaults; all wrong ones reported at once."""
+    """Command line over recipe.yaml over defaults; all mistakes are reported at once."""
 
     first = argparse.ArgumentParser("talik train", add_help=False, allow_abbrev=False)
     first.add_argument("-c", "--config")
     config = first.parse_known_args(argv)[0].config
     written = read_fields(Path(config)) if config else {}
     shown = {key: read_as(key, value) for key, value in written.items() if fits(key, value)}
-    if config:  # MODEL and DATA keep their places, whichever of them the file names
+    if config:  # MODEL and DATA stay positional, whichever of them the file names
         shown = {"model": None, "data": None, **shown}
     help_config = "a recipe.yaml whose fields stand in for the defaults"
     wanted = options(
@@ -40,8 +40,8 @@ def command(argv: list[str]) -> None:
         *recipe_fields(**shown),
         ("run", arg(str, "folder of the run; must be new", "-o", name="output")),
         ("config", arg(str | None, help_config, "-c"), None),
-        ("plan", arg(str | None, "the plan.json of another run, carried out again"), None),
-        ("memory", arg(str | None, "what the run may take, as in 8GiB; default: what is free now"), None),
+        ("plan", arg(str | None, "the plan.json of another run, to be used again"), None),
+        ("memory", arg(str | None, "memory the run may take, as in 8GiB; default: what is free"), None),
         ("enforce", arg(bool, ENFORCE), False),
         ("json", arg(bool, "print the result as JSON"), False),
     )
@@ -68,10 +68,10 @@ def command(argv: list[str]) -> None:
 
 
 def _limits(plan: str | None, memory: str | None) -> dict[str, Any]:
-    """What says how much a run may take: a plan, or bytes."""
+    """The plan to carry out, or the memory the run may take."""
 
     if plan and memory:
-        raise UsageError("--plan and --memory: a plan says what it takes; name one")
+        raise UsageError("--plan and --memory: a plan has its own memory; name one")
     return {
         "plan": read_plan(Path(plan)) if plan else None,
         "memory": parse_size(memory, "--memory") if memory else None,

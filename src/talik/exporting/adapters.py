@@ -1,4 +1,4 @@
-"""Adapters as they leave a run: merged into the weights a layer at a time, or as a folder of PEFT."""
+"""Exports adapters: merged into the weights, one layer at a time, or as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ Named = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Merged(Mapping[str, Tensor]):
-    """The tensors of the checkpoint that adapters change, merged: computed when they are asked for.
+    """The tensors of the checkpoint that adapters change, merged when they are asked for.
 
-    `named` gives tensors of the model the names and shapes that they have in the checkpoint. One layer is
-    loaded at a time, on the device of the run, and stays until another's tensor is asked for.
+    One layer is loaded at a time, on the device of the run, and stays until a tensor of another one is asked
+    for.
+
+    Args:
+        run: The run.
+        checkpoint: The folder of the checkpoint with the trained adapters.
+        named: Maps tensors of the model to the names and shapes of the source's files.
     """
 
     def __init__(self, run: Run, checkpoint: Path, named: Named) -> None:
@@ -51,7 +56,7 @@ class Merged(Mapping[str, Tensor]):
         return len(self._layer_of)
 
     def _changed(self, layer: int) -> list[str]:
-        """The weights with adapters, and what is made of the same tensors of the checkpoint."""
+        """The weights with adapters, and others that are made from the same tensors of the files."""
         prefix = f"{self._loaded.chain.parts.layers}.{layer}."
         with_adapters = [f"{prefix}{name}.weight" for name in adapted(self._loaded.chain.layers[layer])]
         return self._loaded.weights.made_with(with_adapters)
@@ -68,7 +73,7 @@ class Merged(Mapping[str, Tensor]):
 
 
 def write_adapter(run: Run, checkpoint: Path, folder: Path, card: str, notify: Notify) -> int:
-    """Writes what was trained as a folder of PEFT, with what it takes to use it; returns its bytes."""
+    """Writes the trained adapters as a PEFT folder with everything needed to use them; returns its bytes."""
     weights = checkpoint / "weights.safetensors"
     need_room(folder, weights.stat().st_size, "export")
     model = run.model.hollow(working_dtype(run.recipe))

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to use it, what was measured, the recipe."""
+"""The model card of an export: the model, its use, measured results, the recipe."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)  
 
 
 def base_name(run: Run) -> str:
-    """What the model is called that a run began with: a hub's name, or that of a folder without its place."""
+    """The name of the base model: its hub id, or the name of its folder without the path."""
     local = run.source.kind in ("folder", "gguf")
     return Path(run.source.origin).name if local else run.source.origin
 
 
 def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
-    """README.md of the exported folder, without paths of the machine that it was made on."""
+    """The text of README.md in the exported folder, without paths of the machine."""
     state = read_json(checkpoint / "state.json")
     marks = state["evaluations"]
     mark = next((mark for mark in marks[1:] if mark["step"] == state["step"]), None)
@@ -42,7 +42,7 @@ def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
             f"| {name} | {one['loss']:.4f} | {100 * one['accuracy']:.1f} % |\n" for name, one in rows
         )
         measured += f"\nOn {mark['trained_tokens']:,} trained tokens of the evaluation set.\n"
-    # Paths of somebody's machine do not belong into a card.
+    # Paths of the user's machine do not belong in a card.
     recipe = run.recipe.model_dump(exclude={"cache"}) | {"model": base_name(run)}
     sets = {"data": run.recipe.data, "eval_data": run.recipe.eval_data}
     for key, sources in sets.items():
@@ -62,7 +62,7 @@ def model_card(run: Run, checkpoint: Path, *, adapter: bool = False) -> str:
 
 
 def _trained(run: Run) -> str:
-    """The parts that were trained, in words."""
+    """The trained parts in words."""
     wanted = run.recipe.thawed(run.plan.layers)
     layers = layers_in_words(wanted.layers)
     of = [f"{', '.join(layers)} of {wanted.count}"] if layers else []

@@ -1,4 +1,4 @@
-"""Whether an export has the tuned model's logits, where there is memory for it."""
+"""Compares the logits of an export with those of the tuned model, if there is memory for it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,20 @@ TEXT = "The exported folder has the tuned model's logits."
 
 
 def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: bool) -> str:
-    """Compares what others load from the folder with the base model and the trained weights; says how it was.
+    """Compares an export, loaded by other libraries, with the base model and the trained weights.
 
-    `size` is that of a whole model in bytes; `adapter`: the folder is one of PEFT. TalikError if they differ.
+    Args:
+        run: The run.
+        checkpoint: The folder of the exported checkpoint.
+        out: The exported folder.
+        size: Bytes of a whole model.
+        adapter: True if the folder is a PEFT folder.
+
+    Returns:
+        A sentence with the result.
+
+    Raises:
+        TalikError: The logits differ.
     """
     free = min(free_memory(), device_memory(torch.device(run.plan.device))[0])
     if size * 1.5 > free:
@@ -46,7 +57,9 @@ def verify_logits(run: Run, checkpoint: Path, out: Path, size: int, *, adapter: 
 
 @torch.no_grad()
 def _expected(run: Run, checkpoint: Path, ids: Tensor, *, merged: bool) -> tuple[Tensor, str]:
-    """The tuned model's logits; with merged adapters also how far they are from those of separate ones."""
+    """The tuned model's logits; for merged adapters also a note on their difference from separate
+    adapters.
+    """
     model, top = load_whole_model(run.recipe, run.plan, run.model)
     load_weights(checkpoint, dict(top.parameters()))
     ids = ids.to(model.device)

@@ -1,4 +1,4 @@
-"""config.json of an export: the source's own file with the few values that training has changed."""
+"""config.json of an export: the source's own, with the few values that training has changed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def exported_config(source: ModelFolder, dtype: torch.dtype, *, untied: bool) ->
     """The fields of an export's config.json, with the keys that older readers look for.
 
     Args:
-        source: The folder of the model that was trained.
+        source: The model that was trained.
         dtype: The dtype of the export's tensors.
         untied: Whether the head has weights of its own now.
 
     Raises:
-        TalikError: Transformers would read another model from them than the one that was trained.
+        TalikError: Transformers would read a different model from these fields.
     """
     config = copy.deepcopy(source.config)
     text = config.get_text_config(decoder=True)
     fields: dict[str, Any] = read_json(source.path / "config.json")
-    fields.pop("auto_map", None)  # the code that it names is not in the export
+    fields.pop("auto_map", None)  # the code it refers to is not exported
     if not {"dtype", "torch_dtype"} & fields.keys():
         fields["torch_dtype"] = ""
     for part in parts_of_config(fields):

@@ -1,4 +1,4 @@
-"""The files of an export that are no weights: the source's own, tokenizer, generation config, card."""
+"""The files of an export other than weights: tokenizer, template, generation config, card."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MADE = {"config.json", "generation_config.json", "README.md", "talik_source.jso
 
 
 def write_companions(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
-    """Writes all files of an export but weights and config.json.
+    """Writes all files of an export except weights and config.json.
 
     Args:
-        source: The folder of the model that was trained.
+        source: The model that was trained.
         folder: The folder of the export.
         card: The text of README.md.
-        notify: Told which files of the source are left out.
+        notify: Gets the names of files that are not copied.
     """
     left_out = []
     for path in sorted(source.path.iterdir()):
@@ -48,7 +48,7 @@ def write_companions(source: ModelFolder, folder: Path, card: str, notify: Notif
 
 
 def write_adapter_companions(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
-    """Writes what somebody needs to use adapters: tokenizer, chat template, ends of turns, and the card."""
+    """Writes the files that adapters need: tokenizer, chat template, stop tokens, and the card."""
     for path in sorted(source.path.iterdir()):
         if path.is_file() and is_tokenizer_file(path.name) and not _is_left_out(path, source.path):
             shutil.copy2(path, folder / path.name)
@@ -56,7 +56,7 @@ def write_adapter_companions(source: ModelFolder, folder: Path, card: str, notif
 
 
 def _write_texts(source: ModelFolder, folder: Path, card: str, notify: Notify) -> None:
-    """Writes the chat template, the tokenizer, the ends of turns and the card."""
+    """Writes the chat template, the tokenizer, the stop tokens and the card."""
     write_template(source, folder)
     write_tokenizer(folder, source.tokenizer(), notify)
     write_generation_config(source, folder)
@@ -64,13 +64,13 @@ def _write_texts(source: ModelFolder, folder: Path, card: str, notify: Notify) -
 
 
 def _belongs(path: Path) -> bool:
-    """Whether a file of the source belongs to the model and is no weight."""
+    """True for a file of the model that does not hold weights."""
     name = path.name
     return not (name.startswith(".") or name in _MADE or name.endswith((*_WEIGHTS, *_DATA)))
 
 
 def _is_left_out(path: Path, source: Path) -> bool:
-    """Whether a file or folder is left out in words: code, folders, and links to somewhere else."""
+    """True for files that are not copied and reported: code, folders, and links out of the folder."""
     if path.name.startswith(".") or path.name in ("additional_chat_templates", "README.md"):
         return False
     if path.is_dir() or path.suffix == ".py" or path.name.endswith(_DATA):
@@ -83,9 +83,9 @@ def _is_left_out(path: Path, source: Path) -> bool:
 
 
 def write_template(source: ModelFolder, folder: Path) -> None:
-    """Makes every place in an export that has a chat template hold the one that training used.
+    """Writes the chat template of the training to every place of the export that holds one.
 
-    It stays where the source has it; a tokenizer without one gets the plain template that it was trained by.
+    A tokenizer without a template gets the plain template that it was trained with.
     """
     tokenizer = source.tokenizer()
     template = tokenizer.chat_template
@@ -99,7 +99,7 @@ def write_template(source: ModelFolder, folder: Path) -> None:
 
 
 def write_generation_config(source: ModelFolder, folder: Path) -> None:
-    """Writes generation_config.json: the source's values, and all that ends a turn as it was trained."""
+    """Writes generation_config.json: the source's values with all stop tokens of the training."""
     file = source.path / "generation_config.json"
     if file.is_file():
         generation: dict[str, Any] = read_json(file)

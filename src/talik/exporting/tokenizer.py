@@ -1,4 +1,4 @@
-"""The tokenizer's files of an export: every reader gets the tokenizer of the training from them."""
+"""The tokenizer files of an export, from which every reader builds the tokenizer of the training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from talik.base.files import read_json, write_json, write_text
 from talik.model.source.older_readers import older_tokenizer
 from talik.model.tokenizer import load_tokenizer
 
-PROBES = (  # texts that rules of tokenizers tell apart
+PROBES = (  # texts that reveal differences between tokenizers
     *(
         "What is 12345.67 plus 1?",
         " two  blanks   and\ttabs\n\n\nlines \r\n",
@@ -33,10 +33,13 @@ PROBES = (  # texts that rules of tokenizers tell apart
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, notify: Notify) -> None:
-    """Makes tokenizer.json and tokenizer_config.json give every reader the tokenizer of the training.
+    """Writes tokenizer.json and tokenizer_config.json so that readers build the tokenizer of the training.
 
-    The source's own where they do that. Transformers 5 builds tokenizers of some model types anew, with the
-    type's rules in place of those in tokenizer.json. TalikError where no way gives the same tokenizer.
+    The source's own files are kept if they do that. For some model types Transformers 5 ignores the rules in
+    tokenizer.json and uses its own; then the file is written with the rules in use.
+
+    Raises:
+        TalikError: No variant of the files gives the same tokenizer.
     """
     json_file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
     own: str | None = None
@@ -63,19 +66,19 @@ def write_tokenizer(folder: Path, tokenizer: Any, notify: Notify) -> None:
 
 
 def _tokenizer_configs(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
-    """tokenizer_config.json in words of older readers, or as it is."""
+    """Variants of tokenizer_config.json: with the keys of older readers, and unchanged."""
     file, fast = folder / "tokenizer_config.json", (folder / "tokenizer.json").is_file()
     own = read_json(file) if file.is_file() else {}
     fields = {key: value for key, value in own.items() if key != "auto_map"}
     if (folder / "config.json").is_file():
         return [older_tokenizer(fields, fast=fast), own]
-    # Adapters: nothing else says which class it is.
+    # A PEFT folder has no config.json that would name the class.
     kinds = [type(tokenizer).__name__, "TokenizersBackend"]
     return [older_tokenizer({**fields, "tokenizer_class": kind}, fast=fast) for kind in kinds]
 
 
 def _bare(backend: Tokenizer) -> Tokenizer:
-    """A copy that neither cuts nor pads."""
+    """A copy of a tokenizer without truncation and padding."""
     backend = copy.deepcopy(backend)
     backend.no_padding()
     backend.no_truncation()
@@ -83,12 +86,12 @@ def _bare(backend: Tokenizer) -> Tokenizer:
 
 
 def _probed(backend: Tokenizer) -> list[list[int]]:
-    """The ids of texts that rules of tokenizers tell apart."""
+    """The ids of texts that reveal differences between tokenizers."""
     return [one.ids for one in backend.encode_batch(list(PROBES), add_special_tokens=False)]
 
 
 def _same_tokenizer(folder: Path, tokenizer: Any) -> bool:
-    """Whether the folder's gives the same ids and has the same special tokens; templates are not compared."""
+    """True if the folder gives the same ids and special tokens; chat templates are not compared."""
 
     def facts(one: Any) -> tuple[Any, ...]:
         ids = _bare(one.backend_tokenizer).to_str() if one.is_fast else one.get_vocab()
@@ -96,5 +99,5 @@ def _same_tokenizer(folder: Path, tokenizer: Any) -> bool:
 
     try:
         return facts(load_tokenizer(folder)) == facts(tokenizer)
-    except Exception:  # Transformers has no class of its own for files that do not go together
+    except Exception:  # Transformers raises errors of many types for inconsistent files
         return False

@@ -1,6 +1,6 @@
-"""A run's result as a plain Transformers folder: untouched tensors are copied, changed ones are written.
+"""Exports a run as a plain Transformers folder: untouched tensors are copied, changed ones are written.
 
-The model is never held: one tensor at a time. The folder appears once it is complete and verified.
+One tensor is in memory at a time. The folder appears once it is complete and verified.
 """
 
 from __future__ import annotations
@@ -41,12 +41,21 @@ from talik.model.weights.safetensors_file import (
 from talik.training.loading import working_dtype
 from talik.training.run.folder import Run, open_run, result_checkpoint
 
-HOLDS = 20  # tries to link a checkpoint while its run saves others
+HOLDS = 20  # attempts to link a checkpoint while its run saves others
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: tensors changed, copied, converted to another dtype, added; bytes in all."""
+    """The result of an export.
+
+    Attributes:
+        folder: The exported folder.
+        changed: Tensors with trained values.
+        copied: Tensors copied byte by byte.
+        converted: Tensors converted to another dtype.
+        added: Tensors that the source does not have.
+        size: Bytes of all tensors.
+    """
 
     folder: Path
     changed: int
@@ -57,13 +66,23 @@ class Exported:
 
 
 def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: Notify = silent) -> Exported:
-    """Writes a run's result as a plain Transformers folder; the base model stays as it is.
+    """Exports the result of a run as a plain Transformers folder. The base model is not changed.
 
-    Adapters are merged into the weights, or, with `adapter`, written by themselves as a folder of PEFT.
+    Adapters are merged into the weights, or written as a PEFT folder. The export is verified by names, shapes
+    and
+    bytes, and by its logits against the tuned model if there is memory for it.
 
-    Verified by names, shapes and bytes, and by logits against the tuned model where there is memory for it.
-    Raises UsageError for a folder that is taken, RunError for a run without a checkpoint, NoRoomError, and
-    TalikError if what was written is not what should have been.
+    Args:
+        run: The run folder.
+        out: A folder that is new or empty.
+        adapter: Write the adapters as a PEFT folder.
+        notify: Gets the events.
+
+    Raises:
+        UsageError: `out` is in use, or the run trained no adapters.
+        RunError: The run has no checkpoint.
+        NoRoomError: The disk has too little room.
+        TalikError: Verification failed.
     """
     opened, out = open_run(run, notify), Path(out)
     recipe, source = opened.recipe, opened.source.folder
@@ -84,7 +103,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
 
 @contextlib.contextmanager
 def _held(run: Path, folder: Path, notify: Notify) -> Iterator[Path]:
-    """A run's checkpoint under a second name, so that it stays whole while the run removes its own."""
+    """Links the checkpoint under a second name, so that it survives if the run deletes its own."""
     held = folder / ".checkpoint"
     for _ in range(HOLDS):
         shutil.rmtree(held, ignore_errors=True)
@@ -102,7 +121,7 @@ def _held(run: Path, folder: Path, notify: Notify) -> Iterator[Path]:
 
 
 def _linked(source: str, target: str) -> str:
-    """Links a file under a second name, or copies it where the file system cannot."""
+    """Makes a hard link to a file, or a copy if the file system has no links."""
     try:
         os.link(source, target)
     except FileNotFoundError:
@@ -113,7 +132,7 @@ def _linked(source: str, target: str) -> str:
 
 
 def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: Notify) -> Exported:
-    """Writes the source model with what was trained in it; says how many tensors that concerned."""
+    """Writes the source model with the trained tensors and reports how many tensors changed."""
     dtype, untied = working_dtype(run.recipe), run.recipe.thawed(run.plan.layers).unties
 
     def trained(named: Named) -> Mapping[str, Tensor]:
@@ -137,7 +156,7 @@ def _write_whole(run: Run, checkpoint: Path, folder: Path, out: Path, notify: No
 
 
 def check_destination(source: Path, out: Path) -> None:
-    """UsageError if `out` is the source's folder, inside it, has something in it, or cannot be made."""
+    """Raises UsageError if `out` is not empty, is in the source's folder, or cannot be made."""
     check_folder_place(out)
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
         problem = "is in the folder of the source model, which stays as it is"
@@ -155,20 +174,20 @@ def write_model(
     untied: bool,
     out: Path,
 ) -> Exported:
-    """Writes weights and config of the source model with the trained tensors in it, and reads them back.
+    """Writes weights and config of the source model with the trained tensors, and reads them back.
 
     Args:
-        source: The folder of the model that was trained.
-        trained: Gives the trained tensors by their names in the checkpoint; its argument is the function that
-            turns the model's names and shapes into those.
-        folder: Where to write; it is there and empty.
-        dtype: The dtype of every floating tensor.
+        source: The model that was trained.
+        trained: Returns the trained tensors by their names in the source's files. Its argument maps names and
+            shapes of the model to those in the files.
+        folder: An existing, empty folder to write to.
+        dtype: The dtype of every floating-point tensor.
         untied: Whether the head has weights of its own now.
-        out: The name that the folder will have.
+        out: The final name of the folder.
 
     Raises:
         NoRoomError: The disk has too little room.
-        TalikError: A tensor was written wrongly, or has no place in the checkpoint.
+        TalikError: A tensor was written wrongly, or has no place in the source's files.
     """
     fields = exported_config(source, dtype, untied=untied)
     config = copy.deepcopy(source.config)
@@ -196,7 +215,7 @@ def write_model(
 
 
 class Dtypes:
-    """The dtype of each floating tensor: the run's, or fp32 where the model's class insists on it."""
+    """The dtype of each floating-point tensor: the run's, or fp32 if the model's class requires it."""
 
     def __init__(self, dtype: torch.dtype, model: PreTrainedModel) -> None:
         self._dtype = dtype
@@ -220,7 +239,9 @@ def _write_file(
     added: dict[str, Tensor],
     dtypes: Dtypes,
 ) -> None:
-    """One weight file: the source's tensors in their order, changed ones replaced, added ones behind."""
+    """Writes one weight file: the source's tensors in their order, changed ones replaced, new ones at the
+    end.
+    """
     with path.open("wb") as file:
         rows = [(name, dtypes.of(name, entry), entry.shape) for name, entry in table.items()]
         rows += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in added.items()]
@@ -237,7 +258,7 @@ def _write_file(
 
 
 def _write_index(folder: Path, tables: dict[Path, dict[str, Entry]], added: dict[str, Tensor]) -> None:
-    """The index of a model in several files; a model in one file has none."""
+    """Writes the index of a model in several files; a model in one file needs none."""
     files = list(tables)
     if [file.name for file in files] == ["model.safetensors"]:
         return
@@ -257,7 +278,7 @@ def _verify(
     dtypes: Dtypes,
     out: Path,
 ) -> Exported:
-    """Reads every tensor back: names, shapes and bytes. TalikError where one is not what it should be."""
+    """Reads every tensor back and compares names, shapes and bytes; raises TalikError for a difference."""
     written = {name: entry for file in tables for name, entry in read_header(folder / file.name).items()}
     source = {name: entry for table in tables.values() for name, entry in table.items()}
     if written.keys() != source.keys() | delta.keys():

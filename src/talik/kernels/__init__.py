@@ -1,1 +1,1 @@
-"""PyTorch operators of Talik's own; each file says why it exists."""
+"""PyTorch operators of Talik's own. The docstring of each file says why it exists."""

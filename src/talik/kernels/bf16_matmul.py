@@ -1,8 +1,8 @@
-"""bf16 matrices multiplied as fp32 ones, for processors that have no instructions for bf16.
+"""Multiplies bf16 matrices in fp32, for CPUs without bf16 instructions.
 
-Such a processor (AVX2 alone: most desktops) multiplies bf16 matrices 5 to 10 times more slowly than fp32
-ones (docs/log.md). What a bf16 product is does not change, sums in fp32 that are rounded once: operands are
-converted piece by piece, and multiplied in the way in which the processor is fast.
+Such CPUs (AVX2 only: most desktops) multiply bf16 matrices 5 to 10 times more slowly than fp32 ones
+(docs/log.md). The definition of the result stays: sums in fp32, rounded once. Operands are converted piece by
+piece and multiplied by the fast fp32 routines.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from talik.machine.device import without_bf16
 
-PIECE = 1 << 20  # elements of the larger operand, and of the result, that are fp32 at once
-FEW = 4  # rows: below it a product reads its weight and does little else, and bf16 is half to read
+PIECE = 1 << 20  # elements of the larger operand and of the result held in fp32 at once
+FEW = 4  # rows: smaller products are bound by reading the weight, and bf16 is half as many bytes
 
 _library = torch.library.Library("talik", "FRAGMENT")
 _library.define("mm(Tensor one, Tensor other, Tensor? bias) -> Tensor")
@@ -31,20 +31,20 @@ _library.define("grouped_mm(Tensor one, Tensor other, Tensor ends) -> Tensor")
 
 
 def bf16_as_fp32(wanted: bool | None = None) -> contextlib.AbstractContextManager[Any]:
-    """Inside, products and attention of bf16 tensors on a CPU are computed in fp32 and rounded to bf16.
+    """Computes products and attention of bf16 CPU tensors in fp32, rounded to bf16, inside the context.
 
-    For what this thread calls, and its backward. Default: where this processor has no instructions for bf16.
+    Applies to calls of this thread and their backward. Active by default if the CPU has no bf16 instructions.
     """
     return _AsFp32() if (without_bf16() if wanted is None else wanted) else contextlib.nullcontext()
 
 
 def for_recompute() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-    """The `context_fn` of a checkpoint: torch leaves modes of functions while a backward runs."""
+    """The `context_fn` for checkpointing: PyTorch leaves function modes during a backward."""
     return contextlib.nullcontext(), bf16_as_fp32(fp32_in_use())
 
 
 def fp32_in_use() -> bool:
-    """Whether this is called inside `bf16_as_fp32`."""
+    """True inside `bf16_as_fp32`."""
     return any(isinstance(mode, _AsFp32) for mode in _get_current_function_mode_stack())
 
 
@@ -53,7 +53,7 @@ def mm(
     other: BFloat16[Tensor, "inner columns"],
     bias: BFloat16[Tensor, " columns"] | None = None,
 ) -> BFloat16[Tensor, "rows columns"]:
-    """The product plus a bias for each column: sums in fp32, rounded to bf16. No gradient flows through."""
+    """The product plus a bias per column: accumulated in fp32, rounded to bf16. Not differentiable."""
     return torch.ops.talik.mm(one, other, bias)
 
 
@@ -62,7 +62,7 @@ def linear(
     weight: BFloat16[Tensor, "outputs inputs"],
     bias: BFloat16[Tensor, " outputs"] | None = None,
 ) -> BFloat16[Tensor, "*batch outputs"]:
-    """torch.nn.functional.linear, with `mm` for its product and for those of its gradients."""
+    """torch.nn.functional.linear with `mm` for its product and those of its gradients."""
     return _Linear.apply(hidden, weight, bias)  # pyright: ignore[reportReturnType]
 
 
@@ -93,8 +93,14 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """torch.nn.functional.grouped_mm, by `mm` where rows go through experts: (rows, inner) by (groups, inner,
-    columns), rows up to offs[0] by the first matrix, and so on; those after the last group become 0.
+    """torch.nn.functional.grouped_mm by `mm`, for mixtures of experts.
+
+    Args:
+        one: (rows, inner).
+        other: (groups, inner, columns). Rows up to offs[0] are multiplied by the first matrix, and so on;
+            rows
+            after the last group become 0.
+        offs: (groups,) int32, the end of each group of rows.
     """
     if (one.dim(), other.dim()) != (2, 3) or offs is None or bias is not None or out_dtype is not None:
         return functional.grouped_mm(one, other, offs=offs, bias=bias, out_dtype=out_dtype)
@@ -121,9 +127,8 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def _grouped_mm(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
-    """Rows of `one` by the matrices of `other`; or of two matrices, for each group of what both have alike.
-
-    As torch's operator of that name does it.
+    """Like PyTorch's operator: rows times stacked matrices, or two matrices for each group of the shared
+    dimension.
     """
     out = _grouped_out(one, other, ends).zero_()
     for group, place in _groups(ends):
@@ -144,7 +149,7 @@ def _grouped_out(one: Tensor, other: Tensor, ends: Tensor) -> Tensor:
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """The number of each group that has rows, and which they are."""
+    """Index and rows of each group that is not empty."""
     start = 0
     for group, end in enumerate(ends.tolist()):
         if end > start:
@@ -159,7 +164,7 @@ def _mm(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiply(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None = None) -> None:
-    """The product into `out`."""
+    """Writes the product into `out`."""
     if _inner_is_most(len(one), one.shape[1], other.shape[1]):
         _by_inner(out, one, other, added)
     elif len(one) > other.shape[1]:
@@ -169,7 +174,7 @@ def _multiply(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None = No
 
 
 def _by_inner(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
-    """The product into `out`, summed in fp32 over pieces of the dimension that both have."""
+    """Writes the product into `out`, accumulated in fp32 over pieces of the shared dimension."""
     total = torch.zeros(out.shape, device=out.device)
     step = _step(total, one.shape[1])
     first, second = (torch.empty_like(wide, dtype=torch.float32) for wide in (one[:, :step], other[:step]))
@@ -180,7 +185,9 @@ def _by_inner(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> 
 
 
 def _by_columns(out: Tensor, one: Tensor, other: Tensor, added: Tensor | None) -> None:
-    """The product into `out`, by columns of `other`; `one`, the smaller, is fp32 as a whole."""
+    """Writes the product into `out` by columns of `other`; `one`, the smaller operand, is converted as a
+    whole.
+    """
     whole, step = one.float(), _step(one, other.shape[1])
     part, result = (torch.empty_like(wide[:, :step], dtype=torch.float32) for wide in (other, out))
     for start in range(0, other.shape[1], step):
@@ -196,12 +203,12 @@ def _inner_is_most(rows: int, inner: int, columns: int) -> bool:
 
 
 def _step(matrix: Tensor, most: int) -> int:
-    """How much of a dimension is taken at once, beside a matrix of the two others."""
+    """The size of a piece of one dimension, for a matrix of the two others."""
     return min(most, max(PIECE // max(*matrix.shape, 1), 16))
 
 
 def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """What a product makes beside its result, but for a bias in fp32; on no device: for who counts memory."""
+    """The workspace of a product on the meta device, except for a bias in fp32: for memory simulation."""
     if operator is torch.ops.talik.mm.default:
         rows, inner = args[0].shape
         return _beside(rows, inner, args[1].shape[1])
@@ -214,7 +221,7 @@ def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _beside(rows: int, inner: int, columns: int) -> list[Tensor]:
-    """What one `_mm` makes."""
+    """The workspace of one `_mm`."""
     if _inner_is_most(rows, inner, columns):
         stays = torch.empty(rows, columns, device="meta")
     else:
@@ -234,7 +241,7 @@ def _(one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _AsFp32(TorchFunctionMode):
-    """Replaces what Transformers' layers call for their products."""
+    """Replaces the functions that layers of Transformers call for products."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -250,14 +257,14 @@ def _bf16_on_cpu(value: Any) -> bool:
 
 
 def _worth_it(args: tuple[Any, ...]) -> bool:
-    """Whether the first matrix, behind a bias or an equation, is of bf16 and has rows enough."""
+    """True if the first matrix operand is bf16 and has enough rows."""
     matrices = (arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1)
     first = next(matrices, None)
     return first is not None and _bf16_on_cpu(first) and first.shape[-2] >= FEW
 
 
 def _in_fp32(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A function whose operands are small enough to be converted as they are."""
+    """A function whose operands are small enough to be converted as a whole."""
     raised = tree_map_only(Tensor, lambda t: t.float() if _bf16_on_cpu(t) else t, (args, kwargs))
     return func(*raised[0], **raised[1]).to(torch.bfloat16)
 

@@ -1,6 +1,6 @@
-"""Numbers of 8 bits: a code for each, and for every 256 of them the largest magnitude among them.
+"""8-bit numbers: a code for each, and the largest magnitude of every 256 of them.
 
-Block-wise dynamic quantisation of Dettmers et al. 2021, arXiv 2110.02861 (sections 2.1 and 2.2).
+Block-wise dynamic quantization (Dettmers et al. 2021, arXiv 2110.02861, sections 2.1 and 2.2).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ BLOCK = 256
 
 @cache
 def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """The 256 numbers that codes stand for, rising: from -1 to 1 if signed, else from 0 to 1.
+    """The 256 numbers of the codes, ascending: from -1 to 1 if signed, else from 0 to 1.
 
-    Seven powers of ten; between each and the next, numbers in the middle of equal parts, twice as many as
-    below it. As bitsandbytes has them (functional.create_dynamic_map).
+    Seven powers of ten; between two of them equally spaced numbers, twice as many as in the range below. The
+    same
+    as bitsandbytes (functional.create_dynamic_map).
     """
     positive: list[float] = []
     for power in range(7):
@@ -35,14 +36,14 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
 
 @cache
 def _middles(signed: bool) -> tuple[float, ...]:
-    """Above which of them a number is nearer to the map's next: one for each code."""
+    """The midpoint between each number of the map and the next."""
     numbers = dynamic_map(signed)
     return (*((low + high) / 2 for low, high in itertools.pairwise(numbers)), math.inf)
 
 
 @cache
 def _first_codes(signed: bool) -> bytearray:
-    """For the upper half of a float's bits: the code of the lowest number that begins so."""
+    """For the upper half of the bits of a float: the code of the lowest number that begins with them."""
     lowest = (upper << 16 | (0xFFFF if upper >> 15 else 0) for upper in range(1 << 16))
     numbers = struct.unpack(f"{1 << 16}f", struct.pack(f"{1 << 16}I", *lowest))
     return bytearray(bisect_left(_middles(signed), number) for number in numbers)
@@ -51,10 +52,11 @@ def _first_codes(signed: bool) -> bytearray:
 def quantize_(
     codes: UInt8[Tensor, " n"], absmax: Float[Tensor, " blocks"], exact: Float[Tensor, " n"], *, signed: bool
 ) -> None:
-    """Writes fp32 `exact` as the nearest codes and the blocks' magnitudes; `exact` is used up.
+    """Quantizes fp32 `exact` to the nearest codes and the magnitudes of the blocks; `exact` is overwritten.
 
-    Numbers whose upper bits are the same have one middle among them at most, so the code is looked up, and is
-    the next for those above that middle: on a CPU many times as fast as a search (torch.bucketize).
+    Numbers with the same upper bits have at most one midpoint among them, so the code is looked up and
+    increased
+    by one above that midpoint. On a CPU this is many times faster than a search (torch.bucketize).
     """
     blocks = exact.view(-1, BLOCK)
     absmax.copy_(torch.maximum(blocks.amax(1), -blocks.amin(1)))
@@ -70,7 +72,7 @@ def quantize_(
 def dequantized(
     codes: UInt8[Tensor, " n"], absmax: Float[Tensor, " blocks"], *, signed: bool
 ) -> Float[Tensor, " n"]:
-    """The fp32 numbers that codes and magnitudes stand for."""
+    """The fp32 numbers of codes and magnitudes."""
     numbers = torch.tensor(dynamic_map(signed), device=codes.device)
     exact = numbers.index_select(0, codes.int())
     return exact.view(-1, BLOCK).mul_(absmax[:, None]).view(-1)

@@ -1,7 +1,7 @@
-"""Operators of torch of Talik's own: what one does piece by piece is one call to who watches operators.
+"""PyTorch operators that work in pieces but are one call for tools that record operators.
 
-On a CPU a large result is mapped anew each time it is made, which takes several times as long as to fill it
-(docs/log.md): pieces are small enough for the heap and the cache, or made once and used again.
+On a CPU, memory for a large result is mapped each time, which takes several times as long as filling it
+(docs/log.md). Pieces are small enough for the heap and the CPU cache, or are allocated once and reused.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SLICE = 1 << 17  # elements of a gradient that are converted at once: half a MiB of fp32
-ROWS = 1 << 19  # logits that are turned into a loss at once, at least a row for each thread
+SLICE = 1 << 17  # elements of a gradient converted at once: half a MiB of fp32
+ROWS = 1 << 19  # logits processed at once; at least one row per thread
 
 _library = torch.library.Library("talik", "DEF")
 _library.define("accumulate_(Tensor(a!) whole, Tensor part) -> ()")
@@ -31,9 +31,9 @@ def cross_entropy(
     divisor: int = 1,
     gradient: Float[Tensor, "rows vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The sum of -log softmax(logits) at the targets, divided by `divisor`; computed and given in fp32.
+    """The sum of -log softmax(logits) at the targets, divided by `divisor`; computed and returned in fp32.
 
-    The gradient at the logits, softmax minus one-hot, goes into `gradient` where there is one.
+    The gradient with respect to the logits, softmax minus one-hot, is written to `gradient` if it is given.
     """
     return torch.ops.talik.cross_entropy(logits, targets, divisor, gradient)
 
@@ -63,7 +63,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, divisor: int, gradient: Tens
 
 
 def _pieces(logits: Tensor, device: str) -> tuple[int, int, int]:
-    """What `_cross_entropy` works in: logits and softmax of a few rows in fp32, of all on an accelerator."""
+    """The workspace of `_cross_entropy`: logits and softmax of a few rows in fp32; of all rows on an
+    accelerator.
+    """
     rows, vocabulary = logits.shape
     if device == "cpu":
         rows = min(rows, max(torch.get_num_threads(), ROWS // vocabulary))
@@ -71,7 +73,7 @@ def _pieces(logits: Tensor, device: str) -> tuple[int, int, int]:
 
 
 def beside(operator: Any, args: tuple[Any, ...], device: str) -> list[Tensor]:
-    """What one of these makes beside its operands on a kind of device, on none: for who counts memory."""
+    """The workspace of an operator on a kind of device, on the meta device: for memory simulation."""
     if operator is torch.ops.talik.accumulate_.default:
         whole, part = args
         unlike = whole.dtype != part.dtype and device == "cpu"

@@ -1,4 +1,4 @@
-"""A machine that is described: a YAML file, or a GPU of the table. What is left out is assumed, and said."""
+"""Described machines: a YAML file, or a GPU of the table. Assumed values are listed as notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from talik.base.files import format_bytes, parse_size
 from talik.machine.gpus import GPUS, find_gpu
 
 GIB = 1 << 30
-FALLBACK = "RTX 3060 12GB"  # the slowest of the table with tensor cores for bf16
+FALLBACK = "RTX 3060 12GB"  # the slowest GPU of the table with tensor cores for bf16
 REMEDY = "`talik machine --save FILE` writes this computer's description: every field, to be changed."
 
 
@@ -50,7 +50,7 @@ Speed = Annotated[
 
 
 class GivenRates(BaseModel):
-    """FLOP/s of matrix products and bytes/s; "936 GB/s" is one way to write bytes/s."""
+    """Rates in FLOP/s and bytes/s; bytes/s may also be written as "936 GB/s"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +62,7 @@ class GivenRates(BaseModel):
 
 
 class Description(BaseModel):
-    """The fields of a file that describes a machine: at least the device and its memory."""
+    """The fields of a file that describes a machine; device and memory are required."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,7 +80,7 @@ class Description(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Description:
-        """All contradictions at once; single fields have been checked by then."""
+        """Reports all contradictions between fields at once; each field by itself has been checked before."""
         wrong = []
         if self.free is not None and self.free > self.memory:
             wrong.append("free: is more than memory")
@@ -94,7 +94,7 @@ class Description(BaseModel):
 
 
 def described_fields(name_or_file: str) -> dict[str, Any]:
-    """The fields of a `Machine`, `rates` and `notes` among them, for a GPU of the table or from a file."""
+    """The fields of a `Machine`, including `rates` and `notes`, for a GPU of the table or from a file."""
     gpu = find_gpu(name_or_file)
     if gpu is not None:
         given = Description(name=gpu, device="cuda", processor=gpu, memory=GPUS[gpu].memory << 20)
@@ -112,7 +112,7 @@ def described_fields(name_or_file: str) -> dict[str, Any]:
 
 
 def complete_rates(rates: dict[str, Any], device: str, processor: str, threads: int) -> list[str]:
-    """Puts in what is missing of the fields of `Rates`, a known GPU's or an ordinary one's; says which."""
+    """Fills in missing fields of `Rates` from a known GPU or an ordinary one; returns notes about them."""
     known, notes = _known(device, processor), []
     if known is not None:
         source = f"the table's peaks ({GPUS[known].source})"
@@ -129,7 +129,7 @@ def _said(what: str, fields: list[str]) -> list[str]:
 
 
 def _likely(given: Description) -> dict[str, Any]:
-    """What a machine has of which nobody said anything: an eighth, at most 1 GiB, is taken."""
+    """Defaults for unspecified fields: 1/8 of memory (at most 1 GiB) is assumed to be in use."""
     on_cpu = given.device == "cpu"
     free = given.memory - min(given.memory // 8, GIB) if given.free is None else given.free
     ram = given.ram or (given.memory if on_cpu else max(16 * GIB, given.memory))
@@ -138,7 +138,7 @@ def _likely(given: Description) -> dict[str, Any]:
 
 
 def _likely_rates(device: str, threads: int) -> dict[str, Any]:
-    """FLOP/s and bytes/s of an ordinary machine: two channels of DDR4, a SATA disk, 50 GFLOP/s a thread."""
+    """Rates of an ordinary machine: two channels of DDR4, a SATA disk, 50 GFLOP/s per thread."""
     disk = {"disk_read": 0.5e9, "disk_write": 0.3e9}
     if device != "cpu":
         return {**_rates_of(FALLBACK), **disk}
@@ -147,7 +147,7 @@ def _likely_rates(device: str, threads: int) -> dict[str, Any]:
 
 
 def _rates_of(name: str) -> dict[str, Any]:
-    """FLOP/s and bytes/s of a GPU of the table."""
+    """The rates of a GPU of the table, in FLOP/s and bytes/s."""
     gpu = GPUS[name]
     return {
         "matmul": {"fp32": gpu.fp32 * 1e12, "bf16": gpu.bf16 * 1e12},
@@ -157,7 +157,7 @@ def _rates_of(name: str) -> dict[str, Any]:
 
 
 def _fill(given: dict[str, Any], likely: dict[str, Any]) -> list[str]:
-    """Puts in what is missing; what was put in, in words."""
+    """Fills in missing fields; returns notes about them."""
     added = []
     for name, value in likely.items():
         if isinstance(value, dict):

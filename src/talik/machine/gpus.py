@@ -1,8 +1,9 @@
-"""GPUs that a plan can be made for without having one: their makers' numbers, each with its source.
+"""GPUs that can be planned for without having one: the numbers of their datasheets, with sources.
 
-Rates are dense (without sparsity) and, for bf16, of tensor cores that sum in fp32. They are peaks:
-measured matrix products reach 70 to 98 % of them. Memory is what nvidia-smi shows, which is less than on the
-box where error correction takes a part.
+Rates are dense (without sparsity); bf16 rates are those of tensor cores that accumulate in fp32. They are
+peaks:
+measured matrix products reach 70 to 98 % of them. Memory is the value shown by nvidia-smi, which is below the
+nominal one if error correction takes a part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Gpu:
     fp32: float  # TFLOP/s without tensor cores, as PyTorch computes fp32 by default
     bf16: float  # TFLOP/s
     bandwidth: int  # GB/s of its memory
-    pcie: int  # GB/s from RAM, one direction
+    pcie: int  # GB/s from host RAM, one direction
     capability: tuple[int, int]
     source: str
 
@@ -42,7 +43,7 @@ GPUS = {
     "RTX 5080": Gpu(16303, 56.3, 112.6, 960, 64, (12, 0), BLACKWELL),
     "RTX 5090": Gpu(32607, 104.8, 209.5, 1792, 64, (12, 0), BLACKWELL),
     "RTX A6000": Gpu(49140, 38.7, 154.8, 768, 32, (8, 6), GA102),
-    # Turing's tensor cores (65 TFLOP/s in fp16) know no bf16: its products run at the fp32 rate at best
+    # Turing's tensor cores (65 TFLOP/s in fp16) have no bf16; its products run at the fp32 rate at best
     "T4": Gpu(15360, 8.1, 8.1, 300, 16, (7, 5), "NVIDIA T4 datasheet, 2019"),
     "L4": Gpu(23034, 30.3, 121.0, 300, 32, (8, 9), "NVIDIA L4 datasheet, 2023"),
     "L40S": Gpu(46068, 91.6, 362.0, 864, 32, (8, 9), "NVIDIA L40S datasheet, 2023"),
@@ -56,7 +57,9 @@ GPUS = {
 
 
 def find_gpu(name: str) -> str | None:
-    """The table's name for a GPU: "4090" and "NVIDIA GeForce RTX 4090" are "RTX 4090"; None if unknown."""
+    """The name of a GPU in the table: "4090" and "NVIDIA GeForce RTX 4090" are "RTX 4090". None if
+    unknown.
+    """
     return next((known for known in GPUS if _plain(known) == _plain(name)), None)
 
 

@@ -13,10 +13,12 @@ from talik.base.system import limited_memory
 
 
 def hard_limit(device: torch.device, most: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
-    """Inside, no more than `most` bytes are given out: of this process's memory, or of the device's.
+    """Limits the memory of this process, or of the device, to `most` bytes while the context is entered.
 
-    What it yields is to be called first, and now and then (`limited_memory`). UsageError where there is no
-    such limit.
+    The yielded function must be called at the start and between phases (see `limited_memory`).
+
+    Raises:
+        UsageError: The system has no such limit.
     """
     if device.type == "cuda":
         return _limited_share(min(1.0, most / torch.accelerator.get_memory_info(device)[1]), device.index)

@@ -1,4 +1,4 @@
-"""What a computer has: this one, looked up and measured, or one that is described; memory as it is used."""
+"""A machine: this computer, measured, or another one, described."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ _SAVED = """# A machine, for --machine FILE. Sizes in bytes, or as 24GiB or 24GB
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A computer as a plan sees it: one device with its memory, the RAM, the disk, and how fast they are."""
+    """A computer for planning: one device with its memory, host RAM, disk, and their rates."""
 
-    name: str  # "this machine", a name of the table, or the file's own
+    name: str  # "this machine", a GPU of the table, or the name in the file
     device: str  # "cpu", "cuda", "mps", ...
-    processor: str  # what the device calls itself
-    threads: int  # of the CPU's kernels
-    memory: int  # bytes of the device's memory (RAM on a CPU), in all
+    processor: str  # model name of the device
+    threads: int  # threads of CPU kernels
+    memory: int  # bytes of device memory in all (RAM on a CPU)
     free: int  # ... and free now
     ram: int  # bytes in all, or the lowest limit on this process
     ram_free: int  # ... and free now
-    disk_free: int | None  # bytes, where the caches are kept
+    disk_free: int | None  # bytes free on the disk of the caches
     compute_capability: tuple[int, int] | None
     rates: Rates
-    measured: bool  # False for one that is described
-    notes: tuple[str, ...] = ()  # what was assumed, and the sources of a described one's numbers
+    measured: bool  # False for a described machine
+    notes: tuple[str, ...] = ()  # assumed values, and the sources of described ones
 
     @property
     def without_bf16(self) -> bool:
-        """Whether it is a CPU that has no instructions for bf16; of a described one its rates tell."""
+        """True for a CPU without bf16 instructions; for a described one, its rates decide."""
         if self.device != "cpu":
             return False
         if self.name == HERE:
@@ -60,14 +60,17 @@ class Machine:
 def this_machine(
     device: str = "auto", *, measure: bool = True, anew: bool = False, notify: Notify = silent
 ) -> Machine:
-    """This computer, with rates that were measured now or are kept from an earlier time.
+    """This computer, with measured rates.
 
-    `anew` measures in any case; without `measure` nothing is, and rates that are not kept are assumed.
-    What is free is looked up now.
+    Args:
+        device: A device, or "auto".
+        measure: Measure rates that are not known from an earlier time; otherwise they are assumed.
+        anew: Measure even if rates are known.
+        notify: Gets the events.
     """
     chosen, there = choose_device(device), accelerator_here()
     if device == "auto" and there is not None and chosen.type != there.type:
-        notify(Status("note", f"a run on {there} cannot be planned yet: {chosen} is chosen"))
+        notify(Status("note", f"runs on {there} cannot be planned yet: {chosen} is used"))
     processor = _processor(chosen)
     rates = rates_here(chosen, processor, measure=measure, anew=anew, notify=notify)
     free, memory = device_memory(chosen)
@@ -95,7 +98,7 @@ def this_machine(
 
 def _processor(device: torch.device) -> str:
     if device.type != "cpu":
-        with contextlib.suppress(AttributeError):  # not every kind of device says its name
+        with contextlib.suppress(AttributeError):  # not every kind of device has a name
             return torch.get_device_module(device).get_device_name(device)
     return processor_name()
 
@@ -112,14 +115,16 @@ def _disk_free(folder: Path) -> int:
 def described_machine(name_or_file: str) -> Machine:
     """The machine that a YAML file describes, or an ordinary one with a GPU of the table.
 
-    UsageError with all wrong fields at once, or with the table's names for one that is unknown.
+    Raises:
+        UsageError: Fields are wrong, or the GPU is unknown; the error names all wrong fields, or the known
+            GPUs.
     """
     fields = described_fields(name_or_file)
     return Machine(**{**fields, "rates": Rates(**fields["rates"]), "measured": False})
 
 
 def save_machine(machine: Machine, file: Path) -> None:
-    """Writes a machine as YAML that `described_machine` reads back; "this machine" takes the file's name."""
+    """Writes a machine as YAML for `described_machine`; "this machine" is named after the file."""
     fields = asdict(machine)
     del fields["measured"], fields["notes"]
     if machine.name == HERE:

@@ -1,4 +1,4 @@
-"""The peak memory of this process or of its device, sampled while a run goes on."""
+"""Samples the peak memory of this process or of its device during a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from talik.base.system import anonymous_bytes
 
 
 class PeakMemory:
-    """Samples how much memory this process holds, in a thread; bytes.
+    """Samples the memory of this process in a thread, in bytes.
 
-    On a CPU: anonymous + shared anonymous memory, every 20 ms; on an accelerator: what its allocator gave
-    out. `phases` has the peak of each phase that `phase(name)` began, `take()` the peak since the last one.
+    On a CPU: anonymous and shared anonymous memory, every 20 ms. On an accelerator: bytes allocated by
+    PyTorch.
+
+    Attributes:
+        phases: The peak of each phase that `phase` has started.
     """
 
     def __init__(self, device: torch.device, seconds: float = 0.02) -> None:
@@ -40,10 +43,10 @@ class PeakMemory:
         while not self._stop.wait(pause):
             start = time.perf_counter()
             self._sampled = max(self._sampled, anonymous_bytes())
-            pause = max(self._seconds, 20 * (time.perf_counter() - start))  # where the system takes its time
+            pause = max(self._seconds, 20 * (time.perf_counter() - start))  # reading the value may be slow
 
     def phase(self, name: str) -> int:
-        """A phase begins, and the one before it ends, whose peak this returns."""
+        """Starts a phase, and returns the peak of the previous one."""
         self._look()
         if self._now:
             self.phases[self._now] = max(self._peak, self.phases.get(self._now, 0))
@@ -61,7 +64,7 @@ class PeakMemory:
         self._peak, self._taken = max(peak, self._peak), max(peak, self._taken)
 
     def _since(self) -> int:
-        """The peak since this was last asked for."""
+        """The peak since the last call of this function."""
         if self._device.type == "cpu":
             sampled, self._sampled = self._sampled, 0
             return max(sampled, anonymous_bytes())

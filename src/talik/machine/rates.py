@@ -1,4 +1,4 @@
-"""How fast this computer is: matrix products, copies, its disk. Measured once, in seconds, and kept."""
+"""The speed of this computer: matrix products, copies, disk. Measured once, in seconds, and kept."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ from talik.base.files import need_room, read_json, write_json
 from talik.base.system import can_drop_pages, drop_pages, free_memory, home_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PIECE = 32 << 20  # bytes written, or read, at once
-PIECES = 8  # of the file at most: 256 MiB
-COPY_BYTES = 128 << 20  # more than the caches of common processors hold
-LONG_ENOUGH = 0.02  # seconds of a product whose rate counts
-SECONDS = 0.5  # for which one thing is repeated; the best counts, as other programs only slow it down
+PIECE = 32 << 20  # bytes per write or read
+PIECES = 8  # pieces of the file at most: 256 MiB
+COPY_BYTES = 128 << 20  # more than common CPU caches hold
+LONG_ENOUGH = 0.02  # seconds a product must take to be measured
+SECONDS = 0.5  # of repetition; the best time counts, as other programs only slow it down
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How fast a machine is: measured, or as it is described."""
+    """The speed of a machine, measured or described."""
 
-    matmul: dict[str, float]  # FLOP/s of a matrix product by dtype: "fp32", "bf16"
-    copy: float  # bytes/s that the device's memory reads plus writes while copying
-    to_device: float  # bytes/s from RAM to the device (the same as copy on a CPU)
-    disk_read: float  # bytes/s, not from the page cache where a system lets a program avoid it
+    matmul: dict[str, float]  # FLOP/s of a matrix product, by dtype: "fp32", "bf16"
+    copy: float  # bytes/s of device memory, read plus written, while copying
+    to_device: float  # bytes/s from host RAM to the device (equal to copy on a CPU)
+    disk_read: float  # bytes/s, bypassing the page cache if the system allows it
     disk_write: float  # bytes/s, fsync included
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """Floating-point operations a second of a product of square matrices, the best of several.
+    """FLOP/s of a product of square matrices, the best of several.
 
-    Of matrices with `size` rows, or of the first smaller ones (128, 256, ...) that take long enough to tell:
-    a processor that does 1 GFLOP/s answers in a second, too.
+    `size` rows, or fewer (128, 256, ...) if these already take long enough to measure: a processor with 1
+    GFLOP/s
+    also answers within a second.
     """
     rows = min(128, size)
     while True:
         a, b = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
         product = partial(_product, a, b)
-        if rows >= size or _best(product, SECONDS / 5) > LONG_ENOUGH:  # again and again: others run, too
+        if (
+            rows >= size or _best(product, SECONDS / 5) > LONG_ENOUGH
+        ):  # repeated, because other programs run as well
             return 2 * rows**3 / _best(product)
         rows = min(2 * rows, size)
 
@@ -57,7 +60,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def measure_device(device: torch.device) -> dict[str, Any]:
-    """Matrix products and copies, as fields of `Rates`; about 2 s."""
+    """Measures matrix products and copies, as fields of `Rates`; about 2 s."""
     size = 2048 if device.type == "cpu" else 4096
     matmul = {name: matmul_rate(dtype, device, size) for name, dtype in DTYPES.items()}
     count = min(COPY_BYTES, free_memory() // 8)
@@ -74,13 +77,14 @@ def measure_device(device: torch.device) -> dict[str, Any]:
 
 
 def measure_disk(folder: Path) -> dict[str, float]:
-    """Reads and writes of a new file without a name in `folder`, as fields of `Rates`; about 1 s.
+    """Measures reads and writes of an unnamed new file in `folder`, as fields of `Rates`; about 1 s.
 
-    NoRoomError where the disk is full.
+    Raises:
+        NoRoomError: The disk is full.
     """
     need_room(folder, PIECES * PIECE, "measuring the disk")
     folder.mkdir(parents=True, exist_ok=True)
-    piece, buffer = os.urandom(PIECE), bytearray(PIECE)  # random: some disks compress
+    piece, buffer = os.urandom(PIECE), bytearray(PIECE)  # random data, because some disks compress
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
 
         def write() -> None:
@@ -99,7 +103,7 @@ def _best(work: Callable[[], Any], seconds: float | None = None) -> float:
 
 
 def _times(work: Callable[[], Any], most: int, seconds: float | None = None) -> list[float]:
-    """How long `work` takes, in seconds: two times, and more until `seconds` are over or `most` are done."""
+    """Durations of `work` in seconds: at least two, until `seconds` are over or there are `most`."""
     seconds = SECONDS if seconds is None else seconds
     start, times = time.perf_counter(), []
     while len(times) < most and (len(times) < 2 or time.perf_counter() - start < seconds):
@@ -110,16 +114,21 @@ def _times(work: Callable[[], Any], most: int, seconds: float | None = None) -> 
 
 
 def kept_file() -> Path:
-    """Where measured rates are kept, each under what it depends on."""
+    """The file of measured rates, each with the facts it depends on."""
     return home_folder() / "machine.json"
 
 
 def rates_here(
     device: torch.device, processor: str, *, measure: bool, anew: bool, notify: Notify
 ) -> Rates | None:
-    """The kept rates of a device and of the disk with Talik's folder; what is not kept is measured.
+    """The rates of a device and of the disk with Talik's folder.
 
-    `anew` measures in any case. Without `measure` None stands for what is not kept.
+    Args:
+        device: The device.
+        processor: Its model name.
+        measure: Measure unknown rates; otherwise None is returned if one is unknown.
+        anew: Measure even if rates are known.
+        notify: Gets the events.
     """
     folder, kept = home_folder(), _kept()
     todo: dict[str, Callable[[], dict[str, Any]]] = {
@@ -147,13 +156,13 @@ def _device_key(device: torch.device, processor: str) -> str:
 
 
 def _disk_key(folder: Path) -> str:
-    """The disk that holds a folder, by its number and size: a folder may move, and numbers are given anew."""
+    """Identifies the disk of a folder by number and size: a folder may move, and numbers may be reused."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return f"disk {there.stat().st_dev}; {shutil.disk_usage(there).total} bytes"
 
 
 def _kept() -> dict[str, dict[str, Any]]:
-    """What the file keeps; what somebody broke in it counts as not kept."""
+    """The content of the file; damaged entries count as missing."""
     try:
         kept = read_json(kept_file())
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""The model: where it comes from, what it consists of, and how to run its blocks one by one."""
+"""The model: its source, its parts, and how its blocks are run one by one."""

@@ -1,7 +1,8 @@
-"""Adapters of PEFT on the layers of a model: hollow like the model at first, real before anything runs.
+"""Adapters of PEFT on the layers of a model: without storage at first, allocated before anything runs.
 
-An adapted linear layer is one of PEFT's, which keeps the model's own as `base_layer`. Everything else goes on
-to know the model's tensors by the names that they have without adapters (`base_tensors`).
+An adapted linear layer is a layer of PEFT that holds the original one as `base_layer`. The rest of Talik
+knows
+the model's tensors by the names they have without adapters (`base_tensors`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from talik.base.errors import UsageError
 from talik.model.anatomy import parts_of
 from talik.recipe.lora import Lora
 
-NAME = "default"  # PEFT's for the only adapter of a model
+NAME = "default"  # PEFT's name of the only adapter of a model
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> None:
-    """Puts adapters without storage on linear layers of these layers; they alone are trained.
+    """Puts adapters without storage on linear layers of the given layers; only they are trained.
 
-    Raises UsageError without PEFT, for targets that are not there, and for what PEFT cannot adapt.
+    Raises:
+        UsageError: PEFT is not installed, a target does not exist, or PEFT cannot adapt it.
     """
     peft = _peft()
     try:
@@ -39,7 +41,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, layers: Collection[int]) ->
         peft.inject_adapter_in_model(config, model, adapter_name=NAME, low_cpu_mem_usage=True)
     except ValueError as error:
         raise UsageError(f"lora: {error}", remedy="Name others with targets=.") from error
-    model.eval()  # what PEFT makes is in training mode
+    model.eval()  # PEFT creates modules in training mode
     for module in adapted(model).values():
         for owner, name, weight in _weights(module):
             hollow = torch.empty_like(weight, dtype=module.base_layer.weight.dtype, device="meta")
@@ -47,12 +49,12 @@ def add_adapters(model: PreTrainedModel, lora: Lora, layers: Collection[int]) ->
 
 
 def fill_adapters(model: nn.Module, seed: int, device: torch.device) -> None:
-    """Gives adapters their storage: PEFT's beginning (A at random by the seed, B zero), drawn in fp32."""
+    """Allocates adapters with PEFT's initial values: A random by the seed, B zero; drawn in fp32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in adapted(model).values():
             dtypes = [weight.dtype for _, _, weight in _weights(module)]
-            for owner, name, weight in _weights(module):  # lengths stay one until `measure_lengths`
+            for owner, name, weight in _weights(module):  # magnitudes stay 1 until `measure_lengths`
                 owner._parameters[name] = nn.Parameter(torch.ones(weight.shape, device="cpu"))
             module.reset_lora_parameters(NAME, True)
             for (owner, name, weight), dtype in zip(_weights(module), dtypes, strict=True):
@@ -60,19 +62,19 @@ def fill_adapters(model: nn.Module, seed: int, device: torch.device) -> None:
 
 
 def empty_adapters(model: nn.Module) -> None:
-    """Makes adapters hollow again."""
+    """Moves adapters back to the meta device."""
     for module in adapted(model).values():
         for owner, name, weight in _weights(module):
             owner._parameters[name] = nn.Parameter(torch.empty_like(weight, device="meta"))
 
 
 def has_lengths(layer: nn.Module) -> bool:
-    """Whether adapters of this layer are DoRA's, whose lengths are measured."""
+    """True if the adapters of this layer are DoRA, whose magnitudes are initialised from the weights."""
     return any(NAME in module.lora_magnitude_vector for module in adapted(layer).values())
 
 
 def measure_lengths(layer: nn.Module) -> None:
-    """DoRA: the trained lengths begin as those of the rows of the loaded weights, as PEFT computes them."""
+    """DoRA: initialises the trained magnitudes with the norms of the loaded weights, as PEFT does."""
     for module in adapted(layer).values():
         if NAME in module.lora_magnitude_vector:
             module.lora_magnitude_vector[NAME].update_layer(
@@ -85,21 +87,25 @@ def measure_lengths(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_adapters(layer: nn.Module) -> None:
-    """Adds adapters to the loaded weights, in place and as PEFT does."""
+    """Adds adapters to the loaded weights in place, as PEFT does."""
     for module in adapted(layer).values():
         module.merge()
 
 
 def unmerged(layer: nn.Module) -> None:
-    """Says that weights with merged adapters are gone: those that are loaded next are the model's own."""
+    """Marks adapters as not merged, because the merged weights have been unloaded."""
     for module in adapted(layer).values():
         module.merged_adapters.clear()
 
 
 def write_adapter_folder(model: PreTrainedModel, weights: Path, folder: Path, base: str) -> None:
-    """adapter_config.json and adapter_model.safetensors of a model with adapters, as PEFT reads them.
+    """Writes adapter_config.json and adapter_model.safetensors for PEFT.
 
-    `weights`: a safetensors file of the adapters' parameters by the model's names. `base` names the model.
+    Args:
+        model: The model with adapters.
+        weights: A safetensors file of the adapters' parameters, by the model's names.
+        folder: Where to write.
+        base: The name of the base model.
     """
     config: Any = model.peft_config[NAME]  # pyright: ignore[reportIndexIssue]
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -112,14 +118,14 @@ def write_adapter_folder(model: PreTrainedModel, weights: Path, folder: Path, ba
 
 
 def load_adapter_folder(model: PreTrainedModel, folder: Path) -> Any:
-    """The model with the adapters of a folder, as PEFT loads it, in the dtype that they were trained in."""
-    with warnings.catch_warnings():  # PEFT asks Transformers by a name that it is about to drop
+    """The model with the adapters of a folder, as PEFT loads it, in the dtype of their training."""
+    with warnings.catch_warnings():  # PEFT uses a deprecated name of Transformers
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
 
 
 def adapted(module: nn.Module) -> dict[str, Any]:
-    """The linear layers that have adapters, by the names that they have without."""
+    """The linear layers with adapters, by their names without adapters."""
     return {
         name: found
         for name, found in module.named_modules()
@@ -128,7 +134,7 @@ def adapted(module: nn.Module) -> dict[str, Any]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own parameters and persistent buffers, under the names that they have without adapters."""
+    """The model's own parameters and persistent buffers, by their names without adapters."""
     with_adapters, found = adapted(model), {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, base, own = name.partition(".base_layer.")
@@ -145,7 +151,7 @@ def adapter_weights(model: nn.Module) -> list[Tensor]:
 
 
 def idle_adapters(model: nn.Module) -> list[str]:
-    """The kinds of linear layers whose adapters are as they began: B is zero until a gradient reaches it."""
+    """The kinds of linear layers whose adapters got no gradient: their B is still zero."""
     idle = [name for name, module in adapted(model).items() if not module.lora_B[NAME].weight.any()]
     return list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", name) for name in idle))
 
@@ -167,12 +173,14 @@ def in_words(model: PreTrainedModel) -> str:
 
 
 def adapter_config(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> Any:
-    """The LoraConfig of PEFT that names exactly these linear layers, as short as it can."""
+    """The LoraConfig of PEFT that matches exactly these linear layers, as short as possible."""
     names = _targets(model, lora, layers)
     pattern = parts_of(model).layers.rpartition(".")[2]
     config = _peft().LoraConfig(
         r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # others read an integer
+        lora_alpha=int(lora.alpha)
+        if lora.alpha.is_integer()
+        else lora.alpha,  # other readers expect an integer
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         target_modules=names,
@@ -193,7 +201,7 @@ def adapter_config(model: PreTrainedModel, lora: Lora, layers: Collection[int]) 
 
 
 def _targets(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> list[str]:
-    """The linear layers that are wanted, by their full names."""
+    """The full names of the wanted linear layers."""
     prefix = parts_of(model).layers
     linear = [
         f"{prefix}.{layer}.{name}"
@@ -213,9 +221,10 @@ def _targets(model: PreTrainedModel, lora: Lora, layers: Collection[int]) -> lis
 
 
 def _that_peft_leaves(config: Any, model: PreTrainedModel, names: list[str], *, every: bool) -> list[str]:
-    """Those of the names that PEFT does not take for a mixture's experts, which it stacks in Transformers 5.
+    """The names that PEFT does not treat as mixture-of-experts weights, which Transformers 5 stacks.
 
-    UsageError for one that was asked for by its name.
+    Raises:
+        UsageError: One of the others was asked for by name.
     """
     conversion = _peft("peft.utils.transformers_weight_conversion")
     tried = copy.deepcopy(config)
@@ -238,7 +247,7 @@ def _weights(module: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _peft(module: str = "peft") -> ModuleType:
-    """PEFT, or a module of it: imported where adapters are asked for, and not before."""
+    """PEFT or one of its modules, imported only if adapters are asked for."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Names the parts of a model and counts their parameters, of a live model or one on PyTorch's meta device.
+"""Names the parts of a model and counts their parameters; works on the meta device, too.
 
 parts_of(model).part("model.layers.17.mlp.up_proj.weight")     # "layer 17"
 """
@@ -25,9 +25,13 @@ FACTS = (
 class Parts:
     """Where the parts of a model are, as dotted names of modules.
 
-    `layers` is the list of layers ("model.layers"), `count` their number, `embedding` the table of the input
-    tokens, `head` what makes the logits (None: it has none). `tied`: both are one and the same matrix.
-    `pieces` gives the part of every module outside the layers that has parameters of its own.
+    Attributes:
+        layers: The list of layers ("model.layers").
+        count: The number of layers.
+        embedding: The table of the input tokens.
+        head: The module that computes the logits; None if there is none.
+        tied: Whether head and embeddings share one matrix.
+        pieces: The part of every module outside the layers that has parameters of its own.
     """
 
     layers: str
@@ -40,7 +44,7 @@ class Parts:
     def part(self, parameter: str) -> str:
         """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head', 'other' or 'beside'.
 
-        'beside': not of the language model, as a tower for images is; text does not go through it.
+        'beside' is outside the language model, such as a tower for images; text does not pass through it.
         """
         if parameter.startswith(self.layers + "."):
             return f"layer {parameter[len(self.layers) + 1 :].split('.')[0]}"
@@ -56,7 +60,11 @@ class Parts:
 
 
 def parts_of(model: torch.nn.Module) -> Parts:
-    """The parts of a causal LM from Transformers, live or on the meta device. Raises SourceError."""
+    """The parts of a causal LM of Transformers, with weights or on the meta device.
+
+    Raises:
+        SourceError: The model has no list of layers that Talik recognises.
+    """
     names = {id(module): name for name, module in reversed(list(model.named_modules()))}
     layers = _layers_of(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
@@ -92,7 +100,7 @@ def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
     def lists_in(module: nn.Module) -> list[nn.ModuleList]:
         return [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m)]
 
-    decoder = getattr(model, "get_decoder", lambda: None)()  # beside which there may be a tower for images
+    decoder = getattr(model, "get_decoder", lambda: None)()  # a tower for images may exist next to it
     lists = lists_in(decoder if decoder is not None else model) or lists_in(model)
     count = getattr(_text_config(model.config), "num_hidden_layers", None)
     exact = [module for module in lists if len(module) == count] or lists
@@ -104,7 +112,7 @@ def _layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
-    """The part of a module outside the layers; its own forward says what runs before them."""
+    """The part of a module outside the layers; the model's forward shows whether it runs before them."""
     from torch import nn
 
     base = getattr(model, "base_model_prefix", "")
@@ -126,9 +134,9 @@ def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
 
 
 def _place(parent: type, child: str, layers: str) -> str | None:
-    """Whether `parent.forward` uses `child` before or after the loop over `layers`, if it says so.
+    """Whether `parent.forward` uses `child` before or after the loop over `layers`; None if it shows neither.
 
-    A method that uses `child` stands for it: Gemma 3n norms its inputs per layer in one of its own.
+    A method that uses `child` stands for it: Gemma 3n normalises the inputs per layer in a method of its own.
     """
     try:
         source = inspect.getsource(parent.forward)  # pyright: ignore[reportAttributeAccessIssue]
@@ -141,7 +149,7 @@ def _place(parent: type, child: str, layers: str) -> str | None:
 
 
 def _methods_with(parent: type, child: str) -> list[str]:
-    """The methods of a class, beside forward and __init__, whose code uses `self.child`."""
+    """Methods of a class, other than forward and __init__, whose code uses `self.child`."""
     own = ((name, value) for name, value in vars(parent).items() if inspect.isfunction(value))
     methods = ((name, value) for name, value in own if name not in ("forward", "__init__"))
     return [name for name, value in methods if re.search(rf"self\.{child}\b", inspect.getsource(value))]
@@ -153,10 +161,13 @@ def _text_config(config: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """What config.json says of a model (`facts`, None where it says nothing) and the parameters of its parts.
+    """The facts of a config.json and the parameters of a model's parts.
 
-    `parts` are in running order: embeddings, layer 0, layer 1 ..., norm, head, other. If `tied`, the head's
-    matrix is the embeddings' and counts there. `item_bytes` are those of the config's dtype (else float32).
+    Attributes:
+        facts: Values of the config; None if it has no such field.
+        parts: Parameters by part, in the order they run: embeddings, layer 0, ..., norm, head, other. A tied
+            head counts as embeddings.
+        item_bytes: Bytes of a number in the config's dtype, else of float32.
     """
 
     model_type: str
@@ -168,12 +179,12 @@ class Anatomy:
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """The number of all parameters."""
         return sum(self.parts.values())
 
     @property
     def bytes(self) -> int:
-        """What all parameters take."""
+        """Bytes of all parameters."""
         return self.parameters * self.item_bytes
 
     @property
@@ -183,7 +194,7 @@ class Anatomy:
 
 
 def anatomy_of(model: torch.nn.Module) -> Anatomy:
-    """The anatomy of a model, live or on the meta device."""
+    """The anatomy of a model, with weights or on the meta device."""
     import torch
 
     parts, config = parts_of(model), _text_config(model.config)
@@ -211,6 +222,6 @@ def anatomy_of(model: torch.nn.Module) -> Anatomy:
 
 def _value(config: Any, name: str) -> Any:
     try:
-        return getattr(config, name)  # through the config's own attribute_map: n_embd is hidden_size
-    except Exception:  # Transformers' class for a value that differs from layer to layer is not public
+        return getattr(config, name)  # through the config's attribute_map: n_embd is hidden_size
+    except Exception:  # Transformers' class for values per layer is not public
         return None

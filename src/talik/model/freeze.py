@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: everything frozen is out of the graph."""
+"""Freezes a model except for the trained parts, and keeps the frozen ones out of the graph."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from talik.recipe.thaw import Thawed, parse_thaw
 
 
 def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
-    """Freezes everything but what `thaw` names: "top.5,norm", "layers.20-27,head", "all" (talik.recipe.thaw).
+    """Freezes everything except what `thaw` names: "top.5,norm", "layers.20-27,head", "all".
 
-    A head that shares the embeddings' matrix gets a copy of its own where it is trained without them; with
-    them the one matrix is trained in both roles. The hook with which gradient checkpointing puts a frozen
-    trunk back into the graph is taken off. Returns the trained parameters by their full names. Raises
-    UsageError for a part that is not written so, and for layers that the model does not have.
+    A head that shares its matrix with the embeddings gets a copy if it is trained without them; with them,
+    the
+    shared matrix is trained in both roles. The hook by which gradient checkpointing makes frozen layers part
+    of the
+    graph is removed.
+
+    Returns:
+        The trained parameters by their full names.
+
+    Raises:
+        UsageError: `thaw` is not written as described, or names layers that the model does not have.
     """
     return _freeze(model, parse_thaw(thaw, parts_of(model).count))
 
 
 def freeze_for(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
-    """Freezes everything but what a recipe trains: parts of the model, or adapters, without storage yet."""
+    """Freezes everything except what a recipe trains: parts of the model, or adapters without storage."""
     wanted = recipe.thawed(parts_of(model).count)
     if recipe.lora is None:
         return _freeze(model, wanted)
@@ -36,7 +43,7 @@ def freeze_for(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What requires a gradient, by full names; of tied ones the first."""
+    """The parameters that require a gradient, by full name; tied ones by the first name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -53,7 +60,7 @@ def _freeze(model: PreTrainedModel, wanted: Thawed) -> dict[str, nn.Parameter]:
 
 
 def untie(model: PreTrainedModel, parts: Parts) -> None:
-    """Gives a head that shares the embeddings' weights a copy of its own, and says so in the config."""
+    """Gives a tied head a copy of the matrix, and changes the config accordingly."""
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if not parts.tied or head is None:
         return

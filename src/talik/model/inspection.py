@@ -1,8 +1,8 @@
-"""Says a model's config and sizes in words. No weights are read.
+"""Describes the config and the sizes of a model in words. No weights are read.
 
     print(inspection_text(inspect_model("Qwen/Qwen2.5-7B-Instruct")))
 
-Every number comes from config.json and from the model built of it without storage, on PyTorch's meta device.
+Every number comes from config.json and from the model built from it on the meta device.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """An anatomy, one sentence for each of its facts, and what training its last layers would train.
+    """The anatomy of a model, a sentence for each fact, and what training its last layers would train.
 
-    `top` counts the parameters of the final norm and the last `top_layers` layers; `first` is the lowest.
+    Attributes:
+        top: Parameters of the final norm and the last `top_layers` layers.
+        first: The lowest of these layers.
     """
 
     model: str
@@ -36,7 +38,7 @@ class Inspection:
     top: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """All values, for JSON."""
         own, size = self.anatomy, self.anatomy.item_bytes
         return {
             "model": self.model,
@@ -62,9 +64,17 @@ class Inspection:
 def inspect_model(
     model: str, *, top_layers: int | None = None, revision: str | None = None, offline: bool = False
 ) -> Inspection:
-    """What config.json alone tells of a model, and what training its last `top_layers` (5) would train.
+    """Describes a model by its config.json, and what training its last layers would train.
 
-    No weights are read or downloaded. Raises SourceError, and UsageError for layers that it does not have.
+    Args:
+        model: A folder, a config.json, a hub id or a GGUF file.
+        top_layers: How many of the last layers; 5 by default.
+        revision: Branch, tag or commit of a hub model.
+        offline: Use only files that have been downloaded.
+
+    Raises:
+        SourceError: The model is not found or not supported.
+        UsageError: The model has fewer layers.
     """
     source = find_model(model, revision=revision, weights=False, offline=offline)
     anatomy = anatomy_of(_without_storage(source.folder))
@@ -88,12 +98,12 @@ def _without_storage(folder: Path) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # what a family's constructor raises on values that do not go together
+    except Exception as error:  # constructors raise errors of many types for inconsistent values
         problem = f"Transformers cannot build it: {type(error).__name__}: {error}"
         raise SourceError(problem, where=folder / "config.json") from error
 
 
-# What a fact means, for somebody who meets it for the first time
+# The meaning of each fact, for readers who meet it for the first time
 
 
 def _intermediate(own: Anatomy, size: int) -> str:
@@ -152,7 +162,7 @@ def _sentence(own: Anatomy, name: str) -> str:
 
 
 def inspection_text(inspection: Inspection) -> str:
-    """An inspection in words, for a terminal."""
+    """An inspection as text for a terminal."""
     own = inspection.anatomy
     lines = [f"{inspection.model}: {own.model_type}, run by Transformers' {own.architecture}", ""]
     for name, sentence in inspection.sentences.items():

@@ -1,4 +1,4 @@
-"""A model folder as one whole model in memory, loaded by Transformers."""
+"""Loads a model folder as one whole model in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from talik.base.errors import SourceError
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The causal LM in a local folder, as Transformers loads it, in eval mode. No remote code, no pickle."""
+    """Loads the causal LM of a local folder in eval mode, without remote code and without pickle files."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: which they are, the tokenizer, and its config as all readers know it."""
+"""Loads tokenizers, and knows which files belong to one."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<form
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of this name belongs to a tokenizer."""
+    """True if a file of this name belongs to a tokenizer."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)
 
 
 def load_tokenizer(folder: Path, date: str | None = None) -> Any:
-    """The tokenizer of a model folder, with the chat template of chat_template.json where it has no other.
+    """Loads the tokenizer of a model folder, with the template of chat_template.json if it has no other.
 
     Args:
         folder: The model's folder.
-        date: Date and time (ISO 8601) that the chat template writes in place of today's, for which a template
-            asks as `strftime_now("%d %b %Y")`.
+        date: Date and time (ISO 8601) that the chat template writes in place of today's; templates ask for it
+            by
+            `strftime_now("%d %b %Y")`.
 
     Raises:
         SourceError: chat_template.json holds no template.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     file = folder / "chat_template.json"
-    if tokenizer.chat_template is None and file.is_file():  # read by Transformers for processors alone
+    if tokenizer.chat_template is None and file.is_file():  # Transformers reads it for processors only
         try:
             template = read_json(file)["chat_template"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -61,7 +62,7 @@ def load_tokenizer(folder: Path, date: str | None = None) -> Any:
 
 
 def fix_date(tokenizer: Any, now: datetime) -> None:
-    """Makes a tokenizer's chat template write this date wherever it would write today's."""
+    """Replaces today's date by this one in a tokenizer's chat template."""
     text = tokenizer.chat_template
     if isinstance(text, dict):
         tokenizer.chat_template = {name: _dated(one, now) for name, one in text.items()}

@@ -1,1 +1,1 @@
-"""What a run is asked to do (Recipe) and how it does it (Plan)."""
+"""The recipe (what is trained, on what) and the plan (how it is carried out)."""

@@ -1,4 +1,4 @@
-"""One source of rows as a recipe names it: a path, and where wanted its share, limit and fields."""
+"""One source of rows in a recipe: a path and, optionally, its weight, limit, format and fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 
 class DataSource(BaseModel):
-    """A source of rows. A line of recipe.yaml that is a text is the path alone."""
+    """A source of rows. A plain string in recipe.yaml is the path."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,7 +29,7 @@ class DataSource(BaseModel):
 
 
 def _as_sources(value: Any) -> Any:
-    """A path or a list of paths as the fields of sources."""
+    """Converts a path or a list of paths to the fields of sources."""
     if isinstance(value, str | DataSource):
         value = [value]
     if isinstance(value, list | tuple):
@@ -38,14 +38,14 @@ def _as_sources(value: Any) -> Any:
 
 
 def _as_written(sources: Sequence[DataSource]) -> Any:
-    """Sources as people write them: a path alone where nothing else is set."""
+    """Converts sources to the shortest form: the path alone if nothing else is set."""
     written = [
         s.path if s == DataSource(path=s.path) else s.model_dump(exclude_defaults=True) for s in sources
     ]
     return written[0] if len(written) == 1 and isinstance(written[0], str) else written
 
 
-if TYPE_CHECKING:  # a path is accepted, too, which a type checker cannot know
+if TYPE_CHECKING:  # a path is also accepted, which a type checker cannot know
     DataSources = Any
 else:
     DataSources = Annotated[

@@ -1,4 +1,4 @@
-"""What `lora` in a recipe asks for: "rank=16,alpha=32,targets=all,dropout=0.05,dora"."""
+"""Parses the field `lora` of a recipe: "rank=16,alpha=32,targets=all,dropout=0.05,dora"."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A, with A and B trained.
+    """Low-rank adapters: W + alpha / rank * B A, with A and B trained (Hu et al. 2021, arXiv 2106.09685).
 
-    `targets` are names of linear layers, or parts of names from a dot on; empty: every linear layer. `dora`:
-    the length of each row of W is trained apart (Liu et al. 2024, arXiv 2402.09353).
+    Attributes:
+        rank: Rows of A and columns of B.
+        alpha: The scale.
+        targets: Names of linear layers, or their last parts; empty for every linear layer.
+        dropout: Dropout on the input of A.
+        dora: Train the norm of each row of W separately (Liu et al. 2024, arXiv 2402.09353).
     """
 
     rank: int
@@ -27,7 +31,11 @@ class Lora:
 
 
 def parse_lora(line: str) -> Lora:
-    """The adapters that a line asks for; without alpha it is twice the rank. UsageError for a bad line."""
+    """Parses the adapters of a recipe; without alpha it is twice the rank.
+
+    Raises:
+        UsageError: The line is not written as described.
+    """
     fields: dict[str, Any] = {}
     for part in (part.strip() for part in line.split(",")):
         name, _, value = part.partition("=")

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from talik.base.errors import RecipeError
 from talik.base.files import read_json
 
-Tier = Literal["memory", "ram", "disk"]  # the device's memory, the RAM beside it, files
+Tier = Literal["memory", "ram", "disk"]  # the device's memory, host RAM, files
 
 
 class Plan(BaseModel):
-    """How a run is carried out: what was chosen for this machine. Resume never chooses again."""
+    """How a run is carried out: everything that was chosen for this machine. `resume` uses it unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,34 +23,36 @@ class Plan(BaseModel):
     cut: int = Field(description="the first trained layer")
     layers: int = Field(description="layers of the model")
     trunk: Literal["resident", "streamed"] = Field(
-        description="where the frozen weights are while they run: in memory, or one layer at a time"
+        description="where the frozen weights are held while they run: in memory, or one layer at a time"
     )
     top: Literal["resident", "streamed"] = Field(
-        description="where the trained weights are: in memory, or in a working copy and one layer at a time"
+        description="where the trained weights are held: in memory, or in a working copy on disk"
     )
     state: Tier = Field(
-        default="memory", description="where masters, optimizer state and gradients that wait are"
+        default="memory", description="where masters, optimizer state and pending gradients are held"
     )
     inputs: Tier = Field(
-        default="memory", description="streamed: where what goes into each layer waits for the backward"
+        default="memory", description="streamed: where layer inputs are held for the backward"
     )
     cache: Literal["disk", "none"] = Field(
-        description="where the trunk's hidden states are kept; none where the embeddings are trained"
+        description="where the trunk's hidden states are kept; none if the embeddings are trained"
     )
-    trunk_batch_tokens: int = Field(description="tokens that go through the trunk at once")
+    trunk_batch_tokens: int = Field(description="tokens of a batch of the trunk")
     hidden_bytes: int = Field(
-        description="what is held between the trunk's layers, about; a shard of the data"
+        description="bytes of hidden states held between layers of the trunk, about; sets the size of a shard"
     )
-    micro_batch_tokens: int = Field(description="tokens that go through the top at once, padding included")
+    micro_batch_tokens: int = Field(description="tokens of a micro-batch, padding included")
     loss_chunk: int = Field(description="trained positions whose logits exist at once")
-    recompute: bool = Field(description="whether the backward runs each layer again, with nothing kept of it")
+    recompute: bool = Field(
+        description="whether the backward recomputes each layer in place of keeping its activations"
+    )
     promised: dict[str, int] = Field(
         default={},
-        description="memory that each phase takes at most, in bytes, the program's included; it alone, too",
+        description="peak bytes of each phase, with the Python process, which is the key 'program'",
     )
 
     def tier(self, kind: str) -> Tier:
-        """Where tensors of a kind ("input", "kept", "master", ...) are while they wait."""
+        """Where tensors of a kind ("input", "kept", "master", ...) are held while they are not in use."""
         if kind == "input":
             return self.inputs
         on_device = ("gradient", "norm", "kept") if self.top == "resident" else ("gradient", "norm")
@@ -58,7 +60,11 @@ class Plan(BaseModel):
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a plan.json. RecipeError for a file that is missing or none of this version."""
+    """Reads a plan.json.
+
+    Raises:
+        RecipeError: The file is missing, is not JSON, or belongs to another version.
+    """
     if not path.is_file():
         raise RecipeError("there is no such plan", where=path.absolute(), remedy="Name a run's plan.json.")
     try:

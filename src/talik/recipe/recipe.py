@@ -1,6 +1,6 @@
-"""One run as one validated object. Every option and its default is declared here, once, with its help.
+"""A run as one validated object. Every option, its default and its help are declared here, once.
 
-The command line, recipe.yaml and the table in docs/recipe.md derive from these fields.
+The command line, recipe.yaml and docs/recipe.md derive from these fields.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from talik.recipe.lora import parse_lora
 from talik.recipe.thaw import PARTS, Thawed, check_thaw, parse_thaw
 
 _ADAM = ("adamw", "adamw-8bit", "muon")
-READ_BY = {**dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM), "momentum": ("sgd",)}  # and by no other
+READ_BY = {
+    **dict.fromkeys(("beta1", "beta2", "epsilon"), _ADAM),
+    "momentum": ("sgd",),
+}  # fields that only some optimizers read
 
 
 class Recipe(BaseModel):
-    """What is trained, on what, and how. A result is a function of a recipe and a plan."""
+    """What is trained, on what, and how. Recipe and plan together determine the result."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,13 +64,13 @@ class Recipe(BaseModel):
     train_on: Literal["assistant", "last", "all"] = Field(
         default="assistant", description="every assistant turn, the last one only, or every token"
     )
-    train_reasoning: bool = Field(default=True, description="train the reasoning of answers, too")
+    train_reasoning: bool = Field(default=True, description="also train the reasoning of answers")
     max_length: int = Field(default=2048, ge=2, description="longest example, in tokens")
     too_long: Literal["drop", "cut", "refuse"] = Field(
-        default="drop", description="what happens to a longer one; counted and shown in any case"
+        default="drop", description="what happens to longer examples; they are counted and shown in any case"
     )
     eval_data: DataSources | None = Field(
-        default=None, description="rows to evaluate on, named as DATA are; each source is reported by itself"
+        default=None, description="rows to evaluate on, named like DATA; each source is reported separately"
     )
     held_out: float = Field(
         default=0.0,
@@ -79,13 +82,12 @@ class Recipe(BaseModel):
     thaw: str | None = Field(
         default=None,
         description="train these in place of the last N layers: all, layers.20-27, layers.3, top.5, norm, "
-        "head or embeddings, several with commas between; a tied head without the embeddings is untied",
+        "head or embeddings, several separated by commas; a tied head without the embeddings is untied",
     )
     lora: str | None = Field(
         default=None,
-        description="train adapters on these layers in place of their weights: rank=16, and with commas "
-        "between alpha=32 (default: twice the rank), targets=all or q_proj+v_proj, dropout=0.05, dora; "
-        "everything else stays frozen",
+        description="train adapters on these layers in place of their weights: rank=16, then separated by "
+        "commas alpha=32 (default: twice the rank), targets=all or q_proj+v_proj, dropout=0.05, dora",
     )
     precision: Literal["bf16", "bf16-sr", "fp32"] = Field(
         default="bf16",
@@ -101,13 +103,15 @@ class Recipe(BaseModel):
     )
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon", "sgd"] = Field(
         default="adamw",
-        description="how weights are updated; muon is for the layers' matrices, and AdamW for the rest",
+        description="optimizer; muon updates the matrices of the layers, and AdamW the rest",
     )
     learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how the learning rate falls after the warm-up"
+        default="cosine", description="learning-rate schedule after the warm-up"
     )
-    warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps in which it rises from 0")
+    warmup: float = Field(
+        default=0.05, ge=0, le=1, description="share of the steps in which the learning rate rises from 0"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the denominator")
@@ -115,45 +119,51 @@ class Recipe(BaseModel):
         default=0.9, ge=0, lt=1, description="SGD: decay of the sum of gradients; 0: none"
     )
     weight_decay: float = Field(
-        default=0.01, ge=0, description="decay of matrices, times the learning rate; vectors have none"
+        default=0.01, ge=0, description="decoupled weight decay of matrices; vectors are not decayed"
     )
     clip: Annotated[float, Field(ge=0)] | Literal["last"] = Field(
         default=1.0,
-        description="largest norm of the whole gradient; 0 turns clipping off; last: 1.0, by the norm of the "
-        "step before, so that no gradient is kept until all are known",
+        description="largest norm of the gradient; 0 turns clipping off; last: clips to 1.0 by the previous "
+        "step's norm, so that gradients need not be held until the global norm is known",
     )
 
     shuffle: Literal["seed", "file"] = Field(
         default="seed",
-        description="order of the examples in an epoch: drawn by the seed, or as in the data (a curriculum)",
+        description="order of the examples in an epoch: shuffled by the seed, or as in the data (curriculum)",
     )
     eval_every: int = Field(
         default=0, ge=0, description="evaluate every N steps; 0: at the end of every epoch"
     )
     save_every: int = Field(default=0, ge=0, description="save every N steps; 0: at the end of every epoch")
-    keep: int = Field(default=1, ge=1, description="saved checkpoints that stay, beside the best one")
+    keep: int = Field(default=1, ge=1, description="newest checkpoints to keep, in addition to the best one")
     early_stop: int = Field(
         default=0, ge=0, description="stop after N evaluations without a better loss; 0: never"
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**63, description="decides order, dropout, stochastic rounding and new adapters"
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="seed of the order, dropout, stochastic rounding and new adapters",
     )
     trunk: Literal["auto", "resident", "streamed"] = Field(
         default="auto",
-        description="where the frozen weights are while they run once: in memory, or one layer at a time "
-        "from the files; the numbers are the same",
+        description="where the frozen weights are held while they run: in memory, or read from the files one "
+        "layer at a time; the numbers are the same",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
-    cache: str | None = Field(default=None, description="folder of the trunk's cache; default: Talik's own")
+    cache: str | None = Field(
+        default=None, description="folder of the cached hidden states; default: Talik's own"
+    )
     cache_gb: float = Field(
         default=0.0,
         ge=0,
-        description="largest size of all caches there, in GB; the least recently used go first; 0: no bound",
+        description="largest size of all caches in that folder, in GB; the least recently used are deleted "
+        "first; 0: no limit",
     )
 
     @property
     def max_norm(self) -> float:
-        """The largest norm that the gradient may have."""
+        """The largest norm of the gradient; larger ones are clipped."""
         return 1.0 if self.clip == "last" else self.clip
 
     @model_validator(mode="before")
@@ -163,7 +173,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        """All contradictions at once; single fields have been checked by then."""
+        """Reports all contradictions between fields at once; each field by itself has been checked before."""
         wrong = [*self._wrong_evaluation(), *self._wrong_optimizer()]
         if (self.input_field is None) != (self.output_field is None):
             wrong.append("input_field and output_field go together: name both or neither")
@@ -209,19 +219,24 @@ class Recipe(BaseModel):
             yield error.problem
 
     def thawed(self, layers: int) -> Thawed:
-        """What is trained of a model with so many layers; with adapters, the layers that have some.
+        """The parts that are trained in a model with so many layers; with adapters, the adapted layers.
 
-        UsageError for layers beyond them.
+        Raises:
+            UsageError: The recipe names layers that the model does not have.
         """
         wanted = parse_thaw(self.thaw or f"top.{self.top_layers},norm", layers)
         return wanted if self.lora is None else replace(wanted, parts=frozenset())
 
 
 def checked_recipe(given: dict[str, Any], where: object = None) -> Recipe:
-    """The recipe with these fields.
+    """Makes a recipe of unchecked fields.
+
+    Args:
+        given: The fields.
+        where: The file that they come from, for the error.
 
     Raises:
-        RecipeError: Fields are wrong; the error names all of them, and `where` they stand.
+        RecipeError: Fields are wrong; all of them are named.
     """
     try:
         return Recipe.model_validate(given)
@@ -234,7 +249,7 @@ def checked_recipe(given: dict[str, Any], where: object = None) -> Recipe:
 
 
 def _sentences(error: ValidationError) -> list[str]:
-    """One sentence for each wrong field; pydantic reports a field of several types once for each type."""
+    """One sentence for each wrong field. pydantic reports a field of several types once for each type."""
     problems: dict[str, list[str]] = {}
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"] if not re.search(r"[-\[]", str(part)))
@@ -257,7 +272,7 @@ def _expected(sentence: str) -> str:
 
 
 def check_layers(recipe: Recipe, layers: int) -> None:
-    """UsageError if the recipe trains layers that a model does not have."""
+    """Raises UsageError if the recipe trains layers that the model does not have."""
     if recipe.thaw is None and recipe.top_layers > layers:
         raise UsageError(
             f"top_layers is {recipe.top_layers}, and {recipe.model} has {layers} layers",

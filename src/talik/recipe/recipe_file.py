@@ -1,4 +1,4 @@
-"""recipe.yaml, read and written; docs/recipe.md, which is written from the same fields."""
+"""Reads and writes recipe.yaml, and writes docs/recipe.md from the same fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AS_YAML = "Write one `field: value` a line, in UTF-8."
 
 
 class _Once(yaml.SafeLoader):
-    """YAML without code, in which a key is given once."""
+    """A YAML loader that runs no code and refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -29,7 +29,11 @@ class _Once(yaml.SafeLoader):
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a recipe.yaml, unchecked, as a dictionary."""
+    """Reads the fields of a recipe.yaml, unchecked, by the recipe's own names.
+
+    Raises:
+        RecipeError: The file is missing or is not YAML.
+    """
     if not path.is_file():
         raise RecipeError("there is no such recipe file", where=path.absolute())
     try:
@@ -50,7 +54,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def options_table() -> str:
-    """docs/recipe.md: every field with its help and its default."""
+    """The text of docs/recipe.md: every field with its help and its default."""
     rows = [
         "| field | default | what it does |\n|---|---|---|\n",
         *(

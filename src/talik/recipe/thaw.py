@@ -1,4 +1,4 @@
-"""What is trained, in one line: "top.5,norm", "layers.20-27,head", "all"."""
+"""Parses the field `thaw` of a recipe: "top.5,norm", "layers.20-27,head", "all"."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ _TERM = re.compile(r"all|norm|head|embeddings|layers\.(?P<first>\d+)(-(?P<last>\
 
 @dataclass(frozen=True, slots=True)
 class Thawed:
-    """The trained parts of a model with `count` layers: `layers` from below, and of the rest `parts`.
+    """The trained parts of a model. `str` gives the line that `parse_thaw` reads back.
 
-    `parts` are named as `Parts.part` names them, "other" among them. `str` gives the line that says the same.
+    Attributes:
+        layers: Indices of the trained layers, ascending.
+        parts: Other trained parts by the names of `Parts.part`: "embeddings", "norm", "head", "other".
+        count: The number of layers of the model.
     """
 
     count: int
@@ -27,12 +30,12 @@ class Thawed:
 
     @property
     def cut(self) -> int:
-        """The first layer that a gradient reaches; `count` if none does."""
+        """The first layer that a gradient reaches; `count` if there is none."""
         return 0 if self.parts & {"embeddings", "other"} else min(self.layers, default=self.count)
 
     @property
     def unties(self) -> bool:
-        """Whether a head that shares the embeddings' matrix gets one of its own to be trained."""
+        """True if the head shares its matrix with the embeddings and gets its own matrix to be trained."""
         return "head" in self.parts and "embeddings" not in self.parts
 
     def __str__(self) -> str:
@@ -50,20 +53,24 @@ def layers_in_words(layers: Iterable[int]) -> list[str]:
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of each run: (2, 3, 4, 7) is (2, 4), (7, 7)."""
+    """The first and last number of each range: (2, 3, 4, 7) becomes (2, 4), (7, 7)."""
     runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     found = [[number for _, number in run] for _, run in runs]
     return [(run[0], run[-1]) for run in found]
 
 
 def check_thaw(line: str) -> None:
-    """UsageError if a line is not written as FORMS says."""
+    """Raises UsageError if a line is not written in one of FORMS."""
     for _ in _terms(line):
         pass
 
 
 def parse_thaw(line: str, count: int) -> Thawed:
-    """What a line means for a model with `count` layers. UsageError for a bad line or layers beyond them."""
+    """Parses a line for a model with `count` layers.
+
+    Raises:
+        UsageError: The line is not written as described, or names layers that the model does not have.
+    """
     layers: set[int] = set()
     parts: set[str] = set()
     for term, found in _terms(line):

@@ -22,18 +22,18 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def result(text: Any) -> None:
-    """Prints a result to stdout; a string is printed as it is."""
+    """Prints a result to stdout; a string is printed unchanged."""
     out.print(Text(text) if isinstance(text, str) else text)
 
 
 def piece(text: str) -> None:
-    """Prints a part of an answer as it comes."""
+    """Prints a part of an answer at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def questions() -> Iterator[str]:
-    """Lines that somebody types, until an empty one or the end of the input."""
+    """Yields typed lines until an empty one or the end of the input."""
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
@@ -45,15 +45,15 @@ def questions() -> Iterator[str]:
 
 
 def result_json(value: Any) -> None:
-    """Prints a value for programs."""
+    """Prints a value as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def said(topic: str, text: str) -> None:
-    """One line about what is going on."""
+    """Prints one line of progress."""
     err.print(Text.assemble((f"{topic:<9}", "bold"), text))
 
 
 def failure(error: TalikError) -> None:
-    """What went wrong, where, and what to do."""
+    """Prints an error."""
     err.print(Text.assemble(("error    ", "bold red"), str(error)))

@@ -1,4 +1,4 @@
-"""Data that was read, and its chat template, in lines of text."""
+"""Lines about data that were read, and about their chat template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = {
 
 
 def data_lines(data: Data) -> list[str]:
-    """What was made of a file of rows, and what happened to rows that did not fit."""
+    """The counts of a data set: examples, tokens, what was dropped or cut."""
     report = data.report
     lines = [
         f"{data.path}: {report.rows:,} rows for {data.use}, format {data.format}; "
@@ -55,5 +55,5 @@ def data_lines(data: Data) -> list[str]:
 
 
 def template_lines(report: Report) -> list[str]:
-    """The facts about a chat template, in words."""
+    """Facts about a chat template."""
     return [f"template: {line}" for line in report.facts.lines()] if report.facts else []

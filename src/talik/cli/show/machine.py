@@ -9,7 +9,7 @@ from talik.machine.rates import kept_file
 
 
 def machine_text(machine: Machine) -> str:
-    """A machine on one screen."""
+    """A machine as a table."""
     rates, on_cpu = machine.rates, machine.device == "cpu"
     where = f" in {home_folder()}" if machine.name == HERE else ""
     disk = "unknown" if machine.disk_free is None else f"{format_bytes(machine.disk_free)} free{where}"

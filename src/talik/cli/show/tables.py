@@ -17,7 +17,7 @@ from talik.training.trunk.cache_folder import CacheFolder
 
 
 def answers(questions: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Table:
-    """What two models say to the same questions."""
+    """The answers of two models to the same questions."""
     table = Table("question", "base", "tuned", show_lines=True)
     for row in zip(questions, base, tuned, strict=True):
         table.add_row(*map(Text, row))
@@ -25,7 +25,7 @@ def answers(questions: Sequence[str], base: Sequence[str], tuned: Sequence[str])
 
 
 def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
-    """Evaluations beside each other."""
+    """Evaluations, one per row."""
     table = Table("model", "loss per trained token", "perplexity", "token accuracy", box=None, pad_edge=False)
     for name, mark in rows:
         accuracy = f"{100 * mark['accuracy']:.1f} %"
@@ -34,7 +34,7 @@ def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
 
 
 def memory(phases: dict[str, dict[str, int]]) -> Table:
-    """What each phase of a run was promised, and what it took."""
+    """The planned and the measured memory of each phase."""
     table = Table("memory of", "promised", "measured", "", box=None, pad_edge=False)
     for phase, row in phases.items():
         promised, measured = row.get("promised", 0), row.get("measured", 0)
@@ -44,7 +44,7 @@ def memory(phases: dict[str, dict[str, int]]) -> Table:
 
 
 def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
-    """The trunk's caches, least recently used first, and what they take together."""
+    """Prints the caches, least recently used first, and their total size."""
     total = sum(folder.size for folder in folders)
     if as_json:
         result_json({"folder": str(root), "bytes": total, "caches": [_cache_fields(f) for f in folders]})
@@ -62,13 +62,13 @@ def caches(root: Path, folders: Sequence[CacheFolder], as_json: bool) -> None:
         )
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if folders else ():  # no Table: it would cut names off where nobody has a terminal
+    for row in rows if folders else ():  # not a Table, which cuts names off without a terminal
         result("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     result(f"{len(folders)} caches, {format_bytes(total)}, in {root}")
 
 
 def cleared(root: Path, done: Sequence[tuple[CacheFolder, bool]], as_json: bool) -> None:
-    """Which caches were removed and which were left, and the bytes that were freed."""
+    """Prints which caches were deleted and the bytes that were freed."""
     freed = sum(folder.size for folder, removed in done if removed)
     if as_json:
         rows = [{**_cache_fields(folder), "removed": removed} for folder, removed in done]

@@ -1,10 +1,12 @@
 """A model as a chain of blocks, each run by the model's own code: embed -> layer 0 .. L-1 -> tail.
 
-The *skeleton forward* runs the model's
-own forward with every layer's forward replaced by a recorder that notes what the layer would have got (masks,
-positions, rotary tables) and hands the hidden states on. Any layer then runs by itself, in any order. The
-*tail* is the model's own forward with the last layer's forward replaced by one that returns given hidden
-states, so final norms, soft-capping and scaling are the model's own.
+The *skeleton forward* is the model's own forward with every layer replaced by a recorder that notes the
+arguments
+of the layer (masks, positions, rotary tables) and returns the hidden states unchanged. Any layer can then be
+run
+by itself, in any order. The *tail* is the model's own forward with the last layer replaced by a stub that
+returns
+given hidden states, so final norms, soft-capping and scaling are the model's own.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from talik.model.chain.rope import forget_lengths, rope_group
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a layer's arguments hold something else of the layer before: `place` in its result."""
+    """Marks a place in a layer's arguments that holds another result of the previous layer, by its place
+    there.
+    """
 
     place: int
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one layer is called with, beside the hidden states.
+    """The arguments of one layer, without the hidden states.
 
-    `left` belongs to all calls of a skeleton: by layer and place, what a layer gave its successor beside the
-    hidden states and is no vector per token (the indices of the keys that a sparse attention chose).
+    `left` is shared by all calls of a skeleton: by layer and place, results that a layer passes to the next
+    one and
+    that are not vectors per token (such as the indices of keys that sparse attention has selected).
     """
 
     args: tuple[Any, ...]
@@ -53,10 +58,11 @@ class _AllRecorded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """What the model does around its layers for one batch: the embedded tokens and every layer's call.
+    """The embedded tokens of one batch, and the arguments of every layer.
 
-    Layers that share state (`Chain.lowest_cut`) leave it in the calls: run them in order, once, before any
-    is run again.
+    Layers that share state (`Chain.lowest_cut`) leave it in the calls: run them in order, once, before
+    running any
+    again.
     """
 
     embedded: Float[Tensor, "batch sequence width"]
@@ -64,20 +70,29 @@ class Skeleton:
 
 
 class Chain:
-    """The blocks of a causal language model from Transformers; the model itself is left as it is.
+    """The blocks of a causal language model of Transformers. The model is not changed.
 
-    The layers' weights are not needed to make one, so they may be on the meta device and come later. `device`
-    is where the tokens are and the layers run (default: that of the first parameter that is loaded).
-    Raises ChainError for a model whose layers are not called once each, in order, each with what the one
-    before handed on, or that is not causal; UsageError for a config that asks for what no chain can give.
+    The layers' weights are not needed: they may be on the meta device and be loaded later.
 
-    calls_need_embeddings: the layers' calls hold values of the embedded tokens (Gemma 3n's inputs per layer),
-    so they are looked up even where a skeleton is asked for without.
+    Args:
+        model: The model.
+        device: Where the tokens are and the layers run; by default that of the first loaded parameter.
+
+    Attributes:
+        calls_need_embeddings: The arguments of layers contain values of the embedded tokens (Gemma 3n's
+            inputs
+            per layer), so embeddings are looked up even for a skeleton without them.
+
+    Raises:
+        ChainError: The layers are not called once each, in order, each with the result of the previous one,
+            or
+            the model is not causal.
+        UsageError: The config asks for something that no chain can compute.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str | None = None) -> None:
         self.model = model
-        self.forward: Callable[..., Any] = model  # what runs the model; another where its own was replaced
+        self.forward: Callable[..., Any] = model  # runs the model, unless its own forward was replaced
         self.parts = parts_of(model)
         self.layers: list[nn.Module] = list(model.get_submodule(self.parts.layers))  # pyright: ignore[reportArgumentType]
         self.embedding = model.get_submodule(self.parts.embedding)
@@ -92,23 +107,26 @@ class Chain:
         return self.embedding.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
     def dtype_at(self, cut: int) -> torch.dtype:
-        """The dtype of what goes into layer `cut`: fp32 in a bf16 model that keeps its residual in fp32."""
+        """The dtype of the input of layer `cut`: fp32 in a bf16 model that keeps its residual in fp32."""
         return self._facts.forms[cut].dtype
 
     def width_at(self, cut: int) -> int:
-        """Numbers per token that go into layer `cut` (into the tail, for the number of layers)."""
+        """The number of values per token in the input of layer `cut`; for `cut` = number of layers, of the
+        tail.
+        """
         return self._facts.forms[cut].width
 
     @property
     def hidden_size(self) -> int:
-        """Numbers per token that the last layer hands on."""
+        """The number of values per token in the output of the last layer."""
         return self.width_at(len(self.layers))
 
     def lowest_cut(self, wanted: int) -> tuple[int, str | None]:
-        """The highest cut up to `wanted` across which layers share nothing, and why it is not `wanted`.
+        """The highest possible cut up to `wanted`, and why it is not `wanted`.
 
-        The cuts where `lowest_cut(cut)` is the cut itself also bound the groups of layers whose gradients
-        flow into each other past the hidden states.
+        Layers that share state cannot be separated by the cut. Cuts with `lowest_cut(cut) == cut` also bound
+        the spans
+        of layers whose gradients flow into each other outside the hidden states.
         """
         cut, reason = wanted, None
         while over := [(giver, taker) for giver, taker in self._facts.links if giver < cut <= taker]:
@@ -118,7 +136,9 @@ class Chain:
         return cut, reason
 
     def rope_group(self, length: int) -> tuple[int, ...]:
-        """Only examples of equal groups may share a padded batch: others change its rotary tables."""
+        """Examples may share a padded batch only if this is equal; others would change their rotary
+        tables.
+        """
         return rope_group(self.model, length)
 
     def skeleton(
@@ -129,10 +149,13 @@ class Chain:
         embed: bool = True,
         graph: bool = False,
     ) -> Skeleton:
-        """Runs the model's own forward without its layers. No gradient flows through what it returns.
+        """Runs the model's own forward without its layers.
 
-        Without `embed` the embeddings are not looked up: `embedded` is zeros, the calls are the same. With
-        `graph` gradients flow through `embedded` to what is trained of the embeddings.
+        Args:
+            input_ids: (batch, sequence) int64.
+            attention_mask: (batch, sequence), or None.
+            embed: Look up the embeddings; otherwise `embedded` is zeros, and the calls are the same.
+            graph: Let gradients flow through `embedded` to the trained embeddings.
         """
         calls: list[Call] = []
         seen: list[Tensor] = []
@@ -154,9 +177,10 @@ class Chain:
         call: Call,
         rows: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "batch sequence width_out"]:
-        """One layer by itself, with the gradient mode that the caller is in.
+        """Runs one layer by itself, in the gradient mode of the caller.
 
-        `rows`: the flat positions that count in what the last layer gives; the others mean nothing then.
+        `rows`: the flat positions at which the output of the last layer is needed; the others are undefined
+        then.
         """
         if rows is not None and index == len(self.layers) - 1 and len(rows):
             with at_rows(self.layers[index], self._facts.alone, rows):
@@ -177,7 +201,7 @@ class Chain:
     def tail(
         self, hidden: Float[Tensor, "batch sequence width"]
     ) -> Float[Tensor, "batch sequence vocabulary"]:
-        """The logits of what the last layer handed on; positions do not matter here."""
+        """The logits for the output of the last layer; positions do not matter."""
         last = self._facts.forms[-1].unpack(hidden)[0]
         acts = [*[lambda hidden, *_: hidden] * (len(self.layers) - 1), lambda *_: last]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
@@ -191,12 +215,14 @@ class Chain:
         return self.forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def _stand_in(self, stack: contextlib.ExitStack, acts: list[Callable[..., Tensor]]) -> None:
-        """Replaces the layers' forwards until `stack` is left; each `act` gives the hidden states."""
+        """Replaces the forwards of the layers until `stack` is closed; each `act` returns the hidden
+        states.
+        """
         for index, (layer, act) in enumerate(zip(self.layers, acts, strict=True)):
             stack.enter_context(replaced(layer, partial(self._forward, index, act)))
 
     def _forward(self, index: int, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
-        """In place of a layer's own forward."""
+        """Replaces a layer's own forward."""
         return self._result(index, act(*take_hidden(args, kwargs)))
 
     def _record(
@@ -208,15 +234,15 @@ class Chain:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Notes what a layer is called with, and hands its hidden states on."""
+        """Records the arguments of a layer and returns its hidden states unchanged."""
         calls.append(Call(args, kwargs, left))
         seen.append(hidden)
         if len(calls) == len(self.layers):
-            raise _AllRecorded  # the tail, with the logits of every token, is not wanted
+            raise _AllRecorded  # stops before the tail, which would compute the logits of every token
         return hidden
 
     def _result(self, index: int, hidden: Tensor) -> Any:
-        """Hidden states in the form in which layer `index` hands them on; a model that needs more fails."""
+        """Hidden states in the form of layer `index`'s result; a model that needs more of it fails."""
         kind, length = self._facts.results[index]
         if kind is Tensor:
             return hidden
@@ -224,7 +250,7 @@ class Chain:
         return kind([hidden, *(Slot(place) if place in slots else None for place in range(1, length))])
 
     def _skip_embeddings(self, stack: contextlib.ExitStack) -> None:
-        """Zeros in place of the embedded tokens; what else is embedded runs, unless it is not loaded."""
+        """Returns zeros in place of embedded tokens; other embeddings run unless they are not loaded."""
         stack.enter_context(replaced(self.embedding, partial(self._zeros, self._facts.embedding_size)))
         for name in self.parts.names("embeddings"):
             module = self.model.get_submodule(name)
@@ -250,7 +276,7 @@ def _filled(value: Any, others: dict[int, Any]) -> Any:
 
 
 def first_trained_layer(chain: Chain) -> int:
-    """The cut: the first layer that has a trained parameter, or the number of layers if none has."""
+    """The cut: the first layer with a trained parameter; the number of layers if there is none."""
     trained = (any(p.requires_grad for p in layer.parameters()) for layer in chain.layers)
     return next((i for i, yes in enumerate(trained) if yes), len(chain.layers))
 
@@ -262,7 +288,7 @@ def run_layers(
     calls: tuple[Call, ...],
     rows: Int[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "batch sequence width_out"]:
-    """Layers one after the other; `rows` as in `Chain.layer`."""
+    """Runs layers one after the other; `rows` as in `Chain.layer`."""
     for index in indices:
         hidden = chain.layer(index, hidden, calls[index], rows)
     return hidden

@@ -1,4 +1,4 @@
-"""What a chain must know of a model, compared from two watched forwards of unlike sizes."""
+"""Facts about how a model calls its layers, from two watched forwards of different sizes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from talik.base.errors import ChainError, TalikError, UsageError
 from talik.model.chain.forms import Form, Piece, first_of, piece_of
 from talik.model.chain.probe import Seen, watch
 
-SIZES = ((2, 5), (3, 7))  # (batch, sequence): unlike each other, and unlike the sizes of models
-CLOSE = 1e-3  # two results that differ by less than this share of the largest number are one
+SIZES = ((2, 5), (3, 7))  # (batch, sequence): different from each other and from sizes in models
+CLOSE = 1e-3  # results count as equal if they differ by less than this share of the largest value
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """How layers are called.
+    """How a model calls its layers.
 
-    `forms`: what goes into each layer, and what the last one gives. `results`: the type of each layer's
-    result (Tensor, tuple or list) and its length. `slots`: for each layer, which places of the result before
-    it are among its arguments. `links`: (giver, taker), layers that share what is not handed on. `alone`:
-    modules of the last layer that need not be run at every position (chain_rows).
+    Attributes:
+        forms: The input of each layer, and the output of the last one.
+        results: The type of each layer's result (Tensor, tuple or list) and its length.
+        slots: For each layer, the places of the previous result that are among its arguments.
+        links: Pairs (source, user) of layers that share state outside their results.
+        alone: Modules of the last layer that need not run at every position (`positions`).
     """
 
     forms: tuple[Form, ...]
@@ -36,7 +38,12 @@ class Facts:
 
 
 def find_facts(model: Any, layers: list[nn.Module], embedding: nn.Module, device: torch.device) -> Facts:
-    """Watches two forwards. Raises ChainError and UsageError with the model's name."""
+    """Watches two forwards.
+
+    Raises:
+        ChainError: The model cannot be run as a chain.
+        UsageError: The config asks for something that no chain can compute.
+    """
     name = type(model).__name__
     try:
         _check_config(model)
@@ -83,7 +90,7 @@ def _check_config(model: Any) -> None:
 
 
 def _tokens(model: Any, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Tokens for a few rows. The first two rows differ in their last token alone."""
+    """Tokens for a few rows. The first two rows differ only in their last token."""
     batch, sequence = size
     most = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(3, 3 + sequence, device=device).repeat(batch, 1) % most
@@ -106,7 +113,7 @@ def _shown(order: list[int]) -> str:
 
 
 def _forms(one: Seen, other: Seen) -> tuple[Form, ...]:
-    """What goes into each layer and out of the last, each piece as a vector per token."""
+    """The inputs of all layers and the output of the last, each as vectors per token."""
     forms = []
     for index, pair in enumerate(zip(one.handed, other.handed, strict=True)):
         hidden = piece_of(0, first_of(pair[0]), first_of(pair[1]), SIZES)
@@ -122,7 +129,7 @@ def _forms(one: Seen, other: Seen) -> tuple[Form, ...]:
 
 
 def _extra(place: int, one: Any, other: Any) -> Piece | None:
-    """Another result of a layer as vectors per token; None if it is not made of such."""
+    """Another result of a layer as vectors per token; None if it is not per token."""
     return piece_of(place, one[place], other[place], SIZES) if one[place].is_floating_point() else None
 
 
@@ -133,7 +140,7 @@ def _result_of(out: Any) -> tuple[type, int]:
 
 
 def _check_causal(hidden: Tensor) -> None:
-    """The first two rows differ in their last token, and nothing before it may tell."""
+    """Checks that outputs before the last token are equal in the first two rows, which differ only there."""
     before = hidden[:2, :-1].float()
     if not torch.isfinite(before).all():
         return

@@ -1,7 +1,7 @@
-"""What a layer takes and gives, as the rest of Talik sees it: (batch, sequence, width), one vector per token.
+"""Input and output of layers as the rest of Talik sees them: (batch, sequence, width), a vector per token.
 
-Most layers hand on one tensor (batch, sequence, hidden), and nothing is done to it. Some hand on several
-streams, another order of axes, or a second tensor per token: these are laid side by side in one vector.
+Most layers return one tensor (batch, sequence, hidden), which is used as it is. Some return several streams,
+another order of axes, or a second tensor per token: these are concatenated to one vector.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from talik.base.errors import ChainError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor that is handed on: its place in the layer's result, its axes, and the rest of its shape."""
+    """One tensor of a layer's result: its place, its axes, and the rest of its shape."""
 
     place: int
     batch: int
@@ -36,6 +36,7 @@ class Piece:
 
     @property
     def width(self) -> int:
+        """The number of values per token."""
         return math.prod(self.rest)
 
     def flat(self, tensor: Tensor) -> Float[Tensor, "batch sequence width"]:
@@ -47,7 +48,9 @@ class Piece:
         if self.plain:
             return flat.to(self.dtype)
         whole = flat.reshape(*flat.shape[:2], *self.rest).movedim((0, 1), (self.batch, self.sequence))
-        return whole.to(self.dtype).contiguous()  # as the model's own layers get it: strides choose kernels
+        return whole.to(
+            self.dtype
+        ).contiguous()  # the strides that the model's own layers get: strides select kernels
 
     def _ends(self, tensor: Tensor) -> tuple[int, int]:
         return tensor.shape[self.batch], tensor.shape[self.sequence]
@@ -55,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """All that is handed on between two layers; the first piece is the hidden states."""
+    """All tensors that are passed from one layer to the next; the first piece is the hidden states."""
 
     pieces: tuple[Piece, ...]
 
@@ -71,20 +74,20 @@ class Form:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest one that holds every piece exactly."""
+        """The narrowest dtype that holds every piece exactly."""
         dtype = self.pieces[0].dtype
         for piece in self.pieces[1:]:
             dtype = torch.promote_types(dtype, piece.dtype)
         return dtype
 
     def pack(self, out: Any) -> Float[Tensor, "batch sequence width"]:
-        """The vectors of a layer's result."""
+        """Concatenates a layer's result to vectors."""
         if len(self.pieces) == 1:
             return self.pieces[0].flat(first_of(out))
         return torch.cat([piece.flat(out[piece.place]).to(self.dtype) for piece in self.pieces], dim=-1)
 
     def unpack(self, packed: Float[Tensor, "batch sequence width"]) -> dict[int, Tensor]:
-        """The tensors of these vectors, by their place in the result of the layer that handed them on."""
+        """Splits vectors into tensors, by their place in the result of the previous layer."""
         if len(self.pieces) == 1:
             return {0: self.pieces[0].own(packed)}
         parts = packed.split([piece.width for piece in self.pieces], dim=-1)
@@ -92,7 +95,7 @@ class Form:
 
 
 def piece_of(place: int, one: Tensor, other: Tensor, sizes: Sequence[tuple[int, int]]) -> Piece | None:
-    """The axes of a tensor, from two batches of unlike (batch, sequence); None if it is not per token."""
+    """The axes of a tensor, from two batches of different (batch, sequence); None if it is not per token."""
     if one.dim() != other.dim():
         return None
     pairs = list(zip(one.shape, other.shape, strict=True))
@@ -105,7 +108,7 @@ def piece_of(place: int, one: Tensor, other: Tensor, sizes: Sequence[tuple[int, 
 
 
 def first_of(out: Any) -> Tensor:
-    """The hidden states in a layer's result: bare, or first in a tuple or list."""
+    """The hidden states in a layer's result: the result itself, or the first item of a tuple or list."""
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if not isinstance(first, Tensor):
         raise ChainError(f"a layer hands on a {type(out).__name__} where hidden states were expected")
@@ -115,7 +118,7 @@ def first_of(out: Any) -> Tensor:
 def take_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A layer's hidden states apart from the rest of its arguments."""
+    """Separates the hidden states from the other arguments of a layer."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -126,7 +129,7 @@ def take_hidden(
 
 @contextlib.contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` with another forward: everything else asked of it is still answered by itself."""
+    """`module` with another forward; all other attributes are those of the module."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
@@ -140,7 +143,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, every module's own mode put back afterwards."""
+    """Sets `model` to eval mode inside the context, and restores every module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,7 +1,8 @@
-"""The last layer at the positions that count.
+"""Runs the last layer only at the positions that are needed.
 
-Behind the last layer comes the tail, which is asked for trained positions alone. Attention needs the key and
-value of every token; the MLP, the projection before it and what else works on a token by itself does not.
+The tail needs trained positions only. Attention needs the keys and values of every token; the MLP, the
+projection
+before it and other modules that work on each token separately do not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from talik.model.chain.forms import replaced
 
 
 def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
-    """Names of the outermost modules that work on each token by itself, and that no other token needs.
+    """Names of the outermost modules with a matrix that work on each token separately, for that token only.
 
-    Of those with a matrix. Found by trying: `run` is a forward of the layer over a few tokens, and what it
-    gives, (batch, sequence, width), must stay the same at some of them where a module is run at these alone,
-    and change there where it is run at the others: what sparse attention's indexer chooses keys by changes
-    nothing as long as there are few.
+    Found by trying. `run` is a forward of the layer over a few tokens with the output (batch, sequence,
+    width). If a
+    module is run at some positions only, the output must stay the same there; if it is run at the others
+    only, the
+    output must change there. The second condition excludes the indexer of sparse attention, which has no
+    effect as
+    long as there are few tokens.
     """
     whole = run()
     every = torch.arange(whole[..., 0].numel(), device=whole.device)
@@ -34,7 +38,7 @@ def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
         try:
             with at_rows(layer, names, where) as calls:
                 part = run()
-        except Exception:  # whatever a module says that is given other shapes than it wants
+        except Exception:  # modules raise errors of many types for unexpected shapes
             return False
         return len(calls) > 0 and torch.equal(part.flatten(0, 1)[rows], whole.flatten(0, 1)[rows])
 
@@ -49,9 +53,9 @@ def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def at_rows(layer: nn.Module, names: Iterable[str], rows: Int[Tensor, " rows"]) -> Iterator[list[str]]:
-    """Inside, these modules of a layer compute at some flat positions, and give zeros at the others.
+    """Inside the context, these modules of a layer compute at some flat positions and return zeros elsewhere.
 
-    Hands out the names of those that were called.
+    Yields the names of the modules that were called.
     """
     calls: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -62,7 +66,7 @@ def at_rows(layer: nn.Module, names: Iterable[str], rows: Int[Tensor, " rows"]) 
 
 
 def _forward(own: Callable[..., Any], rows: Tensor, name: str, calls: list[str], hidden: Tensor) -> Tensor:
-    """In place of a module's own forward."""
+    """Replaces a module's own forward."""
     calls.append(name)
     out = own(hidden.flatten(0, 1)[rows][None]).squeeze(0)
     whole = out.new_zeros(hidden.shape[0] * hidden.shape[1], out.shape[-1])

@@ -1,8 +1,9 @@
-"""How a model calls its layers, found by watching its own forward on a few tokens. No weight is needed.
+"""Finds out how a model calls its layers, by watching its own forward on a few tokens. No weights are needed.
 
-Every parameter is replaced by a stand-in that takes no memory, and a product with one by a choice of the
-input's own columns: shapes, dtypes and which token depends on which are the model's own, and only those are
-asked for. Attention, masks and rotary tables run for real.
+Every parameter is replaced by a stand-in that takes no memory, and a product with it by a selection of the
+input's
+columns. Shapes, dtypes and the dependencies between tokens are those of the model, and only these are used.
+Attention, masks and rotary tables run for real.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from talik.base.errors import ChainError
 from talik.model.chain.forms import evaluating, first_of, replaced, take_hidden
 from talik.model.chain.positions import find_alone
 
-SMALL = 2**20  # elements up to which a stand-in has memory of its own
+SMALL = 2**20  # elements up to which a stand-in is allocated
 
-# Functions that ask a tensor for its shape and dtype alone, and those that read its values out.
+# Functions that use only shape and dtype of a tensor, and functions that read its values.
 SHAPE_ONLY = {
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "size", "dim"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
@@ -35,12 +36,17 @@ PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm
 
 @dataclass
 class Seen:
-    """One watched forward. `handed` is what goes into layer 0 and what every layer gives (its whole result).
+    """The record of one watched forward.
 
-    `slots` tells, for every layer, which places of the result before it are among its arguments; `used`,
-    which of these it computes with. `links` are pairs (giver, taker) of layers where the second computes with
-    a tensor that the first made and did not hand on. `problem`: the first thing seen that no chain does.
-    `alone`: modules of the last layer that work on each token by itself (chain_rows).
+    Attributes:
+        handed: The input of layer 0, and the whole result of every layer.
+        slots: For every layer, the places of the previous result that are among its arguments.
+        used: The slots that the layer computes with.
+        links: Pairs (source, user) of layers: the second computes with a tensor of the first that is not in
+            its
+            result.
+        problem: The first thing that a chain cannot do.
+        alone: Modules of the last layer that work on each token separately (`positions`).
     """
 
     order: list[int] = field(default_factory=list)
@@ -55,21 +61,21 @@ class Seen:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every function of torch, and so which tensor is computed from which."""
+    """Watches every call of torch functions, and so which tensor is computed from which."""
 
     def __init__(self, layers: int, sequence: int, tries: bool) -> None:
         super().__init__()
-        self.tries = tries  # whether the last layer's modules are run alone, too
+        self.tries = tries  # whether modules of the last layer are also run separately
         self.sequence = sequence
         self.seen = Seen()
         self.layers = layers
-        self.running: int | None = None  # the layer that runs, None around them
-        self.again = False  # whether it runs once more, and nothing of it counts
-        self.born: dict[int, int] = {}  # by id of a tensor: the layer that made it
-        self.embedded: set[int] = set()  # ids of tensors around the layers that hold embedded tokens
-        self.extras: dict[int, int] = {}  # by id: its place in what the layer before handed on
+        self.running: int | None = None  # the running layer; None outside the layers
+        self.again = False  # whether the layer runs again and is not recorded
+        self.born: dict[int, int] = {}  # by id of a tensor: the layer that created it
+        self.embedded: set[int] = set()  # ids of tensors with embedded tokens outside the layers
+        self.extras: dict[int, int] = {}  # by id: its place in the result of the previous layer
         self.weights: set[int] = set()  # addresses of the stand-ins
-        self.alive: list[Any] = []  # an id is that of one tensor only as long as the tensor lives
+        self.alive: list[Any] = []  # keeps tensors alive, so that ids are unique
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -90,7 +96,7 @@ class _Watch(TorchFunctionMode):
         return out
 
     def _note(self, name: str, taken: list[Tensor]) -> None:
-        """Who computes with what."""
+        """Records which layer computes with which tensors."""
         if self.running is None:
             if name in READS and any(id(t) in self.embedded for t in taken):
                 self.seen.calls_need_embeddings = True
@@ -190,9 +196,13 @@ class _Watch(TorchFunctionMode):
 def watch(
     model: nn.Module, layers: list[nn.Module], embedding: nn.Module, ids: Tensor, *, alone: bool = False
 ) -> Seen:
-    """Runs the model's own forward once, without its weights. Raises ChainError for what no chain can be.
+    """Runs the model's own forward once, without its weights.
 
-    `alone`: the last layer once more, for each of its modules.
+    `alone`: run the last layer again for each of its modules, to find those that work on each token
+    separately.
+
+    Raises:
+        ChainError: The model cannot be run as a chain.
     """
     mode = _Watch(len(layers), ids.shape[1], alone)
     with contextlib.ExitStack() as stack:
@@ -210,7 +220,7 @@ def watch(
 
 @contextlib.contextmanager
 def _weightless(model: nn.Module, device: torch.device) -> Iterator[list[Tensor]]:
-    """The model with stand-ins for its parameters, and for buffers that are not loaded; the stand-ins."""
+    """The model with stand-ins for its parameters and for buffers that are not loaded; and the stand-ins."""
     made: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
@@ -229,7 +239,7 @@ def _weightless(model: nn.Module, device: torch.device) -> Iterator[list[Tensor]
 
 
 def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    """Ones for what is small: a norm, a bias, a rate. One number seen everywhere for what is large."""
+    """Ones for small parameters (norms, biases, rates); one expanded number for large ones."""
     one = torch.ones((), dtype=tensor.dtype, device=device)
     return nn.Parameter(
         one.repeat(tensor.shape) if tensor.numel() <= SMALL else one.expand(tensor.shape), False
@@ -237,17 +247,17 @@ def _stand_in(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _shape_only(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """A product's result on the meta device."""
-    if name == "linear" and len(args) > 1:  # most products, and slow there
+    """The result of a product on the meta device."""
+    if name == "linear" and len(args) > 1:  # most products; slow on the meta device
         return torch.empty(*args[0].shape[:-1], args[1].shape[0], dtype=args[0].dtype, device="meta")
-    if "grouped_mm" in name:  # there it takes bfloat16 alone
+    if "grouped_mm" in name:  # takes only bfloat16 there
         return torch.empty(*args[0].shape[:-1], args[1].shape[-1], dtype=args[0].dtype, device="meta")
     on_meta = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     return func(*on_meta[0], **on_meta[1])
 
 
 def _columns(x: Tensor, shape: Tensor, sequence: int) -> Tensor:
-    """A product's result without the product: columns of its input, so a token depends on itself alone."""
+    """In place of a product: columns of its input, so that a token depends on itself only."""
     pairs = enumerate(zip(x.shape[:-1], shape.shape[:-1], strict=False))
     own = next((i for i, (a, b) in pairs if a != b), min(x.dim(), shape.dim()) - 1)
     mixes = own < x.dim() - 1 and sequence in x.shape[own:]
@@ -259,13 +269,13 @@ def _columns(x: Tensor, shape: Tensor, sequence: int) -> Tensor:
 
 
 def _looked_up(ids: Tensor, weight: Tensor) -> Tensor:
-    """Vectors of length one a number, another for every token."""
+    """Vectors of length one, different for every token."""
     steps = torch.arange(1, weight.shape[-1] + 1, device=ids.device)
     return torch.sin(ids[..., None].float() * 0.7 + steps * 1.3).to(weight.dtype)
 
 
 def _writes(name: str) -> bool:
-    """Whether a function of this name changes its first argument."""
+    """True if a function of this name changes its first argument."""
     if name.startswith("__"):
         return name == "__setitem__" or (
             name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
@@ -274,7 +284,7 @@ def _writes(name: str) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether both are one tensor, or one is a view of all of the other (`hidden[:, :]`)."""
+    """True if both are one tensor, or one is a view of all of the other (`hidden[:, :]`)."""
     if one is other:
         return True
     alike = (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
@@ -286,7 +296,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts, and in what works like a dict."""
+    """The tensors in nested tuples, lists, dicts and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

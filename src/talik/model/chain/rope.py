@@ -1,6 +1,6 @@
-"""Rotary tables that depend on the longest sequence of a batch, and so on who shares it.
+"""Rotary tables that depend on the longest sequence of a batch, and so on the other examples in it.
 
-Transformers' rope types "dynamic" and "longrope" choose their frequencies by the length of the whole batch;
+The rope types "dynamic" and "longrope" of Transformers choose frequencies by the length of the whole batch;
 "dynamic" also remembers the longest one so far (modeling_rope_utils.dynamic_rope_update).
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Rotary tables as in a model that has never run: the same tables whatever ran before."""
+    """Resets rotary tables to those of a model that has never run."""
     for module, prefix, kind, _ in _ropes(model):
         original = getattr(module, f"{prefix}original_inv_freq", None)
         if "dynamic" not in kind or original is None:
@@ -26,10 +26,12 @@ def forget_lengths(model: nn.Module) -> None:
 
 
 def rope_group(model: nn.Module, length: int) -> tuple[int, ...]:
-    """What the length of an example makes of the rotary tables: only equal groups may share a padded batch.
+    """The effect of an example's length on rotary tables: only examples with equal values may share a padded
+    batch.
 
-    Empty for most models. One number for every table that depends on the length: with "longrope" which of its
-    two sets, with "dynamic" the length itself, once it is beyond what the model was first trained for.
+    Empty for most models. For each table that depends on the length: "longrope": which of its two sets is
+    used;
+    "dynamic": the length, if it exceeds the original maximum length.
     """
     found = []
     for _, _, kind, limit in _ropes(model):
@@ -41,7 +43,7 @@ def rope_group(model: nn.Module, length: int) -> tuple[int, ...]:
 
 
 def _ropes(model: nn.Module) -> Iterator[tuple[Any, str, str, int]]:
-    """Every rotary table: its module, the prefix of its attributes, its type, its first trained length."""
+    """Every rotary table: its module, the prefix of its attributes, its type, its original maximum length."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if not hasattr(module, "max_seq_len_cached") or config is None:

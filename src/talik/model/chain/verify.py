@@ -1,4 +1,4 @@
-"""Whether a chain gives what the model's own forward gives, bit for bit, on tokens of one's own."""
+"""Compares a chain with the model's own forward, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ def verify_chain(
     input_ids: Int[Tensor, "batch sequence"],
     attention_mask: Int[Tensor, "batch sequence"] | None = None,
 ) -> float:
-    """The largest absolute difference between the model's plain forward and the chain.
+    """The largest absolute difference between the model's own forward and the chain; 0.0 is correct.
 
-    Every layer, with the calls of the whole skeleton below the cut and those of a fresh one from the cut on;
-    the tail; and every layer again, in reverse order. The cut is the first layer with a trained parameter
-    (the middle one if every layer is trained, or none), moved to where a cut may lie. Same shapes and
-    kernels, so 0.0 is the only good answer; positions where `attention_mask` is 0 are left out; inf stands
-    for a difference that is not a number. Raises ChainError if a token's logits depend on a later token.
+    Runs every layer, below the cut with the calls of one skeleton and from the cut on with those of a fresh
+    one; the
+    tail; and every layer again in reverse order. The cut is the first layer with a trained parameter (the
+    middle if all
+    or none are trained), moved to a possible cut. Shapes and kernels are the same on both sides. Positions
+    with
+    `attention_mask` 0 are ignored; a difference that is not a number counts as inf.
+
+    Raises:
+        ChainError: The logits of a token depend on a later token.
     """
     check = _Check(Chain(model), input_ids, attention_mask)
     check.forward(lambda _: contextlib.nullcontext(), keep=True)
@@ -49,8 +54,9 @@ def verify_layers(
 ) -> float:
     """`verify_chain` for a model whose layers are not all loaded: each is loaded once, none runs in reverse.
 
-    `around(i)` is entered before layer i runs in the model's own forward and left once the chain's layer has
-    been compared with it.
+    `around(i)` is entered before layer i runs in the model's own forward, and left after the chain's layer
+    has been
+    compared with it.
     """
     check = _Check(chain, input_ids, attention_mask)
     check.forward(around, keep=False)
@@ -58,7 +64,7 @@ def verify_layers(
 
 
 class _Check:
-    """The chain beside one plain forward of the model."""
+    """Compares a chain with one forward of the model."""
 
     def __init__(self, chain: Chain, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         self.chain, self.ids, self.mask = chain, input_ids, attention_mask
@@ -69,15 +75,15 @@ class _Check:
             self.cut = len(chain.layers) // 2
         self.cut, _ = chain.lowest_cut(self.cut)
         self.largest = 0.0
-        self.ours = torch.empty(0)  # what the chain's last layer handed on
-        self.kept: list[Tensor] = []  # what goes into each layer, and out of the last
+        self.ours = torch.empty(0)  # output of the chain's last layer
+        self.kept: list[Tensor] = []  # inputs of the layers and output of the last
 
     def compare(self, ours: Tensor, theirs: Tensor) -> None:
         gap = (ours - theirs).float()[self.counted].abs().max().item()
         self.largest = max(self.largest, float("inf") if gap != gap else gap)
 
     def forward(self, around: Callable[[int], AbstractContextManager[Any]], *, keep: bool) -> None:
-        """The model's own forward, every layer compared while it is loaded, and the tail."""
+        """The model's own forward, in which every layer is compared while it is loaded; and the tail."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.chain.model))
             self.whole: Skeleton = self.chain.skeleton(self.ids, self.mask)
@@ -102,7 +108,7 @@ class _Check:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """In place of a layer's own forward: runs it, and the chain's layer beside it."""
+        """Replaces a layer's own forward: runs it and the chain's layer, and compares them."""
         form, after = self.chain._facts.forms[index : index + 2]
         hidden, skeleton = self.ours, self.whole if index < self.cut else self.fresh
         given, _, _ = take_hidden(args, kwargs)
@@ -115,7 +121,7 @@ class _Check:
         return out
 
     def backward(self) -> None:
-        """Every layer again, in reverse order."""
+        """Runs every layer again, in reverse order."""
         with evaluating(self.chain.model):
             for index in reversed(range(len(self.chain.layers))):
                 skeleton = self.whole if index < self.cut else self.fresh
@@ -123,8 +129,8 @@ class _Check:
                 self.compare(again, self.kept[index + 1])
 
     def causal(self) -> None:
-        """A second look, with the real weights, at what the chain has been made sure of without them."""
-        ends = self.counted.cumsum(1).argmax(1)  # each row's last token
+        """Checks causality again with the real weights."""
+        ends = self.counted.cumsum(1).argmax(1)  # the last token of each row
         rows = torch.arange(len(ends), device=ends.device)
         changed, before = self.ids.clone(), self.counted.clone()
         changed[rows, ends] = changed[rows, ends.clamp(min=1) - 1] + 1
@@ -136,6 +142,6 @@ class _Check:
             )
         close = (
             1e-3 if self.chain.dtype == torch.float32 else 2e-2
-        )  # experts' products may be split otherwise
+        )  # products of experts may be split differently
         if (one - other).abs().max() > close * one.abs().max():
             raise ChainError("the model is not a causal decoder: a token's logits depend on later tokens")

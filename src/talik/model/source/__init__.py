@@ -1,1 +1,1 @@
-"""A model's name, folder or GGUF file -> a local folder."""
+"""Finds a model: a hub id, a folder or a GGUF file becomes a local folder."""

@@ -1,4 +1,4 @@
-"""A GGUF file -> a folder with config.json, safetensors weights in bfloat16 and a tokenizer, made once."""
+"""Converts a GGUF file to a folder with config.json, bfloat16 safetensors and a tokenizer, once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from talik.model.source.older_readers import rewrite
 
 
 def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Path:
-    """The folder in Talik's home that a GGUF file is converted to, once for its path, size and date."""
+    """The folder in Talik's home for a GGUF file; converted once per path, size and modification time."""
     from filelock import FileLock
 
     if (part := re.search(r"-\d{5}-of-(\d{5})\.gguf$", file.name)) and int(part[1]) > 1:
@@ -35,7 +35,7 @@ def converted(file: Path, weights: bool, progress: Callable[[str], None]) -> Pat
             progress(f"reading {file.name} ({files.format_bytes(stat.st_size)}), once")
             with files.finished_folder(folder) as part, _reading_once():
                 _convert(file, part, weights)
-            release_free_memory()  # a plan would count what is free as held
+            release_free_memory()  # a plan would count freed memory as in use
     return folder
 
 
@@ -51,7 +51,7 @@ def _convert(file: Path, folder: Path, weights: bool) -> None:
         rewrite(folder)
     except TalikError:
         raise
-    except Exception as error:  # tokenizers raises nothing narrower, readers of broken files anything
+    except Exception as error:  # tokenizers and readers of damaged files raise errors of many types
         remedy = "Is it wholly downloaded, and does Transformers know this architecture?"
         raise SourceError(f"cannot be read: {one_line(error)}", where=file, remedy=remedy) from error
     files.write_json(folder / "talik_source.json", {"file": str(file), "bytes": file.stat().st_size})
@@ -79,8 +79,10 @@ def _read_gguf(file: Path, folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _reading_once() -> Iterator[None]:
-    """Lets Transformers parse a GGUF file's header once instead of three times, and build its table of names
-    once instead of for every module: half the time of a conversion."""
+    """Makes Transformers parse the header of a GGUF file once, not three times, and build its table of names
+    once,
+    not for every module: this halves the time of a conversion.
+    """
     import gguf
     from transformers.utils import logging
 

@@ -1,8 +1,9 @@
-"""config.json and tokenizer_config.json in words that Transformers 4, and what is built on it, reads as well.
+"""config.json and tokenizer_config.json that Transformers 4, and software built on it, also reads.
 
-Transformers 5 moved the rotary embedding's numbers into `rope_parameters`, renamed `torch_dtype` and has new
-classes of tokenizers. A reader that does not know these takes its defaults (a base of 10,000) without a word,
-so the former keys are written next to the new ones.
+Transformers 5 moved the rotary embedding's numbers into `rope_parameters`, renamed `torch_dtype`, and has new
+tokenizer classes. Readers that do not know these use their defaults (a base of 10,000) without a warning, so
+the
+former keys are written in addition.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from talik.base.files import read_json, write_json
 
 Fields = dict[str, Any]
 
-# By model_type: the former names of rope_theta and partial_rotary_factor where they were others.
+# By model_type: other former names of rope_theta and partial_rotary_factor.
 _FLAT: dict[str, tuple[str, str]] = dict.fromkeys(
     ("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct")
 )
@@ -29,8 +30,8 @@ _BY_LAYER_TYPE = {
     **dict.fromkeys(("modernbert", "modernbert-decoder"), ("global_rope_theta", "local_rope_theta")),
 }
 _PHI = ("phi3", "phi4_multimodal")
-_APART = {"rope_theta", "partial_rotary_factor"}  # of the rope's numbers: what has a key of its own
-# Classes that Transformers 4 has under no name; each loads tokenizer.json.
+_APART = {"rope_theta", "partial_rotary_factor"}  # rope values with a key of their own
+# Classes that Transformers 4 does not have; each loads tokenizer.json.
 _NEW_TOKENIZERS = {
     *("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"),
     "Qwen3_5Tokenizer",
@@ -38,9 +39,9 @@ _NEW_TOKENIZERS = {
 
 
 def older_config(fields: Fields) -> Fields:
-    """config.json with the keys that Transformers 4 reads next to those of Transformers 5.
+    """config.json with the keys of Transformers 4 in addition to those of Transformers 5.
 
-    It is returned as it is where the installed Transformers would read another model from both.
+    Returned unchanged if the installed Transformers would read a different model from the result.
     """
     made = _floats(fields)
     for part in parts_of_config(made):
@@ -54,29 +55,29 @@ def older_config(fields: Fields) -> Fields:
 
 
 def parts_of_config(fields: Fields) -> list[Fields]:
-    """config.json's fields and those of the configs in it (text_config), at any depth."""
+    """The fields of config.json and of the configs nested in it (text_config), at any depth."""
     inner = [v for k, v in fields.items() if k.endswith("_config") and isinstance(v, dict)]
     return [fields, *(part for own in inner for part in parts_of_config(own))]
 
 
 def same_config(one: Fields, other: Fields | PreTrainedConfig) -> bool:
-    """Whether the installed Transformers reads the same model from both, in whatever dtype."""
+    """True if the installed Transformers reads the same model from both, in any dtype."""
     found = (config if isinstance(config, PreTrainedConfig) else _read(config) for config in (one, other))
     return len({repr(_plain(config.to_dict())) for config in found}) == 1
 
 
 def older_tokenizer(fields: Fields, *, fast: bool) -> Fields:
-    """tokenizer_config.json as Transformers 4 reads it; `fast`: there is a tokenizer.json."""
+    """tokenizer_config.json for Transformers 4; `fast`: there is a tokenizer.json."""
     made = dict(fields)
     if fast and made.get("tokenizer_class") in _NEW_TOKENIZERS:
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(made.get("extra_special_tokens"), list):  # a dict of names there
+    if isinstance(made.get("extra_special_tokens"), list):  # there it is a dict of names
         made["additional_special_tokens"] = made.pop("extra_special_tokens")
     return made
 
 
 def rewrite(folder: Path) -> None:
-    """Puts both files of a folder that Transformers 5 saved into words that older readers know."""
+    """Rewrites both files of a folder saved by Transformers 5 for older readers."""
     config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
     write_json(config, older_config(read_json(config)))
     fast = (folder / "tokenizer.json").is_file()
@@ -84,7 +85,7 @@ def rewrite(folder: Path) -> None:
 
 
 def _floats(value: Any) -> Any:
-    """A copy in which infinity is the number that Transformers 4 writes, and no object."""
+    """A copy with infinity as the number that Transformers 4 writes, not as an object."""
     if isinstance(value, list):
         return [_floats(item) for item in value]
     if not isinstance(value, dict):
@@ -94,7 +95,7 @@ def _floats(value: Any) -> Any:
 
 
 def _older_rope(kind: str, rope: Fields) -> Fields:
-    """The former keys for `rope_parameters`, of one kind of rope or of one for each type of layer."""
+    """The former keys for `rope_parameters`, of one rope or of one per type of layer."""
     nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
     if not nested or "rope_theta" in rope:
         base, share = _FLAT.get(kind, ("rope_theta", "partial_rotary_factor"))
@@ -109,7 +110,7 @@ def _older_rope(kind: str, rope: Fields) -> Fields:
 
 
 def _scaling(kind: str, rope: Fields) -> Fields:
-    """`rope_scaling`, and the length that a model was trained for where it had a key of its own."""
+    """`rope_scaling`, and the original maximum length if it had a key of its own."""
     name = rope.get("rope_type", rope.get("type", "default"))
     if name == "default":
         return {}
@@ -128,13 +129,13 @@ def _read(fields: Fields) -> PreTrainedConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A config's values without what says nothing about the model, and rope's type under one name."""
+    """A config's values without those that do not affect the model, with one name for the rope type."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if not isinstance(value, dict):
         return value
     drop = {"auto_map", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
     drop |= {"type"} if "rope_type" in value else set()
-    if isinstance(rope := value.get("rope_parameters"), dict):  # a number of the rope said twice
+    if isinstance(rope := value.get("rope_parameters"), dict):  # a rope value given twice
         drop |= {key for key in value.keys() & rope.keys() if value[key] == rope[key]}
     return {key: _plain(value[key]) for key in sorted(value, key=str) if key not in drop}

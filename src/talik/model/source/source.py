@@ -1,9 +1,10 @@
-"""A model by any name -> a local folder with config.json, safetensors weights and a tokenizer.
+"""Finds a model by any name and returns a local folder with config.json, safetensors weights and a tokenizer.
 
     find_model("Qwen/Qwen2.5-7B-Instruct").folder
 
-What comes back can be loaded; a refusal says what was looked for, where, and what to run. No pickle is read,
-no code of a model is run, and nothing is written but in the hub libraries' caches and Talik's home.
+The folder has been checked and can be loaded; errors say what was looked for, where, and what to run. No
+pickle
+file is read, no code of a model is run, and only the hub libraries' caches and Talik's home are written.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SMALL = [
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.codes", "tokenizer*", "vocab*", "merges*"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
 ]
-_NOT_USED = ["*/*", "consolidated*", "adapter_*"]  # the same weights in other layouts; adapters
+_NOT_USED = ["*/*", "consolidated*", "adapter_*"]  # the same weights in other layouts, and adapters
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_HEADS = re.compile("ForMaskedLM|Classification|ForQuestionAnswering|ForMultipleChoice")
 _HOLDS = "A model's folder holds config.json, model.safetensors (or its shards) and the tokenizer's files."
@@ -35,13 +36,21 @@ _HOLDS = "A model's folder holds config.json, model.safetensors (or its shards) 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model on this computer: its `folder`, its `origin` and `revision` (of a hub: the commit)."""
+    """A model on this computer.
+
+    Attributes:
+        folder: The local folder.
+        origin: The name it was found by.
+        kind: Where it comes from.
+        revision: The commit of a hub model.
+        config: The parsed config.json.
+    """
 
     folder: Path
     origin: str
     kind: Literal["folder", "hub", "modelscope", "gguf"]
     revision: str | None
-    config: Any = field(default=None, repr=False, compare=False)  # parsed, once the folder was checked
+    config: Any = field(default=None, repr=False, compare=False)  # set once the folder has been checked
 
 
 def find_model(
@@ -52,11 +61,20 @@ def find_model(
     offline: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Source:
-    """The local folder of a causal language model, downloaded or converted if need be.
+    """Finds a causal language model, and downloads or converts it if necessary.
 
-    `model` is a folder, a GGUF file, `modelscope:Org/Name` or `Org/Name` on the Hugging Face Hub, tried in
-    this order. `weights=False`: config.json and tokenizer are enough. `offline=True`: no network. `progress`
-    gets one line before a conversion. Raises SourceError; NoRoomError for a conversion.
+    Args:
+        model: A folder, a GGUF file, `modelscope:Org/Name`, or `Org/Name` on the Hugging Face Hub; tried in
+            this
+            order.
+        revision: Branch, tag or commit of a hub model.
+        weights: Whether weights are needed; otherwise config.json and tokenizer are enough.
+        offline: Use only files that have been downloaded.
+        progress: Gets one line before a conversion.
+
+    Raises:
+        SourceError: The model is not found, not complete, or not supported.
+        NoRoomError: There is no room for a conversion.
     """
     path = _as_path(model)
     if path.name == "config.json" and path.is_file():
@@ -114,7 +132,7 @@ def _gguf_file(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-# What every folder must be, wherever it comes from
+# Checks of every folder
 
 
 def _check(source: Source, weights: bool) -> Any:
@@ -137,7 +155,7 @@ def _check(source: Source, weights: bool) -> Any:
 
 
 def _check_generation_config(folder: Path) -> None:
-    """SourceError for a generation config that Transformers would refuse in the export, hours later."""
+    """Raises SourceError for a generation config that Transformers would refuse during the export."""
     from transformers import GenerationConfig
 
     file = folder / "generation_config.json"
@@ -147,7 +165,7 @@ def _check_generation_config(folder: Path) -> None:
         if not isinstance(files.read_json(file), dict):
             raise ValueError("it is no JSON object")
         GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each field is checked in its own way
+    except Exception as error:  # fields are checked by various code
         remedy = "Correct the field, or remove the file: it only holds defaults for generating text."
         raise SourceError(
             f"Transformers does not accept it: {one_line(error)}", where=file, remedy=remedy
@@ -179,7 +197,7 @@ def _check_config(config: dict[str, Any], kind: str, file: Path) -> Any:
         raise SourceError(f"the weights are quantised ({method})", where=file, remedy=remedy)
     try:
         parsed = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
-    except Exception as error:  # every family checks its own fields, each in its own way
+    except Exception as error:  # every family has its own checks
         raise SourceError(f"Transformers does not accept it: {one_line(error)}", where=file) from error
     if getattr(parsed, "is_encoder_decoder", False):
         remedy = "Talik trains models that continue one sequence."
@@ -207,7 +225,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def _what_else(source: Source) -> str | None:
-    """What to do about a model whose weights exist in another format only."""
+    """What to do about a model whose weights exist only in another format."""
     names, hub_name = _names_at(source), source.origin.removeprefix("modelscope:")
     if source.kind != "folder" and (ggufs := [name for name in names if name.endswith(".gguf")]):
         tool = "hf download" if source.kind == "hub" else "modelscope download --model"
@@ -227,7 +245,7 @@ def _names_at(source: Source) -> list[str]:
     if source.kind == "hub":
         from huggingface_hub import HfApi
 
-        with contextlib.suppress(Exception):  # offline: what was downloaded is all that is known
+        with contextlib.suppress(Exception):  # offline, only downloaded files are known
             return sorted(HfApi().list_repo_files(source.origin, revision=source.revision))
     return sorted(entry.name for entry in source.folder.iterdir())
 
@@ -280,7 +298,7 @@ def _from_modelscope(model: str, revision: str | None, weights: bool, offline: b
 
     name = model.removeprefix("modelscope:")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # some versions print there, where only results go
+        with contextlib.redirect_stdout(sys.stderr):  # some versions print to stdout
             folder = snapshot_download(
                 name,
                 revision=revision,
@@ -288,7 +306,7 @@ def _from_modelscope(model: str, revision: str | None, weights: bool, offline: b
                 ignore_patterns=_NOT_USED,
                 local_files_only=offline,
             )
-    except Exception as error:  # the library's errors share no base class over its versions
+    except Exception as error:  # the errors of the library have no common base class across versions
         command = f"modelscope download --model {name}" + (f" --revision {revision}" if revision else "")
         problem = "not on this computer, and this is offline" if offline else "the download failed"
         remedy = f"{'With a connection' if offline else 'Check the name, then run again'}: {command}"

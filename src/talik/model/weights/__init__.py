@@ -1,1 +1,1 @@
-"""Weights by byte range: safetensors files, conversion, digests, working copies, models without weights."""
+"""Weights by byte range: safetensors files, conversion, digests, working copies, hollow models."""

@@ -1,7 +1,8 @@
-"""Which tensors of a checkpoint make which tensors of a model, by Transformers' own conversion mapping.
+"""Maps tensors of a checkpoint to tensors of a model, by Transformers' own conversion mapping.
 
-Most are the same under another name; some are merged or split (experts of a mixture, fused projections). The
-names, patterns and operations are those of `transformers.conversion_mapping` and `core_model_loading`.
+Most only have another name; some are merged or split (experts, fused projections). Names, patterns and
+operations
+are those of `transformers.conversion_mapping` and `core_model_loading`.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from talik.model.weights.safetensors_file import Entry
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some tensors of a model and what they are made of: one tensor as it is, or several converted.
+    """Tensors of a model and the checkpoint tensors they are made of: one unchanged, or several converted.
 
-    `sources` holds the names in the checkpoint in the order that the conversion wants, each with the pattern
-    that it matched; `targets` the names in the model with their shapes.
+    Attributes:
+        sources: Names in the checkpoint, in the order of the conversion, each with the pattern that it
+            matched.
+        targets: Names in the model with their shapes.
     """
 
     sources: tuple[tuple[str, str | None], ...]
@@ -44,7 +47,7 @@ class Piece:
     first: str
 
     def convert(self, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """The model's tensors, of the checkpoint's."""
+        """Converts tensors of the checkpoint to tensors of the model."""
         if self.converter is None:
             return {self.first: tensors[self.sources[0][0]]}
         converter = copy.deepcopy(self.converter)
@@ -55,10 +58,12 @@ class Piece:
 
 
 def pieces_of(model: PreTrainedModel, table: Mapping[str, Entry]) -> list[Piece]:
-    """What a checkpoint with this table makes of a model's tensors (parameters and persistent buffers).
+    """The pieces of a model's tensors (parameters and persistent buffers) for a checkpoint with this table.
 
-    Tensors that the model has no use for are left out, as Transformers does. Raises SourceError for a shape
-    that is not the model's.
+    Tensors that the model does not use are left out, as in Transformers.
+
+    Raises:
+        SourceError: A shape is not that of the model.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
@@ -68,7 +73,7 @@ def pieces_of(model: PreTrainedModel, table: Mapping[str, Entry]) -> list[Piece]
     found: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(table, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if target not in wanted and name in wanted:  # a name that should not have been changed
+        if target not in wanted and name in wanted:  # the name must not be changed
             target, pattern = name, None
         if target in wanted:
             found.setdefault(target, []).append((name, pattern))
@@ -83,7 +88,7 @@ def pieces_of(model: PreTrainedModel, table: Mapping[str, Entry]) -> list[Piece]
 def _tried_out(
     piece: Piece, model: PreTrainedModel, table: Mapping[str, Entry], wanted: Mapping[str, Tensor]
 ) -> Piece:
-    """The piece with what it makes, found by converting without storage."""
+    """The piece with its targets, found by converting tensors without storage."""
     empty = {
         name: torch.empty(table[name].shape, dtype=table[name].dtype, device="meta")
         for name, _ in piece.sources
@@ -104,17 +109,18 @@ def _tried_out(
 
 
 def checkpoint_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: tensors under the names, and in the shapes, that the model's checkpoints have."""
+    """The inverse conversion: tensors with the names and shapes of the model's checkpoints."""
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def in_checkpoint(
     model: PreTrainedModel, trained: dict[str, Tensor], known: set[str], source: Path
 ) -> dict[str, Tensor]:
-    """The trained tensors under the names that the checkpoint uses, in the dtypes they were trained in.
+    """The trained tensors with the names in the checkpoint, in the dtypes of their training.
 
-    Checkpoints saved from the bare model (GPT-2's, Bloom's) lack its prefix. A tied matrix goes under each of
-    its names that the checkpoint has: two that differ would be loaded as two.
+    Checkpoints saved from the bare model (GPT-2, Bloom) lack its prefix. A tied matrix is written under each
+    of its
+    names that the checkpoint has; different values would be loaded as two matrices.
     """
     prefix = f"{model.base_model_prefix}."
 
@@ -137,6 +143,8 @@ def in_checkpoint(
 
 
 def _alike(source: Path, one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint have the same bytes: else they were two while the run went on."""
+    """True if two tensors of a checkpoint have the same bytes; otherwise they were separate during the
+    run.
+    """
     digests = tensor_digests(source)
     return digests[one] == digests[other]

@@ -1,6 +1,6 @@
-"""Names weights by their content: the SHA-256 of every tensor's bytes, remembered until the file changes.
+"""Hashes of weights: the SHA-256 of every tensor, remembered until the file changes.
 
-As git knows an unchanged file by its size, times and number, so a file is read whole once and not again.
+An unchanged file is recognised by size, times and inode number, as in git, so it is read only once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from talik.base.files import fingerprint, read_json, write_json
 from talik.base.system import home_folder
 from talik.model.weights.safetensors_file import Entry, pieces, read_tables, weight_files
 
-RACY = 2_000_000_000  # nanoseconds: a file changed so lately may change again with the same time on it
+RACY = 2_000_000_000  # nanoseconds: a file changed this recently may change again with the same time stamp
 
 
 def file_state(file: Path) -> list[int]:
-    """What tells a file from the same one changed: size, times of change, number on its disk."""
+    """Identifies the state of a file: size, modification and change time, inode number."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:
-    """The digest of each tensor of a model folder, by its name in the checkpoint."""
+    """The hash of each tensor of a model folder, by its name in the checkpoint."""
     found: dict[str, str] = {}
     for file, table in read_tables(folder).items():
         found |= _of_file(file, table)
@@ -34,12 +34,12 @@ def tensor_digests(folder: Path) -> dict[str, str]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Names what weights a folder holds: every byte counts, the split into files does not."""
+    """A hash of all weights of a folder; independent of their split into files."""
     return fingerprint(*(f"{name} {digest}" for name, digest in sorted(tensor_digests(folder).items())))
 
 
 def remembered(folder: Path) -> bool:
-    """Whether the digests are known without reading the files."""
+    """True if the hashes are known without reading the files."""
     return all(_known(file)["state"] == file_state(file) for file in weight_files(folder))
 
 
@@ -59,7 +59,7 @@ def _memory(file: Path) -> Path:
 
 
 def _known(file: Path) -> dict[str, Any]:
-    """What is remembered of a file; a state of None where that is nothing."""
+    """The remembered hashes of a file, and its state; None if there are none."""
     try:
         known = read_json(_memory(file))
         return known if {"state", "tensors"} <= known.keys() else {"state": None}
@@ -68,7 +68,7 @@ def _known(file: Path) -> dict[str, Any]:
 
 
 def _digest(entry: Entry) -> str:
-    """Of dtype, shape and bytes."""
+    """Hashes dtype, shape and bytes."""
     digest = hashlib.sha256(f"{entry.dtype} {entry.shape} ".encode())
     for piece in pieces(entry, 4 << 20):
         digest.update(piece)

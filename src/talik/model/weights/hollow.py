@@ -1,7 +1,8 @@
-"""A model without its weights: everything that its config decides, parameters without storage.
+"""Hollow models: built from the config, with parameters that have no storage.
 
-What no checkpoint holds (rotary tables and other non-persistent buffers) is there; the weights come block by
-block from a store.
+Non-persistent buffers (such as rotary tables), which no checkpoint holds, are computed. Weights are loaded
+later,
+block by block.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ def hollow_model(
     device: torch.device | str = "cpu",
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The causal LM in a local folder, in eval mode, its parameters and persistent buffers on `meta`.
+    """Builds the causal LM of a local folder in eval mode, with parameters and persistent buffers on `meta`.
 
-    Everything else is as `from_pretrained(folder, dtype=dtype)` makes it: the same dtypes (parts that the
-    model's class keeps in fp32 included), the same buffers.
+    Everything else is equal to `from_pretrained(folder, dtype=dtype)`: dtypes (including parts that the
+    model's class
+    keeps in fp32) and buffers.
+
+    Args:
+        folder: The folder of the model.
+        dtype: The dtype of the parameters.
+        device: The device of the buffers.
+        config: The config, if it has been read already.
     """
     if config is None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to("meta")  # a few are drawn from a distribution, which the context does not see
+    model = model.to("meta")  # some parameters are drawn from a distribution, which ignores the context
     model.config.name_or_path = str(folder)
     _keep_in_fp32(model, dtype)
     _make_buffers(model, torch.device(device))
@@ -36,7 +44,7 @@ def hollow_model(
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Gives the tensors that the model's class wants in another dtype than the rest theirs."""
+    """Sets the dtype of tensors that the model's class keeps in fp32."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return

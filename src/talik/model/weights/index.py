@@ -1,4 +1,4 @@
-"""The index of a model in several files, model.safetensors.index.json: which tensor is in which file."""
+"""The index of a model in several files, model.safetensors.index.json: the file of each tensor."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _REMEDY = "Get the model again from where it came."
 
 
 def index_of(folder: Path) -> Path | None:
-    """The index of a model folder; None where the weights are in one file, which Transformers prefers."""
+    """The index of a model folder; None if all weights are in one file, which Transformers prefers."""
     index = folder / "model.safetensors.index.json"
     return index if index.is_file() and not (folder / "model.safetensors").is_file() else None
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The name of the file of every tensor.
+    """The file name of every tensor.
 
-    A file may be a link to somewhere else, as in the cache of a hub; its name may not lead out of the folder.
+    A file may be a link to somewhere else, as in the cache of a hub; its name must not lead out of the
+    folder.
 
     Raises:
-        SourceError: The file is damaged, or names a file outside of its folder.
+        SourceError: The index is damaged, or names a file outside the folder.
     """
     try:
         value: Any = read_json(index)
@@ -43,7 +44,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check_places(index: Path, tables: Mapping[str, Collection[str]]) -> None:
-    """SourceError if a file lacks a tensor that the index places there, or if two files hold the same one."""
+    """Raises SourceError if a file lacks a tensor of the index, or if two files hold the same tensor."""
     places = weight_map(index)
     if lost := [name for name, file in places.items() if name not in tables[file]]:
         problem = f"{lost[0][:200]!r} is not in {places[lost[0]]}, where the index places it"
@@ -57,5 +58,5 @@ def check_places(index: Path, tables: Mapping[str, Collection[str]]) -> None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether this is the plain name of a file, on every system."""
+    """True for a plain file name, on every operating system."""
     return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:\0")

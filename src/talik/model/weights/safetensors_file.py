@@ -1,7 +1,8 @@
-"""Safetensors files as tables: which tensor is where, without reading it. Byte for byte copies.
+"""Reads and writes safetensors files by byte range.
 
 The format: 8 bytes (little endian) with the length of a JSON header, the header with dtype, shape and byte
-range of every tensor, then the bytes (https://github.com/huggingface/safetensors).
+range of
+every tensor, then the bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a checkpoint: its file and the bytes it takes there."""
+    """One tensor of a checkpoint: its file and byte range."""
 
     file: Path
     dtype: torch.dtype
@@ -46,14 +47,14 @@ class Entry:
     size: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Reads the tensor into new memory."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(tensor_bytes(tensor))
         return tensor
 
     @torch.no_grad()
     def read_to(self, tensor: Tensor) -> None:
-        """Into a tensor that is like it, with nothing beside where that is on the CPU."""
+        """Reads into a tensor of the same shape and dtype, without a copy if it is on the CPU."""
         like = (tensor.dtype, tuple(tensor.shape)) == (self.dtype, self.shape)
         if like and tensor.device.type == "cpu" and tensor.is_contiguous():
             self.read_into(tensor_bytes(tensor))
@@ -61,23 +62,23 @@ class Entry:
             tensor.copy_(self.read())
 
     def part(self, first: int, count: int) -> Entry:
-        """`count` of the tensor's elements, from `first` on, as a tensor of one dimension."""
+        """`count` elements of the tensor from `first` on, as a one-dimensional tensor."""
         start, size = first * self.dtype.itemsize, count * self.dtype.itemsize
         if first < 0 or start + size > self.size:
             raise SourceError(f"{count:,} elements from {first:,} on are not in the tensor", where=self.file)
         return replace(self, shape=(count,), start=self.start + start, size=size)
 
     def read_into(self, place: memoryview, *, forget: bool = False) -> None:
-        """Reads the tensor's bytes into memory of exactly `size` bytes.
+        """Reads the bytes of the tensor into memory of exactly `size` bytes.
 
         Args:
             place: The memory.
-            forget: The system need not keep the bytes in memory for another reading.
+            forget: Drop the bytes from the page cache afterwards.
 
         Raises:
             SourceError: The memory has another size, or the file ends before the tensor does.
         """
-        if len(place) != self.size:  # more would be filled with the bytes of the tensor behind
+        if len(place) != self.size:  # a larger one would get bytes of the next tensor
             problem = f"the tensor has {self.size:,} bytes, and is read into {len(place):,}"
             raise SourceError(problem, where=self.file)
         with self.file.open("rb", buffering=0) as file:
@@ -149,20 +150,20 @@ def write_tensors(file: BinaryIO, tensors: Iterable[tuple[str, torch.dtype, tupl
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as they stand in a file; the same memory for a contiguous tensor on the CPU."""
+    """The bytes of a tensor as in a file; shares memory with a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     data: Any = flat.view(torch.uint8).numpy()
     return memoryview(data)
 
 
 def copy_bytes(entry: Entry, file: BinaryIO, piece: int = 16 << 20) -> None:
-    """Copies a tensor's bytes as they are."""
+    """Copies the bytes of a tensor unchanged."""
     for data in pieces(entry, piece):
         file.write(data)
 
 
 def pieces(entry: Entry, piece: int = 16 << 20) -> Iterator[bytes]:
-    """A tensor's bytes, at most `piece` at a time."""
+    """The bytes of a tensor, at most `piece` at a time."""
     with entry.file.open("rb") as source:
         source.seek(entry.start)
         for start in range(0, entry.size, piece):

@@ -1,10 +1,14 @@
-"""The header of a safetensors file, checked by the rules of the format before a byte after it is believed.
+"""Checks the header of a safetensors file by the rules of the format, before anything after it is used.
 
 The file: 8 bytes (little endian) with the length of the header; the header, a JSON object with dtype, shape
-and byte range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are given
-once, a range is as long as shape and dtype say, and ranges follow each other without holes to the file's end.
-What the format's own library refuses is refused here. Two entries of one name, of which it takes the last,
-and fields that it does not know and skips are refused as well.
+and byte
+range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are unique, a
+range is as
+long as shape and dtype require, and ranges follow each other without gaps up to the end of the file.
+Everything that
+the format's own library refuses is refused, and also duplicate names, of which it uses the last, and unknown
+fields,
+which it ignores.
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any]:
             raise ValueError(f"the name {twice[:200]!r} is given twice")
         return made
 
-    try:  # as text: from bytes, `json` would take UTF-16 and a byte order mark, too
+    try:  # decoded first, because `json` would also accept UTF-16 and a byte order mark
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_int=_count)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
@@ -74,12 +78,12 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any]:
 
 
 def _count(digits: str) -> int | str:
-    """A whole number from 0 to 2^63; any other stays as it is written, to be refused and shown."""
+    """An integer from 0 to 2^63; any other number stays as written, to be refused and shown."""
     return int(digits) if digits.isdigit() and len(digits) <= 19 and int(digits) < 2**63 else digits
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8. JSON can spell halves of surrogate pairs, which cannot."""
+    """True if a name can be written as UTF-8; JSON can contain halves of surrogate pairs, which cannot."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
@@ -89,7 +93,7 @@ def _check_metadata(metadata: Any, file: Path) -> None:
 
 
 def _range(name: str, entry: Any, file: Path) -> Range:
-    """The dtype, shape, start and end of one entry of the header, by themselves."""
+    """The dtype, shape, start and end of one entry of the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _wrong(name, "does not have exactly dtype, shape and data_offsets", file)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -109,7 +113,7 @@ def _range(name: str, entry: Any, file: Path) -> Range:
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value is a list of whole numbers from 0 to 2^63, as `_count` leaves them."""
+    """True for a list of integers from 0 to 2^63, as `_count` returns them."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 

@@ -1,4 +1,4 @@
-"""A hollow model's weights in the files of its checkpoint, by block, and how they come into the model."""
+"""The weights of a hollow model in the files of its checkpoint, by block."""
 
 from __future__ import annotations
 
@@ -18,26 +18,33 @@ from talik.model.weights.digests import file_state, tensor_digests
 from talik.model.weights.safetensors_file import Entry, read_tables, tensor_bytes, weight_files
 from talik.model.weights.working_copy import SavedWeights, WorkingCopy
 
-ALIGNED = 64  # bytes: where a tensor in a buffer may begin
-STAGING = 4 << 20  # bytes that are read at once where they are cast
-GRAIN = 32768  # elements up to which torch takes one thread: others would fight with those that compute
+ALIGNED = 64  # alignment of tensors in a buffer, in bytes
+STAGING = 4 << 20  # bytes read at once if they are cast
+GRAIN = 32768  # elements up to which PyTorch uses one thread; more would compete with computing threads
 
 
 class Weights:
-    """What a checkpoint holds for each block of a hollow model: "embeddings", "layer 17", "tail" and "rest".
+    """Reads blocks of a checkpoint into a hollow model: "embeddings", "layer 17", "tail" and "rest".
 
-    "embeddings" is the table of the input tokens alone, "tail" the final norm and the head, "rest" whatever
-    else is outside the layers (learned positions, norms of the embeddings; mostly nothing). `tables` stand in
-    for those of the folder's files where nothing will be read. Raises SourceError for a checkpoint that lacks
-    tensors, or whose shapes are not the model's.
+    "embeddings" is the table of the input tokens, "tail" the final norm and the head, "rest" everything else
+    outside the
+    layers (learned positions, norms of the embeddings; usually empty).
+
+    Args:
+        model: The hollow model.
+        folder: The folder of the checkpoint.
+        tables: Tensor tables in place of those of the folder's files, if nothing will be read.
+
+    Raises:
+        SourceError: The checkpoint lacks tensors, or shapes are not those of the model.
     """
 
     def __init__(
         self, model: PreTrainedModel, folder: Path, tables: dict[Path, dict[str, Entry]] | None = None
     ) -> None:
         self.model, self.folder = model, folder
-        self.forget = False  # whether the system should keep no pages of the files once they are read
-        self.changed: WorkingCopy | SavedWeights | None = None  # what stands in for tensors of the checkpoint
+        self.forget = False  # drop pages of the files from the page cache after reading
+        self.changed: WorkingCopy | SavedWeights | None = None  # replaces tensors of the checkpoint
         self._states = {} if tables else {file: file_state(file) for file in weight_files(folder)}
         tables = tables or read_tables(folder)
         self._table = {name: entry for table in tables.values() for name, entry in table.items()}
@@ -55,49 +62,51 @@ class Weights:
         self._staging: Tensor | None = None
 
     def look_again(self) -> None:
-        """To be called where the hollow model was untied or got adapters since, before a block is read."""
+        """Indexes the model's tensors again. Call it after untying the head or adding adapters, before any
+        read.
+        """
         self._hollow: dict[str, Tensor] = base_tensors(self.model)
         self._first = {id(tensor): name for name, tensor in reversed(self._hollow.items())}
 
     def names(self, block: str) -> list[str]:
-        """The block's tensors: parameters and persistent buffers, tied ones too."""
+        """The tensors of a block: parameters and persistent buffers, including tied ones."""
         return self._names.get(block, [])
 
     def trunk_names(self, cut: int) -> list[str]:
-        """The tensors that what goes into layer `cut` may depend on."""
+        """The tensors that the input of layer `cut` may depend on."""
         above = {"norm", "head", *(f"layer {i}" for i in range(cut, self._parts.count))}
         return [name for name in self._hollow if self._parts.part(name) not in above]
 
     def made_with(self, names: Iterable[str]) -> list[str]:
-        """These tensors, and those that are made of the same ones of the checkpoint."""
+        """These tensors, and those that are made of the same tensors of the checkpoint."""
         pieces = {id(self._made_of[name]) for name in names}
         return [name for name, piece in self._made_of.items() if id(piece) in pieces]
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has, loaded or not; tied ones count once."""
+        """The number of parameters of the model, loaded or not; tied ones count once."""
         held = {id(t): t for t in self._hollow.values() if isinstance(t, nn.Parameter)}
         return sum(tensor.numel() for tensor in held.values())
 
     def hollow(self, name: str) -> Tensor:
-        """The tensor without storage that stands at this name before loading; tied names have one."""
+        """The tensor without storage of this name before loading; tied names share one."""
         return self._hollow[name]
 
     def size(self, names: Iterable[str]) -> int:
-        """Bytes that tensors take one after the other, each aligned, in the model's dtypes."""
+        """Bytes of tensors one after the other, each aligned, in the model's dtypes."""
         return sum(_aligned(self._hollow[name].nbytes) for name in names)
 
     def bytes_in_files(self, names: Iterable[str]) -> int:
-        """Bytes that reading these tensors takes from the files."""
+        """Bytes that must be read from the files for these tensors."""
         sources = {source for name in names for source, _ in self._made_of[name].sources}
         return sum(self._table[source].size for source in sources)
 
     def drop_staging(self) -> None:
-        """Gives back the memory that tensors of another dtype are read through; reading takes it again."""
+        """Frees the buffer for tensors of another dtype; the next read allocates it again."""
         self._staging = None
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Names the content of these tensors by every byte that they are made of."""
+        """A hash of the content of these tensors."""
         digests = tensor_digests(self.folder)
         self._check_unchanged()
         return fingerprint(
@@ -105,9 +114,10 @@ class Weights:
         )
 
     def read(self, names: Iterable[str], buffer: Tensor) -> dict[str, Tensor]:
-        """Reads tensors of the model into a buffer (uint8, on the CPU); what comes back are views of it.
+        """Reads tensors of the model into a buffer (uint8, on the CPU) and returns views of it.
 
-        Raises SourceError, naming the tensor, for a file that is short, closed or not the one it was.
+        Raises:
+            SourceError: A file is too short, cannot be read, or has changed; the error names the tensor.
         """
         self._check_unchanged()
         views: dict[str, Tensor] = {}
@@ -126,18 +136,18 @@ class Weights:
         return views
 
     def to_write(self, block: str) -> dict[str, Tensor]:
-        """What is trained of a loaded block, by the names of the working copy; tied tensors have one."""
+        """The trained tensors of a loaded block by their names in the working copy; tied tensors have one."""
         names = {self.one_name(name): name for name in self.names(block)}
         covered = {one: name for one, name in names.items() if self.changed and self.changed.covers(one)}
         owners = {one: self._owner(name) for one, name in covered.items()}
         return {one: getattr(module, own).detach() for one, (module, own) in owners.items()}
 
     def one_name(self, name: str) -> str:
-        """The first of the names that tied tensors have."""
+        """The first of the names of tied tensors."""
         return self._first[id(self._hollow[name])]
 
     def place(self, tensors: dict[str, Tensor]) -> None:
-        """Puts tensors where the model has them; a parameter stays trained or frozen as it was."""
+        """Sets tensors of the model; whether a parameter is trained does not change."""
         for name, tensor in tensors.items():
             module, own = self._owner(name)
             before = module._parameters.get(own)
@@ -149,14 +159,14 @@ class Weights:
                 module._parameters[own] = nn.Parameter(tensor, requires_grad=before.requires_grad)
 
     def remove(self, block: str) -> None:
-        """Makes the block hollow again."""
+        """Moves the block back to the meta device."""
         for name in self.names(block):
             module, own = self._owner(name)
             held = module._parameters if own in module._parameters else module._buffers
             held[own] = self._hollow[name]  # pyright: ignore[reportArgumentType]
 
     def _read_piece(self, piece: Piece, views: dict[str, Tensor]) -> None:
-        """Straight into its place where only the name differs; else cast and converted, as it is loaded."""
+        """Reads directly into place if only the name differs; otherwise casts and converts."""
         source, like = piece.sources[0][0], next(iter(views.values()))
         if piece.converter is None and self._table[source].dtype == like.dtype:
             for view in views.values():
@@ -173,14 +183,14 @@ class Weights:
             view.copy_(made[name if name in made else self._twin(name, made)])
 
     def _read_cast(self, source: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of the checkpoint, cast before it is converted, as `from_pretrained` does."""
+        """Reads a tensor of the checkpoint and casts it before conversion, as `from_pretrained` does."""
         entry = self._table[source]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._read_bytes(source, tensor)
         return tensor.to(dtype)
 
     def _read_cast_into(self, source: str, flat: Tensor) -> None:
-        """A tensor in another dtype than the checkpoint's, piece by piece through a small buffer."""
+        """Reads a tensor of another dtype in pieces through a small buffer."""
         entry = self._table[source]
         step = STAGING // entry.dtype.itemsize
         if self._staging is None:
@@ -193,7 +203,7 @@ class Weights:
                 own.copy_(read)
 
     def _read_bytes(self, source: str, into: Tensor, first: int | None = None) -> None:
-        """Fills `into` with the whole tensor, which has as many bytes, or with elements from `first` on."""
+        """Fills `into` with the whole tensor, or with its elements from `first` on."""
         entry = self._table[source]
         try:
             part = entry if first is None else entry.part(first, into.numel())
@@ -221,12 +231,12 @@ class Weights:
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, own = name.rpartition(".")
         module = self.model.get_submodule(path)
-        return getattr(module, "base_layer", module), own  # an adapted one keeps the model's own there
+        return getattr(module, "base_layer", module), own  # an adapted layer holds the original one there
 
     def _tied(self, made: dict[str, Piece]) -> dict[str, Piece]:
-        """For each tensor that is in the checkpoint under a tied name only: the piece that makes that one.
+        """The pieces for tensors that are in the checkpoint only under a tied name.
 
-        Tied in the model, or by its class and untied since (`freeze.untie`).
+        Tied in the model, or tied by its class and untied since (`freeze.untie`).
         """
         of_tensor = {id(tensor): made[name] for name, tensor in self._hollow.items() if name in made}
         twins: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
@@ -238,11 +248,13 @@ class Weights:
         return {name: piece for name, piece in found.items() if piece is not None}
 
     def _twin(self, name: str, made: dict[str, Tensor]) -> str:
-        """The name that a converted tensor has where this one is tied to it."""
+        """The name of a converted tensor that this one is tied to."""
         return next(other for other in made if self._hollow.get(other) is self._hollow[name])
 
     def _untie_what_differs(self, made: dict[str, Piece]) -> None:
-        """As `from_pretrained` does: what the config ties stays apart where the checkpoint's two differ."""
+        """Unties tensors that the config ties but the checkpoint stores with different values, as
+        `from_pretrained` does.
+        """
         for name, twin in list(getattr(self.model, "all_tied_weights_keys", {}).items()):
             if name not in made or twin not in made:
                 continue

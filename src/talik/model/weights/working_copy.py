@@ -1,4 +1,4 @@
-"""The tensors that a run changes while they are not in memory: a file of the run's own, never the source."""
+"""The working copy: a file of the run with the trained tensors that are not in memory."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from talik.model.weights.safetensors_file import Entry, read_header, tensor_byte
 
 
 class SavedWeights:
-    """Tensors that stand in for the checkpoint's own: those of a safetensors file, by the model's names."""
+    """Tensors of a safetensors file, by the model's names, in place of those of the checkpoint."""
 
     def __init__(self, file: Path) -> None:
         self._table = read_header(file)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a tensor is to be read from here."""
+        """True if a tensor is read from here."""
         return name in self._table
 
     def covers(self, name: str) -> bool:
-        """Whether a tensor may be written here."""
+        """True if a tensor may be written here."""
         return False
 
     def read(self, name: str, into: Tensor) -> None:
-        """Fills a contiguous tensor on the CPU."""
+        """Fills a contiguous CPU tensor."""
         self._table[name].read_into(tensor_bytes(into))
 
 
 class WorkingCopy:
-    """Tensors by name in one file, each in the model's own dtype.
+    """Tensors by name in one file, each in the model's dtype.
 
-    `sizes` are their bytes. What was not written yet is that of `saved`, if it is there. The room is taken
-    when this is made, so that no step ends for want of it (NoRoomError). `forget`: the system should keep no
-    pages of what was written.
+    Disk space is allocated at once, so that no step fails for lack of it.
+
+    Args:
+        file: The file.
+        sizes: Bytes of each tensor.
+        saved: Initial values of tensors that have not been written; without it those of the checkpoint.
+        forget: Drop written pages from the page cache.
+
+    Raises:
+        NoRoomError: The disk has too little room.
     """
 
     def __init__(
@@ -58,15 +65,15 @@ class WorkingCopy:
         self._written: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        """Whether a tensor is to be read from here."""
+        """True if a tensor is read from here."""
         return name in self._written or (self._saved is not None and name in self._saved)
 
     def covers(self, name: str) -> bool:
-        """Whether a tensor may be written here."""
+        """True if a tensor may be written here."""
         return name in self._table
 
     def read(self, name: str, into: Tensor) -> None:
-        """Fills a contiguous tensor on the CPU."""
+        """Fills a contiguous CPU tensor."""
         if name not in self._written and self._saved is not None:
             self._saved.read(name, into)
             return
@@ -78,7 +85,7 @@ class WorkingCopy:
         place, done = tensor_bytes(tensor), 0
         while done < len(place):
             done += self._file.write(place[done:])
-        if self._forget:  # pages that are not on the disk yet cannot be forgotten
+        if self._forget:  # pages that are not on disk yet cannot be dropped
             os.fsync(self._file.fileno())
             drop_pages(self._file.fileno(), self._table[name].start, len(place))
         self._written.add(name)
