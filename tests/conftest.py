@@ -21,7 +21,6 @@ from talik.simulate.account import Simulation
 from talik.simulate.fake_log import Routing
 from talik.simulate.simulation import Subject, Work, simulate
 
-
 ROOT = Path(__file__).parent
 # Files of tests that take more than ten seconds together on one core.
 SLOW = {

@@ -63,7 +63,7 @@ def test_demo_goes_on_after_a_break_and_does_not_write_over_itself(
     assert main(["demo", "-o", "shown"]) == 0
     assert "resumed" in capsys.readouterr().err
     assert main(["demo", "-o", "shown"]) == 2
-    assert "shown: the demo was here already" in capsys.readouterr().err
+    assert "shown: the demo has been run in this folder" in capsys.readouterr().err
 
 
 def test_demo_without_its_packages(

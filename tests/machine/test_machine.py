@@ -165,7 +165,7 @@ def test_the_device_is_one_that_can_be_planned_for(
         said: list[Any] = []
         this_machine(notify=said.append)
         notes = [event.text for event in said if isinstance(event, Status) and event.topic == "note"]
-        assert notes == (["a run on mps cannot be planned yet: cpu is chosen"] if found else [])
+        assert notes == (["runs on mps cannot be planned yet: cpu is used"] if found else [])
 
 
 def test_a_full_disk_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_tower_beside_the_language_model_is_never_trained() -> None:
     vision = {**text, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
     text |= {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
     model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
-    assert "beside" in parts_of(model).pieces.values()
+    assert "outside" in parts_of(model).pieces.values()
     for line in ("top.1,norm", "all"):
         trained = freeze(model, line)
         assert trained and all(name.startswith("model.language_model.") for name in trained), line

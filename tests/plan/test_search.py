@@ -200,7 +200,7 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
     assert "streamed from a working copy, optimizer state and layers' inputs on disk" in plan_text(planned)
     refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
-    assert "of RAM beside cuda" in refused.reason
+    assert "of host RAM" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
     enough = plan_run(recipe, ModelFolder(tmp_path), made, target=replace(little, ram=more))
     assert enough.fits and (enough.plan.top, enough.plan.state) == ("streamed", "ram")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_QUOTES = "“”‘’–—…»«‚„"  # stand beside capital letters and accents in sound text, too
+_QUOTES = "“”‘’–—…»«‚„"  # also next to capital letters and accents in correct text
 _SIGNS = "€ƒ†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ\u0080-\u009f\u00a0-\u00aa\u00ac-\u00ba\u00bc-\u00bf"
 _ANY = _SIGNS + _QUOTES  # what the bytes 0x80 to 0xbf are in Windows-1252
 _LATIN = re.compile(

@@ -19,7 +19,7 @@ _PLACE = Place("-", 1)
 
 
 def plan_lines(statistics: Statistics, recipe: Recipe, model: ModelFolder, notify: Notify) -> list[str]:
-    """The plan of a run on examples of these lengths, in words; why there is none where there is none.
+    """The plan of a run on examples of these lengths in words, or why it cannot be made.
 
     The examples over the recipe's greatest length are left out, as the default of `--too-long` does.
     """

@@ -17,13 +17,17 @@ from talik.cli.options import (
 def command(argv: list[str]) -> None:
     wanted = options(
         "Cache",
-        ("action", positional(Literal["list", "clear"], "show caches, or remove them", "list|clear")),
-        ("keys", positional(list[str], "these alone; the beginning of a key is enough", "[KEY ...]"), []),
+        ("action", positional(Literal["list", "clear"], "list caches, or delete them", "list|clear")),
+        (
+            "keys",
+            positional(list[str], "delete only these; the beginning of a key is enough", "[KEY ...]"),
+            [],
+        ),
         ("all", arg(bool, "with clear: every cache"), False),
         ("cache", arg(str | None, "folder of the caches; default: Talik's own"), None),
         ("json", arg(bool, "print it as JSON"), False),
     )
-    parsed = parse("cache", wanted, argv, "What the trunk handed on: kept for the next run, listed, removed.")
+    parsed = parse("cache", wanted, argv, "Lists or deletes cached hidden states of the frozen layers.")
     from talik.cli.show import tables
     from talik.training.trunk.cache_folder import cache_folders, chosen, default_root, remove
 

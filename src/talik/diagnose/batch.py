@@ -1,4 +1,4 @@
-"""Shapes and labels of a batch that cannot be right; with a tokenizer, prompts that are trained and ends."""
+"""Finds wrong shapes and labels of a batch; with a tokenizer also trained prompts and untrained ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS = ("input_ids", "attention_mask", "labels")
 
 
 def batch_findings(model: nn.Module | None, batch: Batch, tokenizer: Any = None) -> list[Finding]:
-    """What is wrong with a batch; `model` says what ids there can be."""
+    """The mistakes in a batch; `model` gives the vocabulary size."""
     found = list(_shapes(batch))
     batch = squeezed(batch)
     ids, labels = batch.get("input_ids"), batch.get("labels")
@@ -35,7 +35,7 @@ def batch_findings(model: nn.Module | None, batch: Batch, tokenizer: Any = None)
 
 
 def squeezed(batch: Batch) -> dict[str, Any]:
-    """The batch as it was meant: (batch, sequence) for (batch, 1, sequence)."""
+    """The intended batch: (batch, sequence) for (batch, 1, sequence)."""
     return {key: value.squeeze(1) if _has_extra(key, value) else value for key, value in batch.items()}
 
 
@@ -61,7 +61,7 @@ def _shapes(batch: Batch) -> Iterator[Finding]:
 
 
 def _outside(ids: Tensor, labels: Any, model: nn.Module) -> Iterator[Finding]:
-    """Ids that no token has."""
+    """Ids outside the vocabulary."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     wrong = {"input_ids": (ids < 0) | (ids >= rows)}
     if isinstance(labels, Tensor):
@@ -75,7 +75,7 @@ def _outside(ids: Tensor, labels: Any, model: nn.Module) -> Iterator[Finding]:
 
 
 def _untrained(labels: Tensor) -> Iterator[Finding]:
-    """Rows of which the loss counts nothing; the first label is never counted."""
+    """Rows without a trained token; the first label never counts."""
     empty = int((labels[:, 1:] == IGNORED).all(1).sum())
     if empty:
         what = f"In {empty:,} of {len(labels):,} rows every label is {IGNORED}: nothing of them is trained."
@@ -84,7 +84,7 @@ def _untrained(labels: Tensor) -> Iterator[Finding]:
 
 
 def _misplaced(ids: Tensor, labels: Tensor) -> Iterator[Finding]:
-    """Labels that are not the tokens at their own places."""
+    """Labels that differ from the tokens at their positions."""
     if ids.shape != labels.shape:
         what = (
             f"labels have the shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}: input and output "

@@ -1,4 +1,4 @@
-"""Explains somebody's own training loop: what is wrong with a model and a batch, and the peak they reach.
+"""Explains a training loop: mistakes in a model and a batch, and the peak memory.
 
 print(talik.explain(model, batch, tokenizer))
 """
@@ -35,10 +35,13 @@ ASSUMED = (
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What was found, and the peak (None where the loop cannot be simulated).
+    """The findings, and the peak memory.
 
-    `blocks` are the embeddings and layers in the first forward, `why` what put the first of them into the
-    graph. `peak` is of tensors alone, in bytes; `assumed` is the loop that was simulated, or why it was not.
+    Attributes:
+        blocks: Embeddings and layers in the first forward.
+        why: What makes the first of them part of the graph.
+        peak: Bytes of tensors; None if the loop cannot be simulated.
+        assumed: The simulated loop, or why it was not simulated.
     """
 
     findings: tuple[Finding, ...]
@@ -48,7 +51,7 @@ class Explanation:
     assumed: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All values, for JSON."""
         return {
             "findings": [finding.as_dict() for finding in self.findings],
             "peak": asdict(self.peak) if self.peak else None,
@@ -64,13 +67,19 @@ class Explanation:
 def explain(
     model: nn.Module, batch: Mapping[str, Any], tokenizer: Any = None, budget: int | str | None = None
 ) -> Explanation:
-    """Finds what is wrong with a training loop, from its model and one batch as the loop would pass them.
+    """Finds mistakes in a training loop, from its model and one batch.
 
-    `model` is a causal LM of Transformers, live, with the hooks and flags it will train with; nothing of it
-    changes and none of its memory is taken. `batch` is what goes into `model(**batch)`, labels included.
-    With `tokenizer` also prompts that are trained and ends of turns that are not. `budget` in bytes (or
-    "24GiB") is the memory of the device. Raises SourceError for what is no model with layers, and UsageError
-    for a batch without tensors.
+    The model is not changed, and no memory is allocated for it.
+
+    Args:
+        model: A causal LM of Transformers, with the hooks and flags it is trained with.
+        batch: The arguments of `model(**batch)`, labels included.
+        tokenizer: Also find trained prompts and untrained ends of turns.
+        budget: The device's memory in bytes, or as "24GiB".
+
+    Raises:
+        SourceError: The model has no layers that Talik recognises.
+        UsageError: The batch has no tensors.
     """
     if not any(isinstance(batch.get(key), Tensor) for key in ("input_ids", "inputs_embeds")):
         remedy = "Pass what goes into model(**batch): tensors of (batch, sequence)."
@@ -92,12 +101,12 @@ def explain(
 def _simulated(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Loop | None, str]:
     try:
         return run_loop(model, batch, offloaded_modules(model)), ASSUMED
-    except Exception as error:  # a stranger's model may fail in any way, and the rest can still be told
+    except Exception as error:  # the model may raise any error, and the other findings are still valid
         return None, f"the peak is not known: {type(error).__name__}: {error}"
 
 
 def _why(model: nn.Module, loop: Loop) -> str | None:
-    """What put the first block that is in the graph there."""
+    """What makes the first block of the graph part of it."""
     parts, blocks = parts_of(model), [block for block in loop.blocks if block.in_graph]
     if not blocks:
         return None

@@ -1,4 +1,4 @@
-"""What a diagnosis finds: what happened, where, the number, and the line to change."""
+"""A finding of a diagnosis: what, where, the number, and the line to change."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from talik.base.files import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One mistake.
 
-    `habit` is its name (`talik explain MODEL --habit NAME`, where there is a simulation of it), `what` a
-    sentence, `where` a block, a parameter, a hook or a key of the batch. `number` counts in `unit`: bytes,
-    tokens, rows, numbers. `line` is the code to write instead, or a command.
+    Attributes:
+        habit: Its name (`talik explain MODEL --habit NAME`, if it can be simulated).
+        what: A sentence.
+        where: A block, a parameter, a hook or a key of the batch.
+        number: An amount in `unit`: bytes, tokens, rows, numbers.
+        line: The code to write instead, or a command.
     """
 
     habit: str
@@ -28,13 +31,13 @@ class Finding:
 
     @property
     def amount(self) -> str:
-        """The number for people: '3.4 GiB', '12 tokens'."""
+        """The number with its unit: '3.4 GiB', '12 tokens'."""
         if self.unit == "bytes":
             return format_bytes(self.number)
         return f"{self.number:,} {self.unit.removesuffix('s') if self.number == 1 else self.unit}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which frozen blocks are in the graph and why, what is offloaded, and what the logits take."""
+"""Finds frozen blocks in the graph and the reason, offloaded weights, and the memory of the logits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from talik.diagnose.loop import Batch, Block, Loop, alive_at
 from talik.model.anatomy import Parts, parts_of
 from talik.simulate.account import levels
 
-CHUNK = 256  # trained positions whose logits Talik's own loss makes at once
-LARGE = 64 << 20  # bytes of needless logits below which nobody minds
-CHECKPOINTING = "make_inputs_require_grads"  # the hook of Transformers' enable_input_require_grads()
+CHUNK = 256  # trained positions per chunk of Talik's own loss
+LARGE = 64 << 20  # bytes of needless logits that are not reported
+CHECKPOINTING = "make_inputs_require_grads"  # the hook of enable_input_require_grads() in Transformers
 
 KEPT = """\
 keep = (labels[:, 1:] != -100).any(0).nonzero().squeeze(1)
 logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=keep).logits.float()
 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, keep + 1].flatten())"""
 CHUNKED = """\
-loss = talik.chunked_loss(talik.Chain(model), hidden, labels)  # hidden: what the last layer hands on"""
+loss = talik.chunked_loss(talik.Chain(model), hidden, labels)  # hidden: the output of the last layer"""
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What puts frozen layers into the graph: a parameter or a hook, by name, and the line that ends it."""
+    """What makes frozen layers part of the graph: a parameter or a hook, by name, and the line that
+    removes it.
+    """
 
     habit: str
     name: str
@@ -44,7 +46,7 @@ def first_trained(model: nn.Module, parts: Parts) -> int:
 
 
 def offloaded_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose own weights accelerate copies in for their forward."""
+    """The modules whose weights accelerate copies in for their forward."""
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         for hook in _hooks_of_accelerate(module):
@@ -64,7 +66,7 @@ def _is_away(module: nn.Module) -> bool:
 
 
 def graph_findings(model: nn.Module, loop: Loop) -> Iterator[Finding]:
-    """Frozen layers below the first trained one that are in the graph, once for each reason."""
+    """Frozen layers below the first trained one that are part of the graph, once per reason."""
     parts = parts_of(model)
     cut = first_trained(model, parts)
     trunk = [block for block in _layers(loop)[:cut] if block.in_graph]
@@ -85,13 +87,13 @@ def _layers(loop: Loop) -> list[Block]:
 
 
 def _trains_above(model: nn.Module, parts: Parts) -> bool:
-    """Whether something beside the embeddings is trained: else the graph has to reach them."""
+    """True if something other than the embeddings is trained; otherwise the graph must reach them."""
     trained = (parts.part(name) for name, weight in model.named_parameters() if weight.requires_grad)
     return any(part != "embeddings" for part in trained)
 
 
 def causes(model: nn.Module, parts: Parts, block: str) -> list[Cause]:
-    """What can put `block` and those above it into the graph: parameters and hooks up to it."""
+    """Parameters and hooks that can make `block` and later ones part of the graph."""
     before = list(parts.names("embeddings"))
     before += [f"{parts.layers}.{index}" for index in range(int(block.split()[1]) + 1)]
     found: list[Cause] = []
@@ -136,7 +138,7 @@ def _of_hook(module: str, hook: Any) -> Cause:
 
 
 def offload_findings(model: nn.Module, loop: Loop | None) -> Iterator[Finding]:
-    """Trained parameters that are not there, and frozen weights whose copies autograd keeps."""
+    """Trained parameters that are offloaded, and frozen weights whose copies autograd keeps."""
     parts = parts_of(model)
     away = {name: w for name, w in model.named_parameters() if w.requires_grad and w.is_meta}
     if away:
@@ -169,7 +171,7 @@ def _copied(copied: list[Block], model: nn.Module, parts: Parts) -> Finding:
 
 
 def _entries(parts: Parts, blocks: list[str]) -> str:
-    """Entries of a device map for some blocks: three at most."""
+    """At most three entries of a device map for some blocks."""
     names: list[str] = []
     for block in blocks:
         layer = block.startswith("layer ")
@@ -183,7 +185,7 @@ def _some(blocks: list[str]) -> str:
 
 
 def logits_findings(model: nn.Module, batch: Batch, loop: Loop) -> Iterator[Finding]:
-    """Logits that are the larger part of the peak, most of them for positions that are not trained."""
+    """Logits that are the larger part of the peak and mostly of untrained positions."""
     log = loop.simulation.log
     number = max(levels(log), key=lambda level: level[2])[0]
     vocabulary, labels = _vocabulary(model), batch.get("labels")

@@ -1,7 +1,8 @@
-"""The habits by which a training loop fails, each simulated on a model beside the same loop done right.
+"""Common mistakes of training loops, each simulated on a model and compared with the correct loop.
 
-Those that cost memory run on fake tensors, so the folder needs no weights. Those of labels are shown on one
-question and answer, with the folder's own tokenizer.
+Mistakes that cost memory run on fake tensors, so weights are not needed. Mistakes of labels are shown on one
+question
+and answer, with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from talik.simulate.storage_log import StorageLog
 from talik.training.step.loss import chunked_loss
 
 PHASES = ("forward", "loss", "backward", "update")
-BLOCKS = 16  # rows of a table at most: of deeper models every second, third, ... block
+BLOCKS = 16  # most rows of a table; deeper models show every second, third, ... block
 
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """A row of the table: what people see, why, and the right way; each as a sentence or a line of code."""
+    """A common mistake: what people see, why, and the right way; each a sentence or a line of code."""
 
     see: str
     why: str
@@ -89,10 +90,13 @@ HABITS = {
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two loops: bytes alive after each block's forward, peaks by phase, and what is computed.
+    """One of the two loops.
 
-    `learning` of `trained` parameters' numbers got a gradient; `full_at` is where the budget has no more
-    room; `backward_flops` are those of products, `logits` what they and the loss take at its peak.
+    Attributes:
+        learning: Numbers in trained parameters that got a gradient, of `trained` ones.
+        full_at: The block in which the budget is exceeded.
+        backward_flops: FLOPs of products in the backward.
+        logits: Bytes of logits and loss at their peak.
     """
 
     levels: dict[str, int]
@@ -107,7 +111,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A habit beside the same thing done right: two loops (memory), or one example (labels)."""
+    """A mistake and the correct loop: two loops (memory), or one example (labels)."""
 
     name: str
     habit: Habit
@@ -116,7 +120,7 @@ class Report:
     shown: Shown | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All values, for JSON."""
         wrong, right = self.sides or (None, None)
         return {
             "name": self.name,
@@ -140,12 +144,23 @@ def habit(
     batch_size: int = 1,
     sequence: int = 1024,
 ) -> Report:
-    """Shows a habit of HABITS on the model in a local folder, beside the same thing done right.
+    """Simulates a mistake of HABITS on a model, and the correct loop.
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
-    them trained; only config.json is read. `budget` in bytes (or "24GiB"): where it is full. Labels: it takes
-    the folder's tokenizer. Raises SourceError, and UsageError for an unknown name, a missing tokenizer, or
-    `top_layers` that leave nothing frozen.
+    them
+    trained; only config.json is read. Labels: the tokenizer is needed.
+
+    Args:
+        name: A key of HABITS.
+        model: The model.
+        budget: The device's memory in bytes, or as "24GiB".
+        top_layers: The number of trained layers.
+        batch_size: Rows of the batch.
+        sequence: Tokens of a row.
+
+    Raises:
+        SourceError: The model cannot be built.
+        UsageError: The name is unknown, the tokenizer is missing, or nothing would be frozen.
     """
     if name not in HABITS:
         raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
@@ -165,7 +180,7 @@ def habit(
 
 
 def _tokenizer(model: ModelFolder) -> Any:
-    if not (model.path / "tokenizer.json").is_file():  # Transformers would make an empty one
+    if not (model.path / "tokenizer.json").is_file():  # Transformers would create an empty tokenizer
         remedy = "Name the model's whole folder: habits of labels are shown with its tokenizer."
         raise UsageError("there is no tokenizer.json", where=model.path, remedy=remedy)
     return model.tokenizer()
@@ -174,7 +189,7 @@ def _tokenizer(model: ModelFolder) -> Any:
 def _side(
     name: str, done_right: bool, folder: ModelFolder, sizes: tuple[int, int, int], room: int | None
 ) -> Side:
-    """Prepares a hollow model as people do, or as is right, and runs the loop on fakes."""
+    """Prepares a hollow model wrongly or correctly, and runs the loop on fake tensors."""
     top_layers, batch_size, sequence = sizes
     model = folder.hollow(torch.bfloat16).train()
     chain = Chain(model, "cpu")
@@ -190,17 +205,17 @@ def _side(
 
 
 def _prepare(name: str, done_right: bool, chain: Chain, cut: int) -> list[nn.Module]:
-    """Freezes the layers below `cut` and what else the habit freezes; returns what is offloaded."""
+    """Freezes the layers below `cut` and what else the mistake freezes; returns the offloaded modules."""
     below, top = chain.layers[:cut], chain.layers[cut:]
     for layer in below:
         layer.requires_grad_(False)
     if done_right or name not in ("trainable-embeddings", "offloaded"):
         chain.embedding.requires_grad_(False)
-    if name == "full-logits":  # a trained head's gradient would hide what the logits take
+    if name == "full-logits":  # the gradient of a trained head would hide the memory of the logits
         for name in chain.parts.names("head"):
             chain.model.get_submodule(name).requires_grad_(False)
     if name == "checkpointing":
-        chain.model.config.use_cache = False  # which checkpointing would set with a warning
+        chain.model.config.use_cache = False  # checkpointing would set it with a warning
         chain.model.activation_checkpointing_enable()
         if done_right:
             chain.model.disable_input_require_grads()
@@ -221,7 +236,7 @@ def _batch(batch_size: int, sequence: int) -> dict[str, Tensor]:
 
 
 class _ChunkedLoss:
-    """Talik's own loss of what the last layer hands on."""
+    """Talik's own loss, from the output of the last layer."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain

@@ -1,4 +1,4 @@
-"""The habits of labels, on one question and its answer: each token with its label, wrong and right."""
+"""Mistakes of labels, on one question and its answer: each token with its wrong and right label."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from talik.diagnose.batch import batch_findings
 from talik.diagnose.findings import Finding
 
 QUESTION, ANSWER = "What is two plus three?", "Two plus three is five."
-PADDING = 2  # tokens of padding behind the example
+PADDING = 2  # padding tokens after the example
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A batch of one row: each token, what the habit trains there, and what is right (None: masked).
+    """A batch of one row: each token, what the mistake trains there, and what is right (None: masked).
 
-    `shapes` of input_ids, the habit's and the right one; `findings` is what `talik.explain` says of it.
+    Attributes:
+        shapes: Shape of input_ids, with the mistake and correct.
+        findings: The findings of `talik.explain`.
     """
 
     tokens: tuple[tuple[str, str | None, str | None], ...]
@@ -33,7 +35,7 @@ class Shown:
     findings: tuple[Finding, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All values, for JSON."""
         return {
             "tokens": [{"token": t, "habit": wrong, "done_right": right} for t, wrong, right in self.tokens],
             "shapes": {"habit": self.shapes[0], "done_right": self.shapes[1]},
@@ -55,7 +57,7 @@ def _lines(shown: Shown) -> Iterator[str]:
 
 
 def _example(tokenizer: Any) -> dict[str, Tensor]:
-    """The right batch: one row, padded, labels on their tokens, the end-of-turn trained."""
+    """The correct batch: one row, padded, labels at their tokens, the end of turn trained."""
     messages = (Message("user", QUESTION), Message("assistant", ANSWER))
     (made,), _ = make_examples([Conversation(messages, Place("the worked example", 1))], tokenizer)
     return _padded(made, _pad(tokenizer))
@@ -89,7 +91,7 @@ def _extra_dimension(tokenizer: Any) -> Shown:
 
 
 def _two_sequences(tokenizer: Any) -> Shown:
-    """Question and answer each tokenised by itself and padded to one length, as in translation."""
+    """Question and answer tokenized separately and padded to one length, as in translation."""
     right = _example(tokenizer)
     length = right["input_ids"].shape[1]
     wrong = {"input_ids": _alone(QUESTION, length, _pad(tokenizer), tokenizer)}
@@ -109,10 +111,10 @@ def _prompt_trained(tokenizer: Any) -> Shown:
 
 
 def _masked_end(tokenizer: Any) -> Shown:
-    """Labels are masked wherever the token is the padding's: here that is the end-of-turn as well."""
+    """Labels masked at every padding token; here the end of turn is the same token."""
     right = _example(tokenizer)
     ends = right["labels"] != IGNORED
-    last = right["input_ids"][ends][-1]  # what a tokenizer with pad == eos pads with
+    last = right["input_ids"][ends][-1]  # the padding token of a tokenizer with pad == eos
     ids = right["input_ids"].masked_fill(right["attention_mask"] == 0, int(last))
     labels = right["labels"].masked_fill(right["labels"] == last, IGNORED)
     right = {**right, "input_ids": ids}

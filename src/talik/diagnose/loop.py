@@ -1,7 +1,8 @@
-"""The plain loop on fake tensors: what `model(**batch).loss.backward()` and AdamW do with memory.
+"""Runs the plain loop on fake tensors: `model(**batch).loss.backward()` and AdamW.
 
-Nothing of the model's is allocated or changed: its parameters have fakes in their place for the time, and
-weights that are offloaded come in for their module's forward as copies, as accelerate brings them.
+The model is not changed and nothing is allocated for it: its parameters are replaced by fakes, and offloaded
+weights are
+copied in for the forward of their module, as accelerate does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from talik.simulate.account import Simulation, account, levels
 from talik.simulate.fake_log import fake_world
 from talik.simulate.storage_log import Storage, StorageLog
 
-STEPS = 2  # in the second the optimizer's states are there during the backward
+STEPS = 2  # in the second step the optimizer state exists during the backward
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -31,10 +32,12 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block in the first forward: whether it is in the graph, and bytes.
+    """A block in the first forward: whether it is part of the graph, and bytes.
 
-    `alive` in all after it; of those that it left, `kept` are saved for the backward, and `copies` are frozen
-    weights that were copied in for it and that autograd keeps.
+    Attributes:
+        alive: All allocated bytes after it.
+        kept: Bytes that it saved for the backward.
+        copies: Bytes of frozen weights copied in for it and kept by autograd.
     """
 
     name: str
@@ -46,9 +49,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Two steps of the plain loop: memory, the blocks, and the trained parameters' numbers.
+    """Two steps of the plain loop: memory, blocks, and numbers in trained parameters.
 
-    `trained` require a gradient; `learning` are those of them that got one.
+    Attributes:
+        trained: Numbers in parameters that require a gradient.
+        learning: Those that got one.
     """
 
     simulation: Simulation
@@ -70,11 +75,16 @@ def run_loop(
 ) -> Loop:
     """Runs two steps of the plain loop on fakes of the model's parameters, which need not be loaded.
 
-    `offloaded` are the modules whose own weights come in for their forward. `loss(model, batch)` is the
-    model's own where it is not given. The model is as before afterwards, whatever happens.
+    The model is restored afterwards in any case.
+
+    Args:
+        model: The model.
+        batch: The arguments of its forward.
+        offloaded: Modules whose weights are copied in for their forward.
+        loss: A function of model and batch; by default the model's own loss.
     """
     parts, seen = parts_of(model), _Seen({}, {})
-    foreach = any(parameter.is_cuda for parameter in model.parameters())  # torch's own choice
+    foreach = any(parameter.is_cuda for parameter in model.parameters())  # PyTorch's default
     trained = {id(weight): weight.numel() for weight in model.parameters() if weight.requires_grad}
     with ExitStack() as stack:
         for context in (unchanged(model), torch.random.fork_rng(devices=[]), torch.enable_grad()):
@@ -90,7 +100,9 @@ def run_loop(
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss; where the batch has no labels or says which logits it wants, theirs in fp32."""
+    """The model's own loss; without labels, or with selected logits, the cross-entropy of the logits in
+    fp32.
+    """
     if "labels" in batch and "logits_to_keep" not in batch:
         return model(**batch).loss
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -99,7 +111,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def alive_at(log: StorageLog, number: int) -> list[Storage]:
-    """The storages that are alive after an event of a log."""
+    """The storages that are allocated after an event of a log."""
     alive: dict[int, None] = {}
     for event in log.events[: number + 1]:
         if event >= 0:
@@ -111,7 +123,7 @@ def alive_at(log: StorageLog, number: int) -> list[Storage]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module has the attributes, parameters, buffers and hooks that it had before."""
+    """Restores attributes, parameters, buffers and hooks of every module afterwards."""
 
     def tables(module: nn.Module) -> list[dict[Any, Any]]:
         return [vars(module), *(value for value in vars(module).values() if isinstance(value, dict))]
@@ -126,7 +138,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _fake_parameters(model: nn.Module, offloaded: set[int], log: StorageLog) -> list[nn.Parameter]:
-    """Puts fakes in the place of all parameters but those of offloaded modules; ties stay ties."""
+    """Replaces all parameters by fakes, except for offloaded modules; ties are kept."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -144,7 +156,7 @@ def _fake_of(weight: Tensor, log: StorageLog) -> nn.Parameter:
 
 
 class _Passing:
-    """In the place of accelerate's hook: everything stays where it is."""
+    """Replaces accelerate's hook and moves nothing."""
 
     def __init__(self, hook: Any) -> None:
         self.no_grad = getattr(hook, "no_grad", False)
@@ -164,7 +176,9 @@ def _without_accelerate(model: nn.Module) -> None:
 
 @contextmanager
 def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[None]:
-    """Inside, offloaded weights are copied in for their module's forward, and only autograd can keep them."""
+    """Inside the context, offloaded weights are copied in for the forward of their module; only autograd
+    can keep the copies.
+    """
 
     def bring(own: dict[str, Any], module: nn.Module, args: Any) -> None:
         for name, weight in own.items():
@@ -183,7 +197,7 @@ def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[N
 
 @contextmanager
 def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _Seen) -> Iterator[None]:
-    """Inside, the log knows the running block, and when the loss begins; `seen` is filled."""
+    """Inside the context, the log records the running block and the start of the loss; `seen` is filled."""
     layers: Any = model.get_submodule(parts.layers)
     blocks = {"embeddings": model.get_submodule(parts.embedding)}
     blocks |= {f"layer {index}": layer for index, layer in enumerate(layers)}
@@ -237,7 +251,7 @@ def _needs_gradient(value: Any) -> bool:
 
 
 def _on_cpu(batch: Batch) -> dict[str, Any]:
-    """The batch without what no model takes (texts); integers are real, floats fake."""
+    """The batch without entries that no model takes (texts); integers are real, floats fake."""
     taken = {}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.is_floating_point():

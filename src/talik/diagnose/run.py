@@ -1,4 +1,4 @@
-"""Why a run broke: what was promised for the phase in which memory ended, and what it had by then."""
+"""Explains the memory of a run: planned and measured peaks, and why it ran out of memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ BROKEN = "broken.json"
 
 
 def explain_run(folder: Path) -> list[Finding]:
-    """What is to be said of a run's memory: of one that broke, and where one took more than was promised.
+    """The findings about the memory of a run that ended or ran out of memory.
 
-    RunError for a folder that is no run, or whose run has not ended.
+    Raises:
+        RunError: The folder is not a run, or the run has not ended.
     """
     if (folder / BROKEN).is_file():
         return [_broken(folder, read_json(folder / BROKEN))]

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are prompt, answer and end-of-turn, by the tokenizer's own chat template."""
+"""Identifies prompts, answers and ends of turns in a batch, by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION, ANSWER = "talik asks", "talik answers"
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row without its padding: ids, which of them are trained, and the text of each without blanks."""
+    """A row without its padding: ids, which of them are trained, and the text of each without blanks."""
 
     ids: list[int]
     trained: list[bool]
@@ -27,7 +27,7 @@ class _Row:
 
 
 def turn_findings(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Iterator[Finding]:
-    """Prompt tokens that are trained, and an end-of-turn that never is."""
+    """Trained prompt tokens, and an end of turn that is never trained."""
     if tokenizer is None:
         return
     rows = [row for row in _rows(ids, labels, mask, tokenizer) if any(row.trained[1:])]
@@ -50,7 +50,7 @@ def _rows(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Iterator[_R
 
 
 def _header(tokenizer: Any) -> str:
-    """What the template writes in front of an answer, without blanks; empty if that cannot be said."""
+    """The text that the template writes before an answer, without blanks; empty if it cannot be found."""
     asked = [{"role": "user", "content": QUESTION}]
     try:
         text: str = tokenizer.apply_chat_template(asked, tokenize=False)
@@ -70,7 +70,7 @@ def _ends(tokenizer: Any) -> set[int]:
 
 
 def _trained_prompt(row: _Row, header: str, ends: set[int]) -> int:
-    """How many trained tokens, blanks apart, stand in front of an answer and after the end of one."""
+    """The number of trained tokens, without blanks, before an answer and after its end."""
     text, stops = "".join(row.texts), list(accumulate(map(len, row.texts)))
     prompt, count, at = True, 0, text.find(header)
     if at < 0:
@@ -89,7 +89,7 @@ def _trains_end(row: _Row, ends: set[int]) -> bool:
 
 
 def _endless(rows: list[_Row], ends: set[int], tokenizer: Any) -> Finding:
-    """Every row trains an answer and none trains its end."""
+    """True if every row trains an answer and no row trains its end."""
     name = tokenizer.convert_ids_to_tokens(min(ends)) if ends else "an end token"
     written = any(token in ends for row in rows for token in row.ids[_last_trained(row) + 1 :])
     if written:

@@ -207,20 +207,20 @@ def _step(matrix: Tensor, most: int) -> int:
     return min(most, max(PIECE // max(*matrix.shape, 1), 16))
 
 
-def beside(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
+def workspace(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """The workspace of a product on the meta device, except for a bias in fp32: for memory simulation."""
     if operator is torch.ops.talik.mm.default:
         rows, inner = args[0].shape
-        return _beside(rows, inner, args[1].shape[1])
+        return _workspace(rows, inner, args[1].shape[1])
     if operator is torch.ops.talik.grouped_mm.default:
         one, other, ends = args
         most = max((place.stop - place.start for _, place in _groups(ends)), default=0)
         rows, inner = (most, one.shape[1]) if other.dim() == 3 else (len(one), most)
-        return _beside(rows, inner, other.shape[-1])
+        return _workspace(rows, inner, other.shape[-1])
     return []
 
 
-def _beside(rows: int, inner: int, columns: int) -> list[Tensor]:
+def _workspace(rows: int, inner: int, columns: int) -> list[Tensor]:
     """The workspace of one `_mm`."""
     if _inner_is_most(rows, inner, columns):
         stays = torch.empty(rows, columns, device="meta")

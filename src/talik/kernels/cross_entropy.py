@@ -72,7 +72,7 @@ def _pieces(logits: Tensor, device: str) -> tuple[int, int, int]:
     return 2, max(rows, 1), vocabulary
 
 
-def beside(operator: Any, args: tuple[Any, ...], device: str) -> list[Tensor]:
+def workspace(operator: Any, args: tuple[Any, ...], device: str) -> list[Tensor]:
     """The workspace of an operator on a kind of device, on the meta device: for memory simulation."""
     if operator is torch.ops.talik.accumulate_.default:
         whole, part = args

@@ -42,9 +42,9 @@ class Parts:
     pieces: dict[str, str]
 
     def part(self, parameter: str) -> str:
-        """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head', 'other' or 'beside'.
+        """The part a parameter belongs to: 'embeddings', 'layer 17', 'norm', 'head', 'other' or 'outside'.
 
-        'beside' is outside the language model, such as a tower for images; text does not pass through it.
+        'outside' is outside the language model, such as a tower for images; text does not pass through it.
         """
         if parameter.startswith(self.layers + "."):
             return f"layer {parameter[len(self.layers) + 1 :].split('.')[0]}"
@@ -80,7 +80,7 @@ def parts_of(model: torch.nn.Module) -> Parts:
     decoder = names.get(id(getattr(model, "get_decoder", lambda: None)()), "")
     if prefix.startswith(f"{decoder}."):
         outside = [name for name in pieces if not f"{name}.".startswith(f"{decoder}.")]
-        pieces |= {name: "beside" for name in outside if pieces[name] != "head"}
+        pieces |= {name: "outside" for name in outside if pieces[name] != "head"}
     pieces[names[id(embedding)]] = "embeddings"
     if head is not None:
         pieces[names[id(head)]] = "head"
@@ -207,7 +207,7 @@ def anatomy_of(model: torch.nn.Module) -> Anatomy:
     }
     for name, weight in model.named_parameters():
         part = parts.part(name)
-        counts["other" if part == "beside" else part] += weight.numel()
+        counts["other" if part == "outside" else part] += weight.numel()
     facts = {name: _value(config, name) for name in FACTS}
     dtype = facts["dtype"] = str(facts["dtype"]).removeprefix("torch.") if facts["dtype"] else None
     return Anatomy(

@@ -1,1 +1,1 @@
-"""The plan: how a run is carried out, chosen before a weight is loaded."""
+"""Plans: how a run is carried out, chosen before a weight is loaded."""

@@ -1,4 +1,4 @@
-"""The single changes of a recipe with which a run fits, each simulated; and the most layers that fit."""
+"""Single changes of a recipe that make a run fit, each simulated; and the most layers that fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from talik.simulate.simulation import subject_of
 from talik.simulate.work import assumed_examples
 
 LIGHTER = {"fp32": "bf16", "bf16": "bf16-sr"}
-SHORTEST = 64  # tokens of an example, below which no change is looked for
+SHORTEST = 64  # tokens of an example; smaller maximum lengths are not proposed
 
 
 def smallest_changes(
@@ -30,17 +30,19 @@ def smallest_changes(
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     notify: Notify = silent,
 ) -> tuple[Change, ...]:
-    """What would make a refused run fit: more memory, fewer layers, less precision, smaller state, and so on.
+    """Finds changes that would make a refused run fit: more memory, fewer layers, smaller precision or state,
+    ...
 
-    Each alone, with everything else as it was, and simulated the way that takes least. Where RAM or disk are
-    too small, what they need instead.
+    Each change is made by itself and simulated in the way that takes the least memory. If host RAM or disk
+    are too small,
+    the changes say how much is needed.
     """
-    target, beside = planned.target, _beside(planned)
+    target, others = planned.target, _other_memory(planned)
     if planned.breaks is None:
-        return (Change(beside, planned.peak.bytes),)
+        return (Change(others, planned.peak.bytes),)
     thrift = ThriftiestWay(model, sets, target, notify)
-    changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), beside)]
-    if beside or (target.on_cpu and target.program > target.most):  # nothing else alone would be enough
+    changes = [_more_memory(target, min(planned.peak.bytes, thrift.peak(recipe)), others)]
+    if others or (target.on_cpu and target.program > target.most):  # no other single change would be enough
         return tuple(changes)
     wanted = recipe.thawed(planned.plan.layers)
     if layers := thrift.most_layers(recipe, replace(wanted, layers=wanted.layers[1:])):
@@ -54,22 +56,22 @@ def smallest_changes(
     return tuple(changes)
 
 
-def _beside(planned: Planned) -> str:
-    """Options for RAM and disk, where there is too little of them."""
+def _other_memory(planned: Planned) -> str:
+    """Options for host RAM and disk, if there is too little of them."""
     ram = planned.ram_bytes if planned.ram_missing else 0
     disk = planned.disk_bytes if planned.disk_missing else 0
     sizes = {"--ram": ram, "--disk": disk}
     return " ".join(f"{name} {in_mebibytes(size)}" for name, size in sizes.items() if size)
 
 
-def _more_memory(target: Target, peak: int, beside: str) -> Change:
+def _more_memory(target: Target, peak: int, others: str) -> Change:
     needed = target.needed(peak)
     note = "more than the machine has" if needed > target.machine.memory else ""
-    return Change(f"--memory {in_mebibytes(needed)} {beside}".rstrip(), peak, note)
+    return Change(f"--memory {in_mebibytes(needed)} {others}".rstrip(), peak, note)
 
 
 def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
-    """Bytes that a changed recipe takes at least, by what stays of the refused one."""
+    """A lower bound in bytes for a changed recipe, from what stays of the refused plan."""
     causes = planned.peak.causes
     fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
     if (changed.thaw, changed.optimizer) != (recipe.thaw, recipe.optimizer):
@@ -77,14 +79,16 @@ def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
     if recipe.precision == "fp32" != changed.precision:
         return 0
     without_masters = changed.precision == "bf16-sr" != recipe.precision
-    masters = min(causes.get("optimizer state", 0), 2 * causes.get("weights trained", 0))  # 4 bytes for 2
+    masters = min(
+        causes.get("optimizer state", 0), 2 * causes.get("weights trained", 0)
+    )  # 4 bytes for each 2
     return fixed - (masters if without_masters else 0)
 
 
 def _candidates(
     recipe: Recipe, wanted: Thawed, examples: Sequence[Example] | None
 ) -> Iterator[tuple[str, Recipe, str]]:
-    """Changed recipes: the options, the recipe, and what it means for the data."""
+    """Changed recipes: the options, the recipe, and the effect on the data."""
     if lighter := LIGHTER.get(recipe.precision):
         yield f"--precision {lighter}", _with(recipe, precision=lighter), ""
     if recipe.trunk == "resident":
@@ -111,19 +115,19 @@ def _with(recipe: Recipe, **changes: object) -> Recipe:
 
 
 def with_layers(recipe: Recipe, wanted: Thawed, layers: int) -> Recipe:
-    """The recipe with only the highest `layers` of the layers that it trains, and the same parts beside."""
+    """The recipe with only the highest `layers` of its trained layers, and the same other parts."""
     if recipe.thaw is None:
         return _with(recipe, top_layers=layers)
     return _with(recipe, thaw=str(replace(wanted, layers=wanted.layers[-layers:])))
 
 
 def _option(recipe: Recipe) -> str:
-    """The option that says what a recipe trains."""
+    """The option that gives what a recipe trains."""
     return f"--top-layers {recipe.top_layers}" if recipe.thaw is None else f"--thaw {recipe.thaw}"
 
 
 class ThriftiestWay:
-    """What recipes take in the way that takes least, by simulation; `streamed` ways among them or not."""
+    """Simulates recipes in the way that takes the least memory, with or without `streamed` ways."""
 
     def __init__(
         self,
@@ -139,7 +143,7 @@ class ThriftiestWay:
         self._peaks: dict[str, int] = {}
 
     def peak(self, recipe: Recipe) -> int:
-        """The promise for a recipe, in bytes; its examples are those that are not longer than it allows."""
+        """The planned peak of a recipe in bytes, for the examples within its maximum length."""
         key = recipe.model_dump_json()
         if key not in self._peaks:
             self._notify(Status("plan", f"simulating {_in_words(recipe)}"))
@@ -159,10 +163,11 @@ class ThriftiestWay:
         return not_longer(examples, recipe.max_length), not_longer(evaluated, recipe.max_length)
 
     def most_layers(self, recipe: Recipe, wanted: Thawed) -> int:
-        """How many of the layers of `wanted`, the highest of them, fit at most; 0 if not even one does.
+        """The largest number of the highest layers of `wanted` that fit; 0 if not even one fits.
 
-        From the step between two layers and three the number is guessed, then looked for from there: the last
-        layer takes less than others, as it is run at trained rows alone.
+        The number is guessed from the difference between two and three layers, then corrected by simulation:
+        the last layer
+        takes less than the others, because it is run at trained positions only.
         """
 
         def peak(layers: int) -> int:
@@ -179,7 +184,7 @@ class ThriftiestWay:
         guess = min(most, max(3, 2 + room // step))
         while not fits(guess):
             guess -= 1
-        # One more is tried unless the step between layers says that it is far too much.
+        # One more is tried unless the difference between layers rules it out.
         while guess < most and (guess - 1) * step < room + step // 2 and fits(guess + 1):
             guess += 1
         return guess
@@ -192,9 +197,10 @@ def most_layers(
     target: Target,
     notify: Notify = silent,
 ) -> int:
-    """The most top layers that fit a target in memory; streamed if not even one does, which takes longer.
+    """The largest number of top layers that fit a target in memory; streamed if not even one fits.
 
-    DoesNotFitError if that does not fit either.
+    Raises:
+        DoesNotFitError: One streamed layer does not fit either.
     """
     every = model.layers
     for streamed in (False, True):

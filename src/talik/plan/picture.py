@@ -1,4 +1,4 @@
-"""A simulated run's memory as a picture: what is alive, by cause, from its first storage to its last."""
+"""Draws the memory of a simulated run by cause, from the first storage to the last."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = (".svg", ".png")
-POINTS = 300  # along the x axis: of the events between two of them the one with most bytes is shown
-NARROW = 0.02  # of the x axis: what a phase's name takes; shorter ones have none,
-TOGETHER = frozenset({"forward", "loss", "backward"})  # but these, which take turns, are named together
-# What stays is blue and green, what comes and goes warm; distinct for most kinds of colour blindness, too.
+POINTS = 300  # points of the x axis; the highest event between two of them is shown
+NARROW = 0.02  # share of the x axis that the name of a phase needs; shorter phases have none,
+TOGETHER = frozenset({"forward", "loss", "backward"})  # but these alternate and are named together
+# Permanent memory is blue and green, temporary memory warm; also distinct for most kinds of colour blindness.
 COLOURS = {  # of CAUSES
     "program": "#9aa0a6",
     "weights frozen": "#a6cbe8",
@@ -36,19 +36,22 @@ COLOURS = {  # of CAUSES
     "allocator": "#d8d8d8",
 }
 SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "talik",  # the same picture is the same file
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "talik",  # deterministic file
     "font.size": 9,
 }
 
 
 def write_picture(simulation: Simulation, file: Path, *, budget: int, program: int = 0) -> None:
-    """Draws the bytes that are alive while a simulated run goes on, stacked by cause, as .svg or .png.
+    """Draws the allocated bytes of a simulated run, stacked by cause, as .svg or .png.
 
-    The x axis counts allocations and releases in their order, until the last allocation, with the phases
-    named; a line is the `budget` in bytes; `program` bytes lie under everything. Long runs are thinned out so
-    that every peak stays.
-    UsageError for another suffix, or where matplotlib is missing.
+    The x axis counts allocations and releases in order, until the last allocation, with the phases named. A
+    line shows
+    the `budget` in bytes; `program` bytes lie under everything. Long runs are thinned out so that every peak
+    stays.
+
+    Raises:
+        UsageError: The suffix is another one, or matplotlib is not installed.
     """
     kind = picture_kind(file)
     try:
@@ -64,7 +67,7 @@ def write_picture(simulation: Simulation, file: Path, *, budget: int, program: i
 
 
 def picture_kind(file: Path) -> str:
-    """The suffix of a picture, in lower case; UsageError for another."""
+    """The suffix of a picture in lower case; raises UsageError for an unknown one."""
     kind = file.suffix.lower()
     if kind not in KINDS:
         problem = f"a picture cannot be a {kind or 'file without suffix'}"
@@ -74,7 +77,10 @@ def picture_kind(file: Path) -> str:
 
 def _draw(axes: Axes, log: StorageLog, budget: int, program: int) -> None:
     numbers, stacked = thinned(log, program)
-    numbers, stacked = [*numbers, _length(log)], [*stacked, stacked[-1]]  # the last one is as wide as others
+    numbers, stacked = (
+        [*numbers, _length(log)],
+        [*stacked, stacked[-1]],
+    )  # the last phase has a width too
     unit, word = _unit(max(budget, *(sum(causes.values()) for causes in stacked)))
     present = [cause for cause in CAUSES if any(causes.get(cause) for causes in stacked)]
     heights = [[causes.get(cause, 0) / unit for causes in stacked] for cause in present]
@@ -90,9 +96,10 @@ def _draw(axes: Axes, log: StorageLog, budget: int, program: int) -> None:
 
 
 def thinned(log: StorageLog, program: int = 0) -> tuple[list[int], list[dict[str, int]]]:
-    """At most POINTS numbers of events, and what is alive after each of them, in bytes by cause.
+    """At most POINTS numbers of events, and the bytes by cause after each of them.
 
-    Of as many ranges of events as there are points, each gives the one with most bytes.
+    The events are divided into as many ranges as there are points; each range is represented by its highest
+    event.
     """
     totals = [total for _, _, total in levels(log)][: _length(log)]
     size = max(1, -(-len(totals) // POINTS))
@@ -104,7 +111,7 @@ def thinned(log: StorageLog, program: int = 0) -> tuple[list[int], list[dict[str
 
 
 def _alive(log: StorageLog, program: int) -> Iterator[Counter[str]]:
-    """After every event the bytes that are alive, by cause; always the same object."""
+    """After every event the allocated bytes by cause; always the same object."""
     alive = Counter({"program": program})
     for event in log.events:
         made = log.births[event if event >= 0 else ~event]
@@ -113,7 +120,7 @@ def _alive(log: StorageLog, program: int) -> Iterator[Counter[str]]:
 
 
 def phases_of(log: StorageLog) -> list[tuple[int, int, str]]:
-    """Where phases begin and end, as numbers of events; those of short micro-batches are one."""
+    """Start and end of phases as numbers of events; short micro-batches are merged."""
     marks, least = [*log.marks, (_length(log), "")], NARROW * _length(log)
     found: list[tuple[int, int, list[str], int]] = []
     for (start, name), (end, _) in pairwise(marks):
@@ -131,7 +138,7 @@ def phases_of(log: StorageLog) -> list[tuple[int, int, str]]:
 
 
 def _name_phases(axes: Axes, log: StorageLog) -> None:
-    """Lines where phases begin, and their names above the data: upright where there is little room."""
+    """Draws lines at the start of phases and their names, upright if there is little room."""
     for start, end, name in phases_of(log):
         axes.axvline(start, color="black", linewidth=0.4, alpha=0.5)
         share = (end - start) / _length(log)
@@ -149,7 +156,7 @@ def _name_phases(axes: Axes, log: StorageLog) -> None:
 
 
 def _length(log: StorageLog) -> int:
-    """Events until the last birth: what comes then is the end of the simulation itself."""
+    """Events until the last birth; later ones belong to the end of the simulation."""
     return max((number + 1 for number, event in enumerate(log.events) if event >= 0), default=0)
 
 

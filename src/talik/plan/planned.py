@@ -1,4 +1,4 @@
-"""What planning came to: the way that was chosen, or came nearest, and why each other was not."""
+"""The result of planning: the chosen way, or the nearest, and why the others were refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from talik.simulate.account import Break, Peak, Simulation
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A way that does not fit: the bytes it takes (at least, where `simulated` is false), and why.
+    """A way that does not fit.
 
-    `change` is an option with which it would.
+    Attributes:
+        bytes: Its peak; a lower bound if `simulated` is false.
+        reason: Why it does not fit.
+        change: An option with which it would fit.
     """
 
     way: dict[str, Any]
@@ -28,7 +31,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A single change with which the run fits: options of the command, and the peak with it, simulated."""
+    """A single change with which the run fits: options of the command, and the simulated peak with it."""
 
     options: str
     peak_bytes: int
@@ -37,10 +40,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What was chosen, or came nearest. Peaks are in bytes of the target's memory, `disk` in bytes by use.
+    """The result of planning. Peaks are bytes of the target's memory, `disk` is bytes by use.
 
-    `least` is the peak where a router chooses all experts alike, for mixtures of experts: the real one lies
-    between it and the peak. `breaks`, `ram_missing` and `disk_missing` say what does not fit.
+    Attributes:
+        least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
+            lies
+            between it and the planned peak.
+        breaks: The first allocation that exceeds the memory.
+        ram_missing: Bytes of host RAM that are missing.
+        disk_missing: Bytes of disk that are missing.
     """
 
     plan: Plan
@@ -58,33 +66,33 @@ class Planned:
 
     @property
     def fits(self) -> bool:
-        """Whether memory, RAM and disk are enough."""
+        """True if memory, host RAM and disk are sufficient."""
         return self.breaks is None and not self.disk_missing and not self.ram_missing
 
     @property
     def disk_bytes(self) -> int:
-        """What the run writes to the disk at most."""
+        """The most bytes that the run writes to disk."""
         return sum(self.disk.values())
 
     @property
     def disk_missing(self) -> int:
-        """Bytes that the disk has too few."""
+        """Bytes of disk that are missing."""
         disk = self.target.disk
         return 0 if disk is None else max(0, self.disk_bytes - disk)
 
     @property
     def ram_missing(self) -> int:
-        """Bytes of RAM that are too few beside a device with its own memory."""
+        """Bytes of host RAM that are missing, on a device with its own memory."""
         return 0 if self.target.on_cpu else max(0, self.ram_bytes - self.target.ram)
 
     @property
     def peak(self) -> Peak:
-        """The highest of all phases."""
+        """The highest peak of all phases."""
         return max(self.phases, key=lambda peak: peak.bytes)
 
     @property
     def problem(self) -> str:
-        """Why it does not fit, and by how much in the way that takes least of those known."""
+        """Why the run does not fit, and how much is missing in the known way with the lowest peak."""
         if self.breaks is not None:
             peak = self.changes[0].peak_bytes if self.changes else self.peak.bytes
             short = format_bytes(self.target.needed(peak) - self.target.memory)
@@ -93,7 +101,7 @@ class Planned:
         return "; ".join(f"the {name} lacks {format_bytes(size)}" for name, size in lacking.items() if size)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All values, for JSON."""
         return {
             "fits": self.fits,
             "machine": self.target.machine.name,

@@ -1,4 +1,4 @@
-"""What a run takes beside what was promised, phase by phase, and what to say when the memory ends."""
+"""Compares the planned and the measured memory of a run by phase, and diagnoses out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from talik.simulate.storage_log import StorageLog
 from talik.training.memory.scratch import Scratch
 from talik.training.step.top import Top
 
-TRACKED = 2  # steps whose every storage is counted on a CPU; an accelerator's allocator counts by itself
+TRACKED = 2  # steps whose storages are recorded on a CPU; an accelerator's allocator has its own counters
 _ASKED = re.compile(r"allocate (\d+) bytes|allocate ([\d.]+ [KMG]iB)")
 _OUT = (
     "can't allocate memory",
@@ -32,9 +32,10 @@ _OUT = (
 
 
 class Promise:
-    """Watches a run: samples its memory all the time, and counts every storage in the first two steps.
+    """Measures a run: samples its memory continuously, and records every storage of the first two steps.
 
-    `between` is called between phases.
+    Attributes:
+        between: Called between phases.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -44,8 +45,8 @@ class Promise:
         self._memory, self._log = PeakMemory(self._device), StorageLog()
         self._allocated: dict[str, int] = {}
         self._most = max(plan.promised.values(), default=0)
-        self._began, self._size = 0, 0  # what was held when this phase began, and the size of what it is for
-        self._growth: dict[tuple[str, int], tuple[int, int]] = {}  # by how much at most, for what size
+        self._began, self._size = 0, 0  # memory at the start of the phase, and the size of its work
+        self._growth: dict[tuple[str, int], tuple[int, int]] = {}  # largest growth, by size
 
     def __enter__(self) -> Promise:
         self._memory.__enter__()
@@ -56,7 +57,7 @@ class Promise:
         self._memory.__exit__(*stopped)
 
     def phase(self, name: str, size: int = 0) -> None:
-        """A phase begins, for a micro-batch of so many tokens, a block of so many parameters, or neither."""
+        """Starts a phase for a micro-batch of `size` tokens, a block of `size` parameters, or neither (0)."""
         peak, key = self._memory.phase(name), (self.now, self._size.bit_length())
         if self._began:
             self._growth[key] = max((peak - self._began, self._size), self._growth.get(key, (0, 0)))
@@ -67,13 +68,15 @@ class Promise:
             self._log.phase(name)
 
     def _make_room(self, name: str, size: int) -> None:
-        """Gives back what is free where the coming phase might need more than was promised.
+        """Releases free memory if the coming phase might need more than planned.
 
-        What stays is used again without being mapped anew, an eighth of a small model's step (docs/log.md).
-        How much a phase comes to need is known from those before it, for sizes between the same powers of
-        two; a first one gets all.
+        Memory that is kept is reused without being mapped again, which saves an eighth of a step of a small
+        model
+        (docs/log.md). The need of a phase is known from earlier ones of a similar size (within a power of
+        two); before the
+        first one, everything is released.
         """
-        if self._device.type != "cpu":  # there the promise is about the device's memory
+        if self._device.type != "cpu":  # on a device, the plan is about its own memory
             return
         self._began = anonymous_bytes()
         grown, of = self._growth.get((name, size.bit_length()), (math.inf, 0))
@@ -88,7 +91,7 @@ class Promise:
 
     @contextmanager
     def step(self, top: Top, scratch: Scratch) -> Iterator[None]:
-        """Around a step; the first ones are tracked."""
+        """Entered around a step; the first steps are recorded."""
         self.steps += 1
         if self.steps > TRACKED or self._device.type != "cpu":
             yield
@@ -103,9 +106,10 @@ class Promise:
             self._log = StorageLog()
 
     def table(self, earlier: dict[str, dict[str, int]] | None = None) -> dict[str, dict[str, int]]:
-        """By phase, in bytes: promised, allocated (the first steps' storages and the program), measured.
+        """Memory by phase in bytes: "promised", "allocated" (storages of the first steps and the program),
+        "measured".
 
-        `earlier` is that of the run before it was resumed: what it took then counts, too.
+        `earlier` is the table of the run before it was resumed; its maxima count as well.
         """
         by_use = {
             "promised": self._plan.promised,
@@ -128,7 +132,7 @@ class Promise:
         }
 
     def describe(self) -> str:
-        """How far off the promise was."""
+        """The difference between planned and measured memory, in words."""
         phase, measured = max(self._memory.phases.items(), key=lambda item: item[1])
         took = f"took {format_bytes(measured)} at most ({phase})"
         promised = max((size for size in self._plan.promised.values()), default=0)
@@ -138,7 +142,7 @@ class Promise:
         return f"promised {format_bytes(promised)}, {took}: {abs(off):.1f} % {'more' if off > 0 else 'less'}"
 
     def broken_by(self, error: BaseException, run: object) -> DoesNotFitError | None:
-        """The diagnosis of an error that says that there is no memory; None for any other."""
+        """The diagnosis of an out-of-memory error; None for any other error."""
         if (cause := _without_memory(error)) is None:
             return None
         text = str(cause)
@@ -146,19 +150,19 @@ class Promise:
         found = _ASKED.search(text)
         said = f": {text}" if text and isinstance(cause, MemoryError) else ""
         more = found and (format_bytes(int(found[1])) if found[1] else found[2])
-        asked = f": {more} more were asked for" if more else said
+        asked = f": allocating {more} failed" if more else said
         promised = self._plan.promised.get(self.now)
         where = f"step {self.steps}, {self.now}" if self.steps else self.now
-        had = f"the run had {format_bytes(self._memory.phases.get(self.now, 0))}"
-        beside = f", and {format_bytes(promised)} were promised for this phase" if promised else ""
+        had = f"{format_bytes(self._memory.phases.get(self.now, 0))} in use"
+        planned = f" (planned: {format_bytes(promised)})" if promised else ""
         return DoesNotFitError(
-            f"no memory was left in {where}{asked}; {had}{beside}",
+            f"out of memory in {where}{asked} with {had}{planned}",
             remedy=f"See what takes it: talik explain {quoted(run)}",
         )
 
 
 def _without_memory(error: BaseException | None) -> BaseException | None:
-    """The first of an error and those behind it that says that there is no memory."""
+    """The out-of-memory error among an error and its causes."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(o in str(error) for o in _OUT):
             return error
@@ -167,5 +171,5 @@ def _without_memory(error: BaseException | None) -> BaseException | None:
 
 
 def broken_fields(error: DoesNotFitError, promise: Promise) -> dict[str, Any]:
-    """What `talik explain RUN` needs to know of a run that broke."""
+    """The fields that `talik explain RUN` needs for a run that ran out of memory."""
     return {"problem": error.problem, "phase": promise.now, "step": promise.steps, "memory": promise.table()}

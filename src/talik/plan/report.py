@@ -1,4 +1,4 @@
-"""A plan on one screen, or in a few lines."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from talik.plan.planned import Planned
 from talik.plan.target import slack_of
 from talik.recipe.recipe import Recipe
 
-WIDTH = 40  # characters of a bar that stands for the whole budget
+WIDTH = 40  # characters of a bar for the whole budget
 
 
 def plan_text(planned: Planned) -> str:
-    """Whether it fits, a bar for every phase, what the peak is made of, the way chosen, those refused."""
+    """The verdict, a bar for every phase, the causes of the peak, the chosen way, and the refused ones."""
     parts = (_verdict, _bars, _causes, _costs, _ways)
     return "\n\n".join("\n".join(part(planned)) for part in parts)
 
 
 def short_text(planned: Planned) -> list[str]:
-    """The verdict and the way chosen."""
+    """The verdict and the chosen way."""
     return [next(_verdict(planned)), next(_ways(planned)), *_costs(planned)]
 
 
 def slow_precision(recipe: Recipe, machine: Machine) -> str | None:
-    """What is to be known where a machine computes a recipe's bf16 much slower than fp32."""
+    """A note if the machine computes bf16 much more slowly than fp32."""
     slow, fast = (machine.rates.matmul[precision] / 1e9 for precision in ("bf16", "fp32"))
     if recipe.precision == "fp32" or not (machine.without_bf16 or slow < fast / 2):
         return None
@@ -52,7 +52,7 @@ def _verdict(planned: Planned) -> Iterator[str]:
     if planned.least is not None:
         yield f"between {format_bytes(planned.least)} and this, by what the router chooses"
     if planned.ram_missing:
-        yield f"the RAM beside it lacks {format_bytes(planned.ram_missing)}"
+        yield f"the host RAM lacks {format_bytes(planned.ram_missing)}"
     if planned.disk_missing:
         yield f"the disk lacks {format_bytes(planned.disk_missing)}"
     if planned.assumed:
@@ -105,7 +105,7 @@ def _ways(planned: Planned) -> Iterator[str]:
 
 
 def _time(seconds: float) -> str:
-    """As in "3 h 20 min", "4 min 10 s", "12 s" or "0.4 s"."""
+    """A duration as "3 h 20 min", "4 min 10 s", "12 s" or "0.4 s"."""
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     whole = round(seconds)

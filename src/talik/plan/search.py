@@ -1,4 +1,4 @@
-"""Chooses how a run is carried out: the fastest way that fits, and of each other why it does not."""
+"""Chooses the fastest way to run that fits, and records why faster ones do not."""
 
 from __future__ import annotations
 
@@ -36,11 +36,19 @@ def plan_run(
     target: Target | None = None,
     notify: Notify = silent,
 ) -> Planned:
-    """Plans a run (default: on this machine, with all that is free of it).
+    """Plans a run.
 
-    `examples` are those to train on, `evaluated` those to evaluate on; without any, every one is taken to be
-    as long as the recipe allows. The model needs no weights. Raises UsageError and ChainError for models
-    that cannot be trained.
+    Args:
+        recipe: The recipe.
+        model: The model; weights are not needed.
+        examples: Examples to train on; without any, all are assumed to have the maximum length.
+        evaluated: Examples to evaluate on.
+        target: The machine and the memory the run may take; by default this machine with its free memory.
+        notify: Gets the events.
+
+    Raises:
+        UsageError: The model cannot be trained as the recipe asks.
+        ChainError: The model cannot be run as a chain.
     """
     target = target or target_of(machine_here(recipe.device, notify))
     assumed = None
@@ -53,7 +61,7 @@ def plan_run(
     plan, result, target = done.plan, done.result, search.target.now()
     phases, breaks = target.account(result)
     least = search.least(done) if result.routed else None
-    promised = {"program": target.program} if target.on_cpu else {}  # elsewhere it is not in that memory
+    promised = {"program": target.program} if target.on_cpu else {}  # not in the memory of other devices
     promised |= {peak.phase: peak.bytes for peak in phases}
     return Planned(
         plan=plan.model_copy(update={"promised": promised}),
@@ -72,7 +80,7 @@ def plan_run(
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A way that was simulated, and what it takes on the target; `whole`, or a glimpse of it."""
+    """A simulated way and its memory on the target; `whole`, or only a glimpse of it."""
 
     plan: Plan
     work: Work
@@ -83,13 +91,13 @@ class Tried:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all phases."""
+        """The highest peak of all phases."""
         return max(self.phases, key=lambda peak: peak.bytes)
 
 
 @dataclass(slots=True)
 class Search:
-    """Way after way for one subject on one target, until one fits."""
+    """Tries ways in order of their speed until one fits."""
 
     subject: Subject
     examples: Sequence[Example]
@@ -101,14 +109,15 @@ class Search:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example to train on."""
+        """Tokens of the longest training example."""
         return max(lengths_of(self.examples))
 
     def ram(self, plan: Plan) -> int:
-        """Bytes of RAM that a way takes beside an accelerator, about.
+        """Bytes of host RAM that a way takes on an accelerator, about.
 
-        The program, what passes through to the device, what is kept here. Pinned memory, two layers of it,
-        comes in powers of two (ATen/core/CachingHostAllocator.h).
+        The program, buffers for transfers to the device, and offloaded tensors. Pinned memory for two layers
+        is rounded up
+        to powers of two (ATen/core/CachingHostAllocator.h).
         """
         chain = self.subject.chain
         layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in chain.layers)
@@ -120,7 +129,7 @@ class Search:
         return size + (_inputs(self.subject, plan, self.examples) if plan.inputs == "ram" else 0)
 
     def run(self) -> Tried:
-        """The first way that fits; else the one that takes least."""
+        """The first way that fits; otherwise the one with the lowest peak."""
         first = self.first()
         every = [(first.model_copy(update=way), way) for way in ways.ways_of(first, self.longest)]
         for plan, way in every:
@@ -133,19 +142,19 @@ class Search:
         return least
 
     def forget(self) -> None:
-        """Drops the simulations: they take memory that a run would have."""
+        """Drops the simulations, which take memory that the run needs."""
         self._tried.clear()
 
     def first(self) -> Plan:
-        """What all ways have in common."""
+        """The plan that all ways start from."""
         device = self.target.machine.device
         memory = self.target.memory
         return ways.first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
 
     def try_plan(self, plan: Plan, *, whole: bool = True) -> Tried:
-        """Simulates a plan, or only a glimpse of it, where that is much less than the whole.
+        """Simulates a plan, or only a glimpse of it if the whole is much larger.
 
-        The trunk is streamed where it does not fit resident and may be.
+        The trunk is streamed if it does not fit in memory and streaming is allowed.
         """
         recipe, chain = self.subject.recipe, self.subject.chain
         work = work_of(self.examples, self.evaluated, plan, recipe, chain)
@@ -159,26 +168,27 @@ class Search:
         return tried
 
     def least(self, tried: Tried) -> int:
-        """The peak of a way where a router chooses all experts alike."""
+        """The peak if a router always chooses the same experts."""
         return self._simulated(tried.plan, tried.work, "even").peak.bytes
 
     def _simulated(self, plan: Plan, work: Work, routing: Routing, whole: bool = True) -> Tried:
         with self.target.kernels():
             result = simulate(self.subject, plan, work, routing)
-        self.target = self.target.now()  # planning takes memory, too, that the run will not have
+        self.target = self.target.now()  # planning itself also takes memory, which the run cannot use
         return Tried(plan, work, result, *self.target.account(result), whole)
 
     def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:
-        """Whether a way fits, by simulation, unless less has shown that it cannot; notes why not.
+        """True if a way fits, by simulation unless a lower bound already shows that it does not; records
+        refusals.
 
-        A streamed step has many parts that are alike: a glimpse of it comes first.
+        A streamed step has many similar parts, so a glimpse of it is simulated first.
         """
         if (least := self._least(plan)) > self.target.most:
             reason = f"takes {format_bytes(least)} at least"
             self.refused.append(Refusal(way, least, reason, None, simulated=False))
             return False
         if not self.target.on_cpu and (ram := self.ram(plan)) > self.target.ram:
-            reason = f"takes {format_bytes(ram)} of RAM beside {self.target.machine.device}"
+            reason = f"takes {format_bytes(ram)} of host RAM"
             self.refused.append(Refusal(way, least, reason, f"--ram {in_mebibytes(ram)}", simulated=False))
             return False
         self.notify(Status("plan", f"simulating {ways.in_words(way)}"))
@@ -197,9 +207,9 @@ class Search:
         self.refused.append(Refusal(way, peak, _why(broken), change, simulated=tried.whole))
 
     def _least(self, plan: Plan) -> int:
-        """Bytes that a way takes at least: what stays in memory, whatever the micro-batches are.
+        """A lower bound for a way, in bytes: what stays in memory for all micro-batch sizes.
 
-        Of what is saved for the backward a smaller micro-batch keeps its share at least.
+        A smaller micro-batch keeps at least its share of the saved activations.
         """
         least = self._stays(plan)
         for tried in self._tried:
@@ -212,7 +222,7 @@ class Search:
         return least + (self.target.program if self.target.on_cpu else 0)
 
     def _stays(self, plan: Plan) -> int:
-        """Bytes that are all in memory at the end of a step's backward, by the model's sizes alone."""
+        """Bytes that are all in memory at the end of the backward of a step, from the sizes of the model."""
         recipe, chain = self.subject.recipe, self.subject.chain
         trained = trained_parameters(chain.model)
         if plan.top == "streamed":
@@ -223,14 +233,14 @@ class Search:
 
 
 def in_mebibytes(size: int) -> str:
-    """A size as an option takes it, rounded up: "1235MiB"."""
+    """A size for an option, rounded up: "1235MiB"."""
     return f"{-(-size // (1 << 20))}MiB"
 
 
 def _disk(
     subject: Subject, plan: Plan, examples: Sequence[Example], evaluated: Sequence[Example]
 ) -> dict[str, int]:
-    """What the trunk's cache and the checkpoints take at most, in bytes."""
+    """The most bytes of the cache, the checkpoints and the working files."""
     tokens = sum(lengths_of(examples)) + sum(lengths_of(evaluated))
     trained = trained_parameters(subject.chain.model)
     weights = sum(parameter.nbytes for parameter in trained.values())
@@ -247,7 +257,7 @@ def _disk(
 
 
 def _inputs(subject: Subject, plan: Plan, examples: Sequence[Example]) -> int:
-    """Bytes of what goes into the layers of a streamed step, about."""
+    """Bytes of the layer inputs of a streamed step, about."""
     tokens = padded_tokens(examples, plan, subject.recipe, subject.chain)
     return tokens * token_bytes(subject, plan) * (plan.layers - plan.cut)
 

@@ -1,4 +1,4 @@
-"""How long a run takes: what its simulation computes and moves, over the rates of a machine."""
+"""The time of a run: simulated FLOPs and bytes over the rates of a machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The pass of the trunk, one epoch with its evaluations, and all of the run; starting up left out."""
+    """Seconds of the trunk, of one epoch with its evaluations, and of the whole run without its start."""
 
     trunk: float
     epoch: float
@@ -40,10 +40,11 @@ def seconds_of(
     evaluated: Sequence[Example],
     machine: Machine,
 ) -> Seconds:
-    """Seconds by the simulated phases, each scaled from its tokens to all of them.
+    """Seconds of the simulated phases, each scaled from its tokens to all tokens.
 
-    A phase takes its FLOPs over the rate of matrix products of the precision plus the bytes that all other
-    operators move over the rate of copies. A streamed trunk waits for the disk where that is slower.
+    A phase takes its FLOPs over the rate of matrix products, plus the bytes moved by other operators over the
+    rate of
+    copies. A streamed trunk waits for the disk if that is slower.
     """
     recipe, rates = subject.recipe, machine.rates
     rate = rates.matmul["fp32" if machine.without_bf16 else PRECISIONS[recipe.precision]]
@@ -65,7 +66,7 @@ def seconds_of(
     epoch += of_phase("update") * steps / len(work.steps)
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
-    if plan.state == "ram":  # there and back, in the update, which waits for it
+    if plan.state == "ram":  # both directions, in the update, which waits for it
         epoch += steps * 2 * state_apart(subject, plan) / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
@@ -76,15 +77,15 @@ def seconds_of(
 
 
 def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
-    """Seconds in which one step of a streamed top reads its weights and writes what changed."""
+    """Seconds in which a step of a streamed top reads its weights and writes the changed ones."""
     recipe, chain = subject.recipe, subject.chain
     top, sizes = make_top(chain, trained_parameters(chain.model), plan.cut), Counter[str]()
-    for name, own in chain.model.named_parameters(remove_duplicate=False):  # a tied head is the tail's, too
+    for name, own in chain.model.named_parameters(remove_duplicate=False):  # tied heads, too
         part = chain.parts.part(name)
         sizes[part if part == "embeddings" or part.startswith("layer ") else "tail"] += own.nbytes
     read = written = 0
     for block in dict.fromkeys([*top.blocks, "tail"]):
-        # Forward and back, and once more in the update by the norm of all; adapters are always there.
+        # Forward, backward, and once more in the update by the global norm; adapters are always in memory.
         times = (1 if block == "tail" else 2) + bool(
             gradients_wait(recipe) and recipe.lora is None and top.blocks.get(block)
         )
@@ -96,13 +97,13 @@ def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
 
 
 def state_apart(subject: Subject, plan: Plan) -> int:
-    """Bytes of the optimizer's state, and of gradients that wait beside it, where they are apart."""
+    """Bytes of offloaded optimizer state and pending gradients."""
     bytes_of = scratch_bytes if plan.top == "streamed" else state_bytes
     return bytes_of(trained_parameters(subject.chain.model), subject.recipe)
 
 
 def token_bytes(subject: Subject, plan: Plan) -> int:
-    """What the cache keeps of one token."""
+    """Bytes of one token in the cache."""
     return subject.chain.width_at(plan.cut) * subject.chain.dtype_at(plan.cut).itemsize
 
 

@@ -1,4 +1,4 @@
-"""Where a run will take place: a machine, what it may take there, and what a simulation comes to."""
+"""The target of a plan: a machine, the memory a run may take there, and its program."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from talik.machine.machine import HERE, Machine, this_machine
 from talik.simulate.account import Break, Peak, Simulation
 from talik.simulate.cuda import replay
 
-SLACK = 0.03  # of the promise: how far the process may be above it
+SLACK = 0.03  # share of the peak by which the process may exceed it
 LEAST_SLACK = 64 << 20  # bytes
-# What Python with torch and Transformers takes of the RAM on another computer, in bytes: measured on Linux
-# without CUDA; with CUDA's libraries a guess.
+# RAM of Python with PyTorch and Transformers on another computer, in bytes: measured on Linux
+# without CUDA; a guess with CUDA's libraries.
 PROGRAM = {"cpu": 300 << 20, "cuda": 2 << 30}
-# Bytes that they take beside that when a run uses them: products' code, threads; measured.
+# Bytes that they take in addition during a run: code of products, threads; measured.
 LIBRARIES = 20 << 20
 
 
 def slack_of(promise: int) -> int:
-    """Bytes that a run may take beyond its promise: what no simulation sees."""
+    """Bytes that a run may take above its planned peak: what a simulation does not see."""
     return max(int(SLACK * promise), LEAST_SLACK)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A machine and the bytes that a run may take of its device's memory, its RAM and its disk.
+    """A machine, and the bytes that a run may take of its memory, host RAM and disk.
 
-    `program`: what the interpreter and the libraries take of the RAM by themselves.
+    Attributes:
+        program: RAM of the interpreter and the libraries.
     """
 
     machine: Machine
@@ -43,29 +44,29 @@ class Target:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the device's memory is the RAM."""
+        """True if the device's memory is the RAM."""
         return self.machine.device == "cpu"
 
     @property
     def most(self) -> int:
-        """The highest promise that, with its slack, stays within the memory."""
+        """The highest peak that stays within the memory with its slack."""
         return min(int(self.memory / (1 + SLACK)), self.memory - LEAST_SLACK)
 
     def now(self) -> Target:
-        """With what the program takes after planning, on this machine."""
+        """The target with the memory that the program takes after planning, on this machine."""
         here = self.machine.name == HERE
         if here:
             release_free_memory()
         return replace(self, program=max(self.program, anonymous_bytes() + LIBRARIES)) if here else self
 
     def kernels(self) -> AbstractContextManager[None]:
-        """Inside, a simulation runs the device's kernels."""
+        """Inside the context, simulations use the device's kernels."""
         return bf16_as_fp32(self.machine.without_bf16) if self.on_cpu else replay.target(self.machine)
 
     def account(self, result: Simulation) -> tuple[tuple[Peak, ...], Break | None]:
-        """The phases' peaks in the device's memory, and the first allocation that it has no room for.
+        """The peak of each phase in the device's memory, and the first allocation that exceeds it.
 
-        On a CPU with the program's own memory; on CUDA with the context, and in the allocator's pages.
+        On a CPU including the program; on CUDA including the context, in pages of the allocator.
         """
         if not self.on_cpu:
             device = replay.on_cuda(result, self.machine)
@@ -78,12 +79,12 @@ class Target:
         return phases, replace(found, total=found.total + self.program) if found else None
 
     def needed(self, promise: int) -> int:
-        """The memory with which a promise fits."""
+        """The memory with which a peak fits."""
         return promise + slack_of(promise) + 1
 
 
 def machine_here(device: str, notify: Notify = silent) -> Machine:
-    """This machine; not measured where the disk has no room for that, which a plan can do without."""
+    """This machine; rates are not measured if the disk has no room for that."""
     try:
         return this_machine(device, notify=notify)
     except NoRoomError:
@@ -93,9 +94,12 @@ def machine_here(device: str, notify: Notify = silent) -> Machine:
 def target_of(
     machine: Machine, *, memory: int | None = None, ram: int | None = None, disk: int | None = None
 ) -> Target:
-    """What a run may take: these bytes, else all that is free; of this machine the program's own included.
+    """The target on a machine, with the given limits in bytes, or all free memory.
 
-    On a CPU memory and RAM are one: the smaller counts. UsageError for a device that cannot be planned for.
+    On a CPU, memory and RAM are the same; the smaller limit counts.
+
+    Raises:
+        UsageError: Runs on this device cannot be planned.
     """
     kind, here = machine.device.partition(":")[0], machine.name == HERE
     if kind not in PLANNED:

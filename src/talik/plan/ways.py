@@ -1,4 +1,4 @@
-"""The ways to run that the engine really has, and what is fixed before any is tried."""
+"""The ways to carry out a run, and the settings that all of them share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
 from talik.training.loading import working_dtype
 
-LOGITS_AT_ONCE = 128 << 20  # bytes of one chunk's bf16 logits and of the gradient at them
-CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more leave the caches
+LOGITS_AT_ONCE = 128 << 20  # bytes of the bf16 logits of one chunk and of their gradient
+CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more exceed the CPU caches
 THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
 STREAMED = {"top": "streamed", "recompute": True}
 ON_DISK = {"state": "disk", "inputs": "disk"}
 IN_RAM = {"state": "ram", "inputs": "ram"}
-# What changes from way to way. None of it changes what is computed, but for the order of sums.
+# Settings that differ between ways. They change only the order of sums.
 RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
     *({"recompute": r, "micro_batch_tokens": tokens} for r in (False, True) for tokens in (2048, 1024, 512)),
     {"recompute": True, **THRIFTY},
@@ -34,7 +34,7 @@ STREAMED_WAYS: tuple[dict[str, Any], ...] = (
     *({**STREAMED, **ON_DISK, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
     {**STREAMED, **ON_DISK, **THRIFTY},
 )
-# Beside a device with its own memory there is RAM, which is nearer than any disk.
+# For devices with their own memory: host RAM is faster than disk.
 WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
     *({"recompute": True, "state": "ram", "micro_batch_tokens": tokens} for tokens in (2048, 512)),
     *({**STREAMED, **IN_RAM, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
@@ -44,9 +44,11 @@ WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
 
 
 def choose(recipe: Recipe, model: ModelFolder, notify: Notify = silent) -> Plan:
-    """A plan by rules alone, for what runs forward only, or for one's own loop.
+    """A plan by rules only, for runs without training and for loops of your own.
 
-    UsageError if the model has fewer layers than asked for, ChainError if it cannot be run layer by layer.
+    Raises:
+        UsageError: The model has fewer layers than the recipe trains.
+        ChainError: The model cannot be run as a chain.
     """
     check_layers(recipe, model.layers)
     device = choose_device(recipe.device)
@@ -55,20 +57,22 @@ def choose(recipe: Recipe, model: ModelFolder, notify: Notify = silent) -> Plan:
 
 
 def wanted_cut(recipe: Recipe, chain: Chain) -> int:
-    """The first layer that a gradient reaches. UsageError for embeddings that cannot be trained."""
+    """The first layer that a gradient reaches; raises UsageError for embeddings that cannot be trained."""
     wanted = recipe.thawed(len(chain.layers))
     if "embeddings" in wanted.parts and chain.calls_need_embeddings:
-        problem = f"{type(chain.model).__name__}: what its layers are called with is made of embeddings"
-        raise UsageError(f"{problem}, which cannot be trained", remedy="Leave them out of --thaw.")
+        problem = f"{type(chain.model).__name__} passes token embeddings into every layer"
+        raise UsageError(
+            f"{problem}, so its embeddings cannot be trained", remedy="Leave them out of --thaw."
+        )
     return wanted.cut
 
 
 def check_plan(plan: Plan, recipe: Recipe, model: ModelFolder) -> None:
-    """UsageError if a plan is not one for this recipe, model and machine."""
+    """Raises UsageError if a plan does not fit this recipe, model and machine."""
     choose_device(plan.device)
     check_layers(recipe, model.layers)
     hollow = model.hollow(working_dtype(recipe))
-    freeze_for(hollow, recipe)  # says what cannot be trained
+    freeze_for(hollow, recipe)  # raises for parts that cannot be trained
     chain = Chain(hollow, "cpu")
     cut, _ = chain.lowest_cut(wanted_cut(recipe, chain))
     remedy = "Leave --plan out, or name the plan.json of a run with this model that trains the same."
@@ -84,14 +88,14 @@ def check_plan(plan: Plan, recipe: Recipe, model: ModelFolder) -> None:
 
 
 def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: Notify = silent) -> Plan:
-    """The fastest way, whatever the top takes; `memory` in bytes decides what the trunk may hold at once."""
+    """The fastest plan, without regard to the memory of the top; `memory` in bytes limits the trunk."""
     layers = len(chain.layers)
     wanted, parts = wanted_cut(recipe, chain), recipe.thawed(layers).parts
     cut, reason = chain.lowest_cut(wanted)
     if reason:
         notify(Status("cut", f"moved from layer {wanted} to {cut}: {reason}"))
     trunk = recipe.trunk
-    if trunk == "auto":  # in memory where the model leaves room: every group would wait for nothing less
+    if trunk == "auto":  # resident if the model leaves room
         size = anatomy_of(chain.model).parameters * working_dtype(recipe).itemsize
         trunk = "resident" if size < memory // 2 else "streamed"
     return Plan(
@@ -111,18 +115,21 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
 
 
 def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
-    """Trained positions at once: more where the head is trained, as each chunk makes all of its gradient."""
+    """Trained positions per chunk; more if the head is trained, because each chunk computes its whole
+    gradient.
+    """
     text, chunk = chain.model.config.get_text_config(decoder=True), CHUNK
     if head and recipe.lora is None:
         chunk = max(chunk, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
-    return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks positions up
+    return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks up positions
 
 
 def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:
-    """What each way changes of the first plan, fastest first: what is computed twice costs much, files more.
+    """The changes of each way to the first plan, fastest first: recomputation is slow, files are slower.
 
-    A loss chunk is never made larger; micro-batches never get smaller than the `longest` example. Not
-    `streamed`: all of the top stays in the device's memory.
+    A loss chunk is never made larger; a micro-batch is never smaller than the `longest` example. Without
+    `streamed`, the
+    top stays in the device's memory in all ways.
     """
     more = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
     chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}
@@ -140,12 +147,12 @@ def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[st
 
 
 def in_words(way: dict[str, Any]) -> str:
-    """As in "micro-batches of 512 tokens, layers recomputed in the backward"."""
+    """A way in words, as in "micro-batches of 512 tokens, layers recomputed in the backward"."""
     recomputed = ", layers recomputed in the backward" if way["recompute"] else ""
-    apart = {"ram": " in RAM", "disk": " on disk"}.get(way.get("state", "memory"), "")
+    apart = {"ram": " in host RAM", "disk": " on disk"}.get(way.get("state", "memory"), "")
     if way.get("top") == "streamed":
-        beside = f", optimizer state and layers' inputs{apart}" if apart else ""
-        recomputed = f", trained layers streamed from a working copy{beside}"
+        offloaded = f", optimizer state and layer inputs{apart}" if apart else ""
+        recomputed = f", trained layers streamed from a working copy{offloaded}"
     elif apart:
         recomputed += f", optimizer state{apart}"
     chunk = f", loss chunks of {way['loss_chunk']}" if "loss_chunk" in way else ""
@@ -153,7 +160,7 @@ def in_words(way: dict[str, Any]) -> str:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that this machine could give now."""
+    """Free bytes of a device."""
     if device.type == "cpu":
         return free_memory()
     return torch.accelerator.get_memory_info(device)[0]

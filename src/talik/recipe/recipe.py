@@ -212,7 +212,7 @@ class Recipe(BaseModel):
     def _wrong_lora(self, line: str) -> Iterator[str]:
         named = [part.strip() for part in (self.thaw or "").split(",")]
         if parts := [part for part in named if part in PARTS]:
-            yield f"lora puts adapters on layers, and thaw names {', '.join(parts)} beside: not supported"
+            yield f"lora puts adapters on layers; it cannot be combined with {', '.join(parts)} in thaw"
         try:
             parse_lora(line)
         except UsageError as error:

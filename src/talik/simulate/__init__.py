@@ -1,1 +1,1 @@
-"""Training steps on fake tensors: every storage's birth and death, without numbers."""
+"""The training step on fake (shape-only) tensors: allocation and release of every storage."""

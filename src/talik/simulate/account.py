@@ -1,4 +1,4 @@
-"""What a log of storages comes to: the peak of every phase, what it is made of, and what breaks a budget."""
+"""Evaluates a log of storages: the peak of each phase, its causes, and the first allocation over a budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from talik.simulate.storage_log import StorageLog
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """A phase at its highest: bytes, in all and by cause, the block that ran, and the operator."""
+    """The highest memory of a phase: bytes in all and by cause, the running block, and the operator."""
 
     phase: str
     bytes: int
@@ -22,7 +22,7 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """The first allocation that a budget has no room for."""
+    """The first allocation that exceeds a budget."""
 
     phase: str
     block: str
@@ -34,9 +34,12 @@ class Break:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """The peaks of the phases of a run in the order in which they first begin, and what it computes.
+    """The peaks of the phases of a run, in the order in which the phases first begin, and its computations.
 
-    `flops` and `moved` (bytes) are by phase; `routed`: what it takes depends on what a router chooses.
+    Attributes:
+        flops: Floating-point operations by phase.
+        moved: Bytes read and written by operators without products, by phase.
+        routed: Whether memory depends on the choices of a router.
     """
 
     phases: tuple[Peak, ...]
@@ -47,11 +50,11 @@ class Simulation:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all."""
+        """The highest peak of all phases."""
         return max(self.phases, key=lambda peak: peak.bytes)
 
     def first_break(self, budget: int) -> Break | None:
-        """The first storage with which more than `budget` bytes would be alive."""
+        """The first storage with which more than `budget` bytes are allocated."""
         for number, phase, total in levels(self.log):
             if total > budget:
                 made = self.log.births[self.log.events[number]]
@@ -60,7 +63,7 @@ class Simulation:
 
 
 def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
-    """For every event: its number, its phase, and the bytes that are alive after it."""
+    """For every event its number, its phase, and the bytes allocated after it."""
     total, marks = 0, iter([*log.marks[1:], (len(log.events) + 1, "")])
     phase, (until, following) = log.marks[0][1], next(marks)
     for number, event in enumerate(log.events):
@@ -71,7 +74,7 @@ def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
 
 
 def account(log: StorageLog, *, routed: bool = False) -> Simulation:
-    """Finds each phase's peak, and what was alive then."""
+    """The peak of each phase, and what was allocated then."""
     highest: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
     for number, phase, total in levels(log):
         if total > highest[phase][0]:

@@ -1,7 +1,7 @@
-"""Operators without memory: floats are fake, integers and booleans are real.
+"""Records operators without memory: floating-point tensors are fake, integers and booleans are real.
 
-Tokens, positions, masks, the experts that a router chose are real, so whatever a model's code decides by them
-is decided as in a run; Transformers takes other branches where everything is fake.
+Tokens, positions, masks and the choices of a router are real, so that model code branches as in a real run.
+Transformers takes other branches if everything is fake.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from talik.simulate.storage_log import StorageLog
 
 Routing = Literal["even", "same"]
-SMALL = 4096  # elements up to which a float computed from integers alone stays real
+SMALL = 4096  # elements up to which a float computed only from integers stays real
 IN_PLACE = {"add_", "addcdiv_", "addcmul_", "copy_", "div_", "fill_", "lerp_", "mul_", "sub_", "zero_"}
 FACTORIES = {"arange", "zeros", "ones", "full", "tensor", "empty", "scalar_tensor"}
 
 
 class FakeLog(StorageLog):
-    """A StorageLog under a FakeTensorMode, in which integers are real.
+    """A StorageLog under a FakeTensorMode in which integers are real.
 
-    `device` is the kind of device whose memory is logged. `routing` is what a router chooses: every expert
-    about as often as any other, or always the same ones. `routed` tells afterwards whether something was
-    chosen.
+    Args:
+        device: The kind of device whose memory is recorded.
+        routing: What routers choose: every expert equally often, or always the same ones.
+
+    Attributes:
+        routed: Whether a router has chosen something.
     """
 
     def __init__(self, device: str = "cpu", routing: Routing = "even") -> None:
@@ -52,25 +55,25 @@ class FakeLog(StorageLog):
         taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fake = any(isinstance(tensor, FakeTensor) for tensor in taken)
         if name in IN_PLACE and isinstance(args[0], FakeTensor):
-            return args[0]  # as a fake of it would be, without the work
-        if fake and name == "index":  # how many rows a mask chooses is known
+            return args[0]  # same result as with a fake, but faster
+        if fake and name == "index":  # the number of rows that a mask selects is known
             args = (args[0], _places(args[1]))
         if fake and name == "_local_scalar_dense":
-            return 1.0  # a float that is read; integers are real
+            return 1.0  # reading a float; integers are real
         if (taken and not fake) or (not taken and name in FACTORIES and _makes_integers(name, args, kwargs)):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             return tree_map_only(Tensor, _large_floats_fake, out)
-        if name == "_grouped_mm":  # its fake takes bf16 alone, where the CPU's kernel takes fp32 too
+        if name == "_grouped_mm":  # the fake takes only bf16; the CPU kernel also takes fp32
             return _grouped_product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
         out = func(*args, **kwargs)
         return tree_map_only(Tensor, lambda tensor: self._plausible(tensor, name, args), out)
 
-    def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """Operands of unlike dtypes, which a CPU first converts to one (TensorIterator's compute_types)."""
+    def workspace(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """Operands converted to a common dtype, which a CPU does first (compute_types of TensorIterator)."""
         if func.namespace == "talik":
-            with unset_fake_temporarily():  # integers are read
-                return super().beside(func, args)
+            with unset_fake_temporarily():  # reads integers
+                return super().workspace(func, args)
         if self.device != "cpu" or torch.Tag.pointwise not in func.tags:
             return []
         floats = [t for t in args if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
@@ -80,9 +83,9 @@ class FakeLog(StorageLog):
         return [torch.empty(t.shape, dtype=common) for t in floats if t.dtype != common]
 
     def _plausible(self, tensor: Tensor, name: str, args: tuple[Any, ...]) -> Tensor:
-        """Integers that were computed from floats: a router's choice is drawn, anything else is zeros.
+        """Real integers in place of those computed from floats: random choices for a router, zeros otherwise.
 
-        The bits of a float, bytes, random bits, and what is computed from them, stay fake.
+        The bits of a float, bytes, random bits, and values computed from them stay fake.
         """
         if not isinstance(tensor, FakeTensor) or not _is_integer(tensor.dtype):
             return tensor
@@ -99,7 +102,7 @@ class FakeLog(StorageLog):
             return torch.zeros(shape, dtype=tensor.dtype)
 
     def _choice(self, shape: list[int], count: int) -> Tensor:
-        """For each row another choice among `count`, or for all the same."""
+        """For each row a different choice among `count`, or the same for all rows."""
         self.routed = True
         if self._routing == "same":
             return torch.arange(shape[-1]).expand(shape).contiguous()
@@ -108,7 +111,7 @@ class FakeLog(StorageLog):
 
 
 def _grouped_product(one: Tensor, other: Tensor, offsets: Tensor | None) -> Tensor:
-    """The result of a grouped product, by both sides' dimensions (torch's _meta_grouped_mm)."""
+    """The result of a grouped product, by the dimensions of both sides (_meta_grouped_mm of PyTorch)."""
     shape = [one.shape[-2], other.shape[-1]]
     if one.dim() == other.dim():
         groups = one.shape[0] if one.dim() == 3 or offsets is None else offsets.shape[0]
@@ -117,7 +120,7 @@ def _grouped_product(one: Tensor, other: Tensor, offsets: Tensor | None) -> Tens
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Masks among the indices as the places where they are true."""
+    """Boolean indices converted to the positions where they are true."""
     found: list[Tensor | None] = []
     with unset_fake_temporarily():
         for index in indices:
@@ -134,12 +137,12 @@ def _makes_integers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
-    """Whether numbers of this dtype are real; a buffer of bytes is for weights, and as fake as they are."""
+    """True if numbers of this dtype are real. Bytes hold weights and are fake."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.uint8)
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A view of a fake tensor, by its meta kernel alone: the mode's own way takes three times as long."""
+    """A view of a fake tensor by its meta kernel; FakeTensorMode takes three times as long."""
     viewed: FakeTensor = args[0]
     with in_kernel_invocation_manager(viewed.fake_mode):
         out = func(*args, **kwargs)
@@ -158,14 +161,14 @@ def _large_floats_fake(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def fake_world(model: nn.Module, device: str = "cpu", routing: Routing = "even") -> Iterator[FakeLog]:
-    """Inside, tensors are fake and logged, and the model's real float buffers have fakes in their place."""
+    """Makes tensors fake and records them inside the context; the model's real float buffers are replaced."""
     with FakeTensorMode(allow_non_fake_inputs=True), FakeLog(device, routing) as log, _fake_buffers(model):
         yield log
 
 
 @contextmanager
 def _fake_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers, and tensors that modules keep as plain attributes."""
+    """Buffers, and tensors that modules hold as plain attributes."""
     made: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What stands in for the world around the tensors of a simulated run: weights, caches and threads."""
+"""Replacements for weights, caches and threads in a simulated run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ CAUSE_OF = {"gradient": "gradients", "kept": "gradients", "input": "saved activa
 
 
 class FakeWeights(Weights):
-    """The weights of a checkpoint of which only the tables are known: everything but the bytes is read."""
+    """The weights of a checkpoint of which only the tensor tables are known: allocates, but reads no
+    bytes.
+    """
 
     log: StorageLog
 
@@ -43,7 +45,7 @@ class FakeWeights(Weights):
 
 
 def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]]:
-    """The table of a checkpoint that holds the model's own tensors, for a folder without weights."""
+    """The tensor table of a checkpoint with the model's own tensors, for a folder without weights."""
     file = folder / "model.safetensors"
     entries, start, seen = {}, 0, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -55,7 +57,7 @@ def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]
 
 
 class AtOnce(Executor):
-    """Runs what is submitted in the caller's thread: what a reader would have read is there at once."""
+    """An executor that runs jobs immediately in the caller's thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -70,16 +72,17 @@ class FakeStates(States):
         self._lengths, self._width, self._dtype = lengths, width, dtype
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """As `States.read`."""
+        """Like `States.read`."""
         longest = max(self._lengths[index] for index in indices)
         return torch.empty(len(indices), longest, self._width, dtype=self._dtype)
 
 
 class FakeCache(Cache):
-    """A cache that keeps nothing.
+    """A cache that stores nothing.
 
-    Of the groups that a run holds at once some are simulated; `others` is how many times their bytes the
-    others take, as far as `most` bytes in all allow.
+    Only some of the groups that a run holds at once are simulated. The hidden states of the others are
+    counted as
+    `others` times those of the simulated ones, up to `most` bytes in all.
     """
 
     def __init__(self, log: Log, others: float = 0.0, most: int = 0) -> None:
@@ -87,7 +90,7 @@ class FakeCache(Cache):
 
     @contextmanager
     def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
-        """As `Cache.new_shard`."""
+        """Like `Cache.new_shard`."""
         held = []
         if self._others:
             flows = self._log.unnamed()
@@ -99,18 +102,18 @@ class FakeCache(Cache):
 
 
 class FakeShard(ShardWriter):
-    """A shard that nothing is written to."""
+    """A shard that is not written to."""
 
     def __init__(self) -> None:
         pass
 
     def write(self, group: Group, hidden: Tensor) -> None:
-        """As `ShardWriter.write`, which needs the bytes in a row."""
+        """Like `ShardWriter.write`, which needs contiguous bytes."""
         hidden.detach().contiguous().view(-1)
 
 
 class FakeCopy(WorkingCopy):
-    """A working copy that nothing is written to; what is trained is read from it and not the source."""
+    """A working copy that is not written to. Trained tensors are read from it, not from the source."""
 
     def __init__(self, top: Top) -> None:
         self._names = {name for name, _ in top.parameters()}
@@ -119,41 +122,45 @@ class FakeCopy(WorkingCopy):
         return name in self._names
 
     def covers(self, name: str) -> bool:
-        """As `WorkingCopy.covers`."""
+        """Like `WorkingCopy.covers`."""
         return name in self._names
 
     def read(self, name: str, into: Tensor) -> None:
-        """As `WorkingCopy.read`."""
+        """Like `WorkingCopy.read`."""
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """As `WorkingCopy.write`."""
+        """Like `WorkingCopy.write`."""
 
 
 class MarkedScratch(TieredScratch):
-    """A scratch whose tensors' causes are known by their names; those in files take no memory.
+    """A scratch that records the cause of its tensors by their names. Tensors in files take no memory.
 
-    Fake tensors of any device are the CPU's, as only they have a backward; so what is in RAM beside another
-    device is on none: what computes with it without bringing it over fails here as it would there.
+    All fake tensors live on the CPU (fake CUDA has no backward). Host-RAM tensors are put on `meta` instead,
+    so that
+    code without a copy to the device fails here, as it would on a GPU.
 
-    `waiting` has, by layer, shape and dtype of what goes into it of micro-batches that only wait: made with
-    that of the first which is computed, gone when a lower layer's begin to go.
+    Attributes:
+        waiting: By layer, shape and dtype of the layer inputs of micro-batches that are pending. They are
+            allocated
+            with those of the first computed micro-batch, and freed when the inputs of a lower layer are
+            freed.
     """
 
     def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
         super().__init__(torch.device("cpu"), Path(), tier)
-        self._beside = torch.device("cpu" if log.device == "cpu" else "meta")
+        self._host = torch.device("cpu" if log.device == "cpu" else "meta")
         self._log = log
         self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
         self._inputs: dict[int, Tensor] = {}
 
     def drop(self, name: str) -> None:
-        """As `Scratch.drop`."""
+        """Like `Scratch.drop`."""
         super().drop(name)
         if (layer := self._input_of(name)) is not None:
             self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
 
     def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """As `Scratch.zeros`."""
+        """Like `Scratch.zeros`."""
         tensor = super().zeros(name, shape, dtype)
         self._log.mark([tensor], self._cause(name))
         return tensor
@@ -169,12 +176,12 @@ class MarkedScratch(TieredScratch):
         pass
 
     def _make(self, name: str, size: int) -> Tensor:
-        tensor = torch.empty(size, dtype=torch.uint8, device=self._beside)
+        tensor = torch.empty(size, dtype=torch.uint8, device=self._host)
         self._log.mark([tensor], self._cause(name))
         return tensor
 
     def _input_of(self, name: str) -> int | None:
-        """The layer whose input it is."""
+        """The layer whose input a tensor is."""
         kind, _, place = name.partition("/")
         return int(place.partition("/")[0]) if kind == "input" else None
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of torch's operators: torch's own table, and what it leaves out."""
+"""FLOPs of PyTorch's operators: its own table, and operators missing there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.utils.flop_counter import flop_registry
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
-    """What one call of an operator computes; None for operators that are no products.
+    """The FLOPs of one call of an operator; None for operators without products.
 
-    Attention counts every pair of positions, masked or not, as torch's table does; half of them where the
-    kernel is told that it is causal, and leaves the others out.
+    Attention counts every pair of positions, masked or not, as in PyTorch's table; half of them if the kernel
+    is called
+    with `is_causal` and skips the others.
     """
     if (own := _LEFT_OUT.get(func._schema.name)) is not None:
         flops = own(*args)
@@ -34,7 +35,7 @@ def _linear(hidden: Tensor, weight: Tensor, *_: Any) -> int:
 
 
 def _grouped(one: Tensor, other: Tensor, offsets: Tensor | None = None, *_: Any) -> int:
-    """Rows of `one` go through a matrix each; in the weights' gradient the sums go over groups."""
+    """Rows of `one` multiplied by one matrix each; for the weights' gradient, sums over groups."""
     return 2 * one.numel() * other.shape[-1] // (one.shape[0] if one.dim() == 3 == other.dim() + 1 else 1)
 
 
@@ -43,7 +44,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
 
 
 def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return _attention(query, key, value) * 5 // 2  # five products in place of two
+    return _attention(query, key, value) * 5 // 2  # five products, not two
 
 
 def _mm(one: Tensor, other: Tensor, *_: Any) -> int:
@@ -51,8 +52,8 @@ def _mm(one: Tensor, other: Tensor, *_: Any) -> int:
 
 
 _LEFT_OUT: dict[str, Callable[..., int]] = {
-    "aten::linear": _linear,  # in inference mode it is no other operator's work
-    "aten::scaled_dot_product_attention": _attention,  # nor is this
+    "aten::linear": _linear,  # in inference mode it is not part of another operator
+    "aten::scaled_dot_product_attention": _attention,  # nor is this one
     "aten::_grouped_mm": _grouped,
     "talik::mm": _mm,
     "talik::grouped_mm": _grouped,

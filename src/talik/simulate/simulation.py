@@ -1,8 +1,8 @@
-"""The project's own run on fake tensors: what it will take, before a weight is loaded.
+"""Runs the real training code on fake tensors, to find its memory before a weight is loaded.
 
-Everything that a run does with tensors is done here by the same functions: the store loads blocks, the trunk
-passes, steps forward and backward, the update, the evaluation. Only files, threads and the numbers
-themselves are missing.
+The same functions as in a run are called: the store loads blocks, the trunk runs, steps go forward and
+backward,
+the update, the evaluation. Only files, threads and values are missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ from talik.training.trunk.trunk import trunk_pass
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is simulated: a recipe, and its model without weights; `tables` say what its files hold."""
+    """What is simulated.
+
+    Attributes:
+        recipe: The recipe.
+        model: The folder of the model.
+        chain: The model without weights.
+        tables: The tensors in the model's files, or assumed ones.
+    """
 
     recipe: Recipe
     model: ModelFolder
@@ -62,10 +69,15 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What goes through: examples, those of each simulated step, and those that are evaluated.
+    """The data of a simulation.
 
-    `groups` go through the trunk; `others` is how many times their tokens are held beside them. `waiting` are
-    examples of a step whose micro-batches only wait while its others are computed.
+    Attributes:
+        examples: All examples.
+        groups: Batch groups that run through the trunk.
+        steps: The examples of each simulated step.
+        evaluated: Examples that are evaluated.
+        others: How many times the hidden states of `groups` are held for groups that are not simulated.
+        waiting: Examples of a step whose micro-batches are not computed, but pending while others are.
     """
 
     examples: Sequence[Example]
@@ -77,7 +89,7 @@ class Work:
 
 
 def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
-    """The model of a folder with everything frozen but what the recipe trains; weights may be missing."""
+    """The model with everything frozen except what the recipe trains. Weights need not exist."""
     check_layers(recipe, folder.layers)
     model = folder.hollow(working_dtype(recipe))
     there = all(file.is_file() for file in weight_files(folder.path))
@@ -88,9 +100,9 @@ def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
 
 
 def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
-    """Runs a plan on fake tensors: the trunk with each kind of its layers twice, everything else in full."""
+    """Simulates a plan: of the trunk every kind of layer twice, everything else completely."""
     chain, device = subject.chain, plan.device.partition(":")[0]
-    plan = plan.model_copy(update={"device": "cpu"})  # a fake CUDA device has no backward
+    plan = plan.model_copy(update={"device": "cpu"})  # fake CUDA tensors have no backward
     weights = FakeWeights(chain.model, subject.model.path, subject.tables)
     with fake_world(chain.model, device, routing) as log, log.blocks_of(chain):
         weights.log = log
@@ -104,9 +116,9 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
 
 
 def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
-    """Everything that a run does with tensors, in its order, with the trunk's first `layers` layers.
+    """Does everything that a run does with tensors, in its order, with the first `layers` trunk layers.
 
-    What the trunk hands on is not kept, and steps begin from states of no meaning.
+    Hidden states are not stored, and steps start from undefined ones.
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
@@ -133,7 +145,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
         held_out = [work.examples[i] for i in work.evaluated]
         evaluate_top(top, held_out, states_of(held_out), plan, loaded.store)
     states = states_of(work.examples)
-    log.phase("forward")  # a step begins by making its micro-batches
+    log.phase("forward")  # a step starts by creating its micro-batches
     for step, indices in enumerate(work.steps, start=1):
         waiting = _waiting(top, work, states, plan, scratch)
         run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
@@ -145,7 +157,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
 def _waiting(
     top: Top, work: Work, states: States | None, plan: Plan, scratch: MarkedScratch
 ) -> list[MicroBatch | Skeleton | Tensor]:
-    """What is held of the micro-batches that wait; of a streamed pass what flows and what is kept, too."""
+    """The tensors that pending micro-batches hold; with a streamed top also layer inputs."""
     chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
     held: list[MicroBatch | Skeleton | Tensor] = [*batches]
     if plan.top == "resident" or not batches:
@@ -156,14 +168,14 @@ def _waiting(
         held.append(chain.skeleton(batch.input_ids, embed=False))
         held.append(torch.empty(size, chain.width_at(plan.cut), dtype=dtype))
     groups = top.groups()
-    for group in groups if states is None else groups[1:]:  # what goes into the first is the micro-batch's
+    for group in groups if states is None else groups[1:]:  # the first input belongs to the micro-batch
         if plan.inputs == "memory":
             scratch.waiting[group[0]] = (sum(sizes), chain.width_at(group[0])), dtype
     return held
 
 
 def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:
-    """The trunk's pass over the groups of the work."""
+    """Runs the trunk over the groups of the work."""
     groups = [(group, work.examples) for group in work.groups]
     cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
     plan = loaded.plan.model_copy(update={"cut": layers})
@@ -171,20 +183,20 @@ def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) ->
 
 
 def _load_each(loaded: RunModel, store: Store, layers: int) -> None:
-    """Block after block, as the check of the chain loads them; its few tokens take nothing worth counting."""
+    """Loads block after block, as the check of the chain does; its few tokens are not counted."""
     plan = loaded.plan
     store.get("embeddings")
     for layer in (*range(layers), *range(plan.cut, plan.layers)):
         with loaded.around(store, layer):
             pass
     if layers < plan.cut:
-        store.get(f"layer {layers}")  # which was read ahead
+        store.get(f"layer {layers}")  # it was read ahead
         store.release(f"layer {layers}")
     loaded.store.release("tail")
 
 
 def enough_layers(chain: Chain, cut: int) -> int:
-    """How many layers of the trunk hold every kind of it twice: what the others take is the same."""
+    """The number of trunk layers that contain every kind of layer twice; the others take the same memory."""
     counts: Counter[Any] = Counter()
     kinds = [_kind(chain, index) for index in range(cut)]
     for index, kind in enumerate(kinds):
@@ -195,7 +207,7 @@ def enough_layers(chain: Chain, cut: int) -> int:
 
 
 def _kind(chain: Chain, index: int) -> Any:
-    """Layers of one kind do the same with the same shapes."""
+    """Layers of one kind run the same operators with the same shapes."""
     layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())

@@ -1,7 +1,8 @@
-"""When every tensor's memory is taken and given back while a piece of the project's own code runs.
+"""Records when the memory of every tensor is allocated and freed while code runs.
 
-A StorageLog sees every operator of torch. A storage is born when it is first seen in a result and dies with
-the last tensor that views it. What a storage was for is said later, when its fate is known.
+A StorageLog sees every PyTorch operator. A storage is born when it first appears in a result, and dies with
+the last
+tensor that views it. Its cause is assigned later, when its use is known.
 """
 
 from __future__ import annotations
@@ -39,16 +40,14 @@ CAUSES = (
     "logits and loss",
     "workspace",
 )
-APART = (
-    "apart"  # the cause of tensors in mapped files, or in RAM beside a device: they take none of its memory
-)
+APART = "apart"  # the cause of tensors in mapped files or in host RAM of a device: they take no device memory
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What a run tells while it is watched: which phase begins, and what tensors are for.
+    """What code reports while it is recorded: phases, and the causes of tensors.
 
-    `device` is the kind of device whose memory it is about.
+    `device` is the kind of device whose memory is recorded.
     """
 
     device: str
@@ -60,7 +59,7 @@ class Log(Protocol):
 
 @dataclass(slots=True)
 class Storage:
-    """One storage: its size, and when, where and by which operator it was made; `cause` once it is known."""
+    """One storage: size, and the event, block and operator of its allocation; `cause` once it is known."""
 
     bytes: int
     phase: str
@@ -72,12 +71,15 @@ class Storage:
 
 
 class StorageLog(TorchDispatchMode):
-    """Entered, it notes the births and deaths of storages that operators of this thread make.
+    """Inside the context, records allocation and release of storages by operators of this thread.
 
-    `births` are all storages; `events` has, in order, the number of each one born, and its complement (~)
-    when it dies; `marks` is where phases begin, as (number of the event, phase). `flops` and `moved` (bytes
-    read and written by operators that are no products) are counted by phase, for the time that it takes.
-    `device` is the kind of device whose memory it is.
+    Attributes:
+        births: All storages.
+        events: In order, the number of each storage that is born, and its complement (~) when it dies.
+        marks: The start of each phase: (number of the event, phase).
+        flops: Floating-point operations by phase.
+        moved: Bytes read and written by operators without products, by phase.
+        device: The kind of device whose memory is recorded.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -91,23 +93,23 @@ class StorageLog(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self._began = 0
-        self._live: dict[int, int] = {}  # by address of the storage: its number
+        self._live: dict[int, int] = {}  # number of a storage by its address
 
     def phase(self, name: str) -> None:
-        """A phase begins. What a forward leaves behind when it ends is saved for the backward."""
+        """Starts a phase. Tensors that a forward leaves allocated at its end are saved activations."""
         if self.phase_now == "forward":
             self._settle("forward", "saved activations")
         self.phase_now, self.block = name, ""
         self.marks.append((len(self.events), name))
 
     def unnamed(self) -> int:
-        """Bytes that are alive and have no cause yet."""
+        """Allocated bytes without a cause."""
         return sum(
             self.births[number].bytes for number in self._live.values() if not self.births[number].cause
         )
 
     def mark(self, tensors: Iterable[Tensor], cause: str) -> None:
-        """Says what the storages of these tensors are for; those made before are born now."""
+        """Assigns a cause to the storages of these tensors; unknown storages are born now."""
         for tensor in tensors:
             made = self.births[self._see(tensor, "before")]
             made.cause = cause
@@ -120,8 +122,8 @@ class StorageLog(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls
             return self.run(func, args, kwargs)
-        beside = self.beside(func, args)  # alive until this returns
-        for tensor in beside:
+        workspace = self.workspace(func, args)  # keeps it alive until this returns
+        for tensor in workspace:
             self._see(tensor, func._schema.name)
         out = self.run(func, args, kwargs)
         made = [
@@ -135,20 +137,19 @@ class StorageLog(TorchDispatchMode):
         return out
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Carries out one operator."""
+        """Runs one operator."""
         return func(*args, **kwargs)
 
-    def beside(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """Tensors as large as what an operator makes for itself and drops when it ends.
-
-        Of Talik's own operators: no mode sees inside them. What torch's kernels make is not looked for.
+    def workspace(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """Tensors as large as the workspace of an operator. For Talik's own operators only: modes do not
+        see inside them. The workspace of PyTorch's kernels is not counted.
         """
         if func.namespace != "talik":
             return []
-        return [*cross_entropy.beside(func, args, self.device), *bf16_matmul.beside(func, args)]
+        return [*cross_entropy.workspace(func, args, self.device), *bf16_matmul.workspace(func, args)]
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
-        """Adds what the operator costs to its phase: FLOPs of a product, bytes of anything else."""
+        """Adds the cost of the operator to its phase: FLOPs of a product, else bytes."""
         if (flops := flops_of(func, args, kwargs, out)) is not None:
             self.flops[self.phase_now] += flops
         elif not func.is_view:
@@ -161,11 +162,11 @@ class StorageLog(TorchDispatchMode):
         number = self._live.get(key)
         if number is not None and (self.births[number].bytes == size or self.births[number].cause == APART):
             return number
-        if number is not None:  # resized: the old one is gone
+        if number is not None:  # resized: the old storage has been freed
             self._die(key, number)
         number = self._live[key] = len(self.births)
         cause = "logits and loss" if self.phase_now == "loss" else None
-        # What many have alike is one object: Python keeps the room of a large log that is gone.
+        # Equal values share one object: Python does not return the memory of a large log.
         size, shape = (self._alike.setdefault(value, value) for value in (size, tuple(tensor.shape)))
         made = Storage(size, self.phase_now, self.block, operator, shape, cause)
         self.births.append(made)
@@ -182,7 +183,7 @@ class StorageLog(TorchDispatchMode):
             del self._live[key]
 
     def _settle(self, phase: str, cause: str, since: int = 0) -> None:
-        """Gives a cause to what was born in a phase, is alive, and has none."""
+        """Assigns a cause to allocated storages of a phase that have none."""
         for number in self._live.values():
             made = self.births[number]
             if number >= since and made.cause is None and made.phase == phase:
@@ -190,7 +191,7 @@ class StorageLog(TorchDispatchMode):
 
     @contextmanager
     def blocks_of(self, chain: Chain) -> Iterator[None]:
-        """Inside, what is born knows which of the chain's blocks was running."""
+        """Inside the context, records which block of the chain is running."""
         with ExitStack() as stack:
             for index, layer in enumerate(chain.layers):
                 name = f"layer {index}"
@@ -204,7 +205,7 @@ class StorageLog(TorchDispatchMode):
             yield
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
-        if self.phase_now == "trunk":  # what outlives a layer is what the trunk hands on
+        if self.phase_now == "trunk":  # what outlives a layer is its output
             self._settle("trunk", "cache and batches")
         self.block, self._began = name, len(self.births)
 

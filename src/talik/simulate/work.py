@@ -1,4 +1,4 @@
-"""What goes through a simulated run: the examples, groups and steps of a real one that take most."""
+"""Chooses the data of a simulation: the examples, groups and steps of a run that take the most memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from talik.simulate.simulation import Work
 from talik.training.run.loop import count_steps
 from talik.training.trunk.cache_shard import longest_groups
 
-LOOKED_AT = 2000  # steps whose micro-batches are worked out: the fullest ones
-# Micro-batches of a step that are simulated, the largest: the others differ by being smaller, and by how many
+LOOKED_AT = 2000  # steps for which micro-batches are computed: the fullest ones
+# The largest micro-batches of a step are simulated. The others are smaller, or differ in how many
 # of their tokens are trained.
 BATCHES = 2
-# About so much of what the last layer keeps for the backward is kept at trained rows alone: an MLP.
+# Share of the activations of the last layer that is kept only at trained positions: its MLP.
 LAST = 0.75
 
 
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
-    """Of the work of a plan one step with its largest micro-batch: what it takes is about the same."""
+    """One step with the largest micro-batch of a plan's work; its memory is about that of the whole."""
     batches = _batches(work.steps[0], work.examples, plan, chain)
     return replace(work, steps=[batches[0]], waiting=[*work.waiting, *_joined(batches[1:])])
 
@@ -37,8 +37,9 @@ def work_of(
 ) -> Work:
     """The two groups with the longest examples, and one to three steps.
 
-    The largest micro-batch's, the longest example's and that of the one whose loss takes most, where they
-    differ: the same step a second time takes as much as the first (docs/log.md).
+    The steps are those with the largest micro-batch, the longest example, and the largest loss, if they
+    differ. The same
+    step a second time takes as much as the first (docs/log.md).
     """
     both = Joined(examples, evaluated)
     lengths = both.lengths
@@ -58,7 +59,7 @@ def work_of(
 
 
 def _batches(step: Sequence[int], examples: Sequence[Example], plan: Plan, chain: Chain) -> list[list[int]]:
-    """A step's micro-batches, the largest first; indices into `examples`."""
+    """The micro-batches of a step as indices into `examples`, the largest first."""
     lengths = lengths_at(examples, step)
     found = micro_batches(range(len(step)), lengths, plan.micro_batch_tokens, chain.rope_group)
     batches = [[step[i] for i in batch] for batch in found]
@@ -66,10 +67,10 @@ def _batches(step: Sequence[int], examples: Sequence[Example], plan: Plan, chain
 
 
 def _size(batch: list[int], examples: Sequence[Example], plan: Plan) -> float:
-    """Tokens that a micro-batch keeps for the backward, padding included; in the last layer fewer (LAST)."""
+    """Tokens that a micro-batch keeps for the backward, padding included; fewer in the last layer (LAST)."""
     tokens = len(batch) * max(examples[i].length for i in batch)
     layers = plan.layers - plan.cut
-    if plan.recompute and layers > 1:  # another layer takes most
+    if plan.recompute and layers > 1:  # another layer takes the most
         return tokens
     rows = sum(examples[i].trained_tokens for i in batch)
     return tokens - LAST / max(1, layers) * (tokens - rows)
@@ -82,7 +83,7 @@ def _joined(batches: Sequence[Sequence[int]]) -> list[int]:
 def _largest_steps(
     examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each step that is simulated the examples of its largest micro-batches, and those that wait."""
+    """For each simulated step, the examples of its largest micro-batches and of those that stay pending."""
     lengths = lengths_of(examples)
     steps = _all_steps(lengths, recipe)
     fullest = _fullest(steps, lengths)
@@ -103,7 +104,7 @@ def _largest_steps(
 
 
 def padded_tokens(examples: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain) -> int:
-    """Tokens of a step's micro-batches with their padding, the most of the steps that have most tokens."""
+    """Tokens of the micro-batches of a step with padding, the largest number among the fullest steps."""
     lengths = lengths_of(examples)
     return max(
         sum(len(batch) * max(lengths[i] for i in batch) for batch in _batches(step, examples, plan, chain))
@@ -124,7 +125,7 @@ def _all_steps(lengths: Sequence[int], recipe: Recipe) -> list[list[int]]:
 
 
 def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:
-    """A step of examples as long as the recipe allows, the last half of each trained, and that in words."""
+    """A step of examples of the maximum length with the last half trained, and a description."""
     length, count = recipe.max_length, max(1, recipe.batch_tokens // recipe.max_length)
     spans = (Span(0, length // 2, False), Span(length // 2, length, True))
     made = [

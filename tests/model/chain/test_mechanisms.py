@@ -73,7 +73,7 @@ def test_windows_caps_and_scales(name: str, changes: dict[str, Any], dtype: Any,
 def test_the_cut_moves_below_shared_keys() -> None:
     chain = Chain(tiny_model("gemma3n_text"))
     cut, reason = chain.lowest_cut(4)
-    assert cut == 2 and reason == "layer 4 computes with what layer 2 computed, beside its hidden states"
+    assert cut == 2 and reason == "layer 4 uses values of layer 2 other than its hidden states"
     assert [chain.lowest_cut(wanted)[0] for wanted in range(7)] == [0, 1, 2, 2, 2, 2, 6]
     assert chain.calls_need_embeddings and chain.width_at(2) == 4 * 64
 

@@ -131,7 +131,7 @@ class Chain:
         cut, reason = wanted, None
         while over := [(giver, taker) for giver, taker in self._facts.links if giver < cut <= taker]:
             giver, taker = min(over)
-            reason = f"layer {taker} computes with what layer {giver} computed, beside its hidden states"
+            reason = f"layer {taker} uses values of layer {giver} other than its hidden states"
             cut = giver
         return cut, reason
 

@@ -111,7 +111,7 @@ def first_of(out: Any) -> Tensor:
     """The hidden states in a layer's result: the result itself, or the first item of a tuple or list."""
     first = out[0] if isinstance(out, (tuple, list)) and out else out
     if not isinstance(first, Tensor):
-        raise ChainError(f"a layer hands on a {type(out).__name__} where hidden states were expected")
+        raise ChainError(f"a layer returns a {type(out).__name__} in place of hidden states")
     return first
 
 

@@ -118,7 +118,7 @@ class _Watch(TorchFunctionMode):
         if done < self.layers and made_in_layers:
             self._problem("it computes with hidden states between its layers")
         elif any(not _same(tensor, last) for tensor in made_in_layers):
-            self._problem("its tail needs more than what the last layer hands on")
+            self._problem("its tail needs more than the result of the last layer")
         elif done == self.layers and any(id(tensor) in self.embedded for tensor in taken):
             self._problem("its tail needs the embedded tokens")
 

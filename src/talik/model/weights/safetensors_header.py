@@ -102,7 +102,7 @@ def _range(name: str, entry: Any, file: Path) -> Range:
     if not _counts(shape):
         raise _wrong(name, f"has the shape {str(shape)[:80]}, which is no list of sizes", file)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _wrong(name, f"has the byte range {str(offsets)[:80]}, which is none", file)
+        raise _wrong(name, f"has the byte range {str(offsets)[:80]}, which is not a byte range", file)
     if any(size >= 2**63 for size in accumulate(filter(None, shape), mul, initial=ITEM_SIZES[dtype])):
         raise _wrong(name, f"has the shape {str(shape)[:80]}, which no memory can hold", file)
     needed = math.prod(shape) * ITEM_SIZES[dtype]

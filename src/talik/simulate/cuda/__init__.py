@@ -1,1 +1,1 @@
-"""CUDA's caching allocator and attention kernels, replayed."""
+"""Replays CUDA's caching allocator and the choice of attention kernels. Not compared with a device yet."""

@@ -1,13 +1,15 @@
-"""What CUDA memory a run reserves: the caching allocator of PyTorch, replayed over a log of storages.
+"""Replays PyTorch's caching allocator for CUDA over a log of storages.
 
 The rules are those of DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp, for one device and one
-stream, without the options of PYTORCH_CUDA_ALLOC_CONF other than expandable_segments. Not modelled: streams
-and record_stream, max_split_size, garbage collection, rounding to powers of two, private pools of CUDA
-graphs, the limit of 9/8 of the device's memory on the addresses of one expandable segment. Compared with the
-source, not yet with a device.
+stream,
+without options of PYTORCH_CUDA_ALLOC_CONF other than expandable_segments. Not modelled: streams and
+record_stream,
+max_split_size, garbage collection, rounding to powers of two, private pools of CUDA graphs, the limit of 9/8
+of the
+device's memory on the addresses of one expandable segment. Compared with the source, not yet with a device.
 
-What a device must have is `least_capacity`, not `Replayed.peak_reserved`: an allocator with room to spare
-keeps segments that it would give back under pressure.
+The memory that a device must have is `least_capacity`, not `Replayed.peak_reserved`: with memory to spare the
+allocator keeps segments that it would release under pressure.
 """
 
 from __future__ import annotations
@@ -21,22 +23,24 @@ MIB = 1 << 20
 
 # c10/core/AllocatorConfig.h, torch 2.13 (formerly in CUDACachingAllocator.cpp, with the same values)
 ROUNDING = 512  # kMinBlockSize: the size of every block is a multiple
-SMALL_LIMIT = 1 * MIB  # kSmallSize: up to this, the small pool; what is left of a large block must be more
+SMALL_LIMIT = 1 * MIB  # kSmallSize: largest size of the small pool; the rest of a large block must be larger
 SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: a segment, or a page of the expandable one, of the small pool
 LARGE_SEGMENT = 20 * MIB  # large_segment_size(): the same of the large pool
 LARGE_LIMIT = 10 * MIB  # kMinLargeAlloc: from here on, a native segment is as large as its first storage,
 LARGE_ROUNDING = 2 * MIB  # kRoundLarge: up to a multiple of this
-PAGES = 1 << 32  # of addresses in an expandable segment: for this model, no limit
+PAGES = 1 << 32  # addresses of an expandable segment: no limit in this model
 GRID = 16 * MIB  # of `least_capacity`
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a log of storages did to the allocator.
+    """The effect of a log of storages on the allocator.
 
-    peak_allocated: bytes of blocks in use, each rounded, at their peak: torch.cuda.max_memory_allocated().
-    peak_reserved: bytes taken from the device at their peak: torch.cuda.max_memory_reserved().
-    failed: the index of the event that did not fit the capacity, where the replay ended; None if all did.
+    Attributes:
+        peak_allocated: Bytes of blocks in use, each rounded, at their peak:
+            torch.cuda.max_memory_allocated().
+        peak_reserved: Bytes taken from the device at their peak: torch.cuda.max_memory_reserved().
+        failed: Index of the event that did not fit the capacity, where the replay ended; None if all fitted.
     """
 
     peak_allocated: int
@@ -47,10 +51,16 @@ class Replayed:
 def replay(
     events: Sequence[tuple[int, int]], *, capacity: int | None = None, expandable: bool = True
 ) -> Replayed:
-    """Gives storages memory on a device with `capacity` bytes for the allocator (None: without limit).
+    """Replays events on a device.
 
-    An event is (key, bytes): the storage `key` is born with bytes > 0 and dies with bytes <= 0. Storages of
-    no bytes take nothing. Raises ValueError for a key that is born while it lives.
+    Args:
+        events: (key, bytes): the storage `key` is born with bytes > 0 and dies with bytes <= 0. Empty
+            storages take
+            no memory.
+        capacity: Bytes for the allocator; None for no limit.
+
+    Raises:
+        ValueError: A key is born while it is alive.
     """
     allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
     done = sum(1 for _ in follow(events, allocator))
@@ -59,7 +69,7 @@ def replay(
 
 
 def follow(events: Sequence[tuple[int, int]], allocator: Allocator) -> Iterator[int]:
-    """Does one event of `replay` after another, and gives its index; ends before one that does not fit."""
+    """Replays one event after another and yields its index; ends before one that does not fit."""
     live: dict[int, Block] = {}
     for index, (key, size) in enumerate(events):
         if size <= 0:
@@ -92,7 +102,7 @@ def least_capacity(events: Sequence[tuple[int, int]], *, expandable: bool = True
 
 
 class Block(NamedTuple):
-    """A range of addresses that storages of one pool may have; a hole if no memory is mapped there."""
+    """A range of addresses for storages of one pool; a hole if no memory is mapped there."""
 
     pool: Pool
     address: int
@@ -105,23 +115,23 @@ class Block(NamedTuple):
 
     @property
     def pages(self) -> tuple[int, int]:
-        """Where the whole pages in it begin and end; if there is none, the end is no higher."""
+        """Start and end of the whole pages in the range; without any, the end is not above the start."""
         return _up(self.address, self.pool.segment), self.end // self.pool.segment * self.pool.segment
 
 
 class Pool:
-    """The unused blocks of small or of large storages: those with memory by size, holes by address.
+    """The unused blocks for small or large storages: those with memory by size, holes by address.
 
-    `least_rest`: the bytes left of a block that become a block of their own (should_split).
+    `least_rest`: bytes that must remain of a block to become a separate block (should_split).
     """
 
     def __init__(self, segment: int, least_rest: int) -> None:
         self.segment, self.least_rest = segment, least_rest
-        self.free: list[tuple[int, int]] = []  # (size, address): the best fit is the first that is enough
+        self.free: list[tuple[int, int]] = []  # (size, address): the best fit is the first large enough
         self.holes: list[int] = []
         self.starts: dict[int, Block] = {}
         self.ends: dict[int, Block] = {}
-        self.idle = 0  # bytes of whole pages with memory that hold nothing
+        self.idle = 0  # bytes of mapped whole pages that are empty
 
     def add(self, block: Block) -> None:
         self.starts[block.address] = self.ends[block.end] = block
@@ -140,7 +150,7 @@ class Pool:
             del self.holes[bisect_left(self.holes, block.address)]
 
     def add_merged(self, block: Block) -> Block:
-        """Adds a block as one with its unused neighbours, or a hole with those that are holes."""
+        """Adds a block, merged with its unused neighbours; a hole is merged with holes."""
         for other in (self.ends.get(block.address), self.starts.get(block.end)):
             if other and other.mapped == block.mapped:
                 self.remove(other)
@@ -161,7 +171,7 @@ class Allocator:
         self._next = 0
 
     def allocate(self, size: int) -> Block | None:
-        """A block for a storage of so many bytes; None if it does not fit."""
+        """A block for a storage of this size; None if it does not fit."""
         size = _up(size, ROUNDING)
         pool = self.small if size <= SMALL_LIMIT else self.large
         block = self._cached(pool, size) or self._new(pool, size)
@@ -178,12 +188,12 @@ class Allocator:
         return block
 
     def free(self, block: Block) -> None:
-        """The storage died: its block is cached."""
+        """Frees a storage; its block is cached."""
         block.pool.add_merged(block)
         self.allocated -= block.size
 
     def _cached(self, pool: Pool, size: int) -> Block | None:
-        """Takes the best fit, where a block counts with the hole into which it can grow (get_free_block)."""
+        """Takes the best fit; a block counts with the hole into which it can grow (get_free_block)."""
         best = None
         for _, address in pool.free[bisect_left(pool.free, (size, 0)) :]:
             block = pool.starts[address]
@@ -199,7 +209,7 @@ class Allocator:
         segment = pool.segment if size < LARGE_LIMIT else _up(size, LARGE_ROUNDING)
         if not self._reserve(segment):
             return None
-        address, self._next = self._next, self._next + segment + ROUNDING  # segments are no neighbours
+        address, self._next = self._next, self._next + segment + ROUNDING  # segments are not neighbours
         self._segments[address] = segment
         return Block(pool, address, segment)
 
@@ -211,7 +221,7 @@ class Allocator:
         return True
 
     def _release(self, pool: Pool) -> None:
-        """Gives back to the device what the pool can (release_blocks)."""
+        """Returns unused memory of the pool to the device (release_blocks)."""
         for block in list(pool.starts.values()):
             if block.size == self._segments.get(block.address):
                 pool.remove(block)
@@ -229,11 +239,11 @@ class ExpandableAllocator(Allocator):
 
     @property
     def held(self) -> int:
-        """Bytes that cannot be given back: of all pages that hold something."""
+        """Bytes that cannot be returned: all pages that hold something."""
         return self.reserved - self.small.idle - self.large.idle
 
     def pages_for(self, size: int) -> int:
-        """Bytes of the pages that a storage of so many bytes takes where no other's has room for it."""
+        """Bytes of the pages that a storage takes if no other page has room for it."""
         return _up(size, SMALL_SEGMENT if _up(size, ROUNDING) <= SMALL_LIMIT else LARGE_SEGMENT)
 
     def _new(self, pool: Pool, size: int) -> Block | None:
@@ -249,7 +259,7 @@ class ExpandableAllocator(Allocator):
         return block
 
     def _room(self, pool: Pool, size: int) -> Block:
-        """The first of unused blocks and holes that follow each other and together have `size` bytes."""
+        """The first of consecutive unused blocks and holes that together have `size` bytes."""
         for hole in (pool.starts[address] for address in pool.holes):
             first = pool.ends.get(hole.address, hole)
             room, block = 0, first
@@ -272,7 +282,7 @@ class ExpandableAllocator(Allocator):
                 self._unmap(block, start, end)
 
     def _unmap(self, block: Block, start: int, end: int) -> None:
-        """Makes whole pages of a free block a hole; what is left beside them stays free."""
+        """Turns whole pages of a free block into a hole; the rest stays free."""
         pool = block.pool
         pool.remove(block)
         if block.address < start:

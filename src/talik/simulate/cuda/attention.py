@@ -1,14 +1,19 @@
 """Attention as CUDA computes it, on tensors that are not on a CUDA device.
 
-PyTorch chooses the kernel of scaled_dot_product_attention by the device, and each kernel keeps other tensors
-for the backward pass. So that the trace of a step on fake CPU tensors holds what a CUDA device would,
-`cuda_attention` makes CUDA's choice and calls that kernel's operator, whose shapes need no device.
+PyTorch chooses the kernel of scaled_dot_product_attention by the device, and each kernel saves different
+tensors for
+the backward. `cuda_attention` makes CUDA's choice and calls that kernel's operator, whose shapes need no
+device, so
+that the log of a step on fake CPU tensors is that of a CUDA device.
 
-The rules are select_sdp_backend's in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, the padding and
-the masks those of scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp. Assumed:
-an NVIDIA device, the default kernels and order, cuDNN newer than 9.15. Not modelled: nested tensors, dropout
-that only cuDNN refuses, deterministic algorithms (no cuDNN), and what kernels allocate for themselves and
-free again (`flash_backward_bytes` and `efficient_backward_bytes` are what those of the backward pass do).
+The rules are those of select_sdp_backend in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; padding and
+masks
+are those of scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp. Assumed: an
+NVIDIA
+device, the default kernels and order, cuDNN newer than 9.15. Not modelled: nested tensors, dropout that only
+cuDNN
+refuses, deterministic algorithms (no cuDNN), and workspaces that kernels allocate and free
+(`flash_backward_bytes` and `efficient_backward_bytes` give those of the backward).
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ class Call:
 
     @property
     def trains(self) -> bool:
-        """Whether something must be kept for a backward pass."""
+        """True if tensors must be saved for a backward."""
         return torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (self.query, self.key, self.value)
         )
@@ -60,13 +65,13 @@ class Call:
 
 @contextmanager
 def cuda_attention(compute_capability: tuple[int, int] | None = None) -> Iterator[None]:
-    """Inside, torch.nn.functional.scaled_dot_product_attention is what a CUDA device of this capability runs.
+    """Inside the context, scaled_dot_product_attention runs as on a CUDA device of this capability.
 
-    An unknown one (None) is taken for 8.0.
-
-    For tensors anywhere, fake or not, though only fake ones can run every kernel without that device. It
-    reaches every caller that looks the function up in torch.nn.functional when it calls, as Transformers'
-    sdpa_attention_forward does; not one that imported the function itself before. It holds for all threads.
+    An unknown capability (None) counts as 8.0. Works for tensors anywhere, fake or not, but only fake ones
+    can run every
+    kernel without the device. Applies to callers that look the function up in torch.nn.functional at call
+    time, as
+    sdpa_attention_forward of Transformers does, in all threads.
     """
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = partial(_attention, compute_capability or AMPERE)
@@ -77,7 +82,7 @@ def cuda_attention(compute_capability: tuple[int, int] | None = None) -> Iterato
 
 
 def kernel_for(call: Call, compute_capability: tuple[int, int]) -> Kernel:
-    """The first kernel, in CUDA's order of preference, that takes the call."""
+    """The first kernel, in CUDA's order of preference, that accepts the call."""
     if not _any_fused(call):
         return "math"
     if compute_capability[0] in (9, 10) and _cudnn(call):
@@ -90,11 +95,13 @@ def kernel_for(call: Call, compute_capability: tuple[int, int]) -> Kernel:
 def flash_backward_bytes(
     batch: int, heads: int, sequence: int, head_dim: int, key_heads: int | None = None
 ) -> int:
-    """Bytes that the backward pass of flash attention allocates beside its results, and frees again.
+    """Workspace of the backward of flash attention, in bytes.
 
     In mha_bwd of aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp: softmax_d and dq_accum in
-    fp32, and dk_expanded and dv_expanded in 16 bits where there are fewer heads of keys than of queries. Not
-    in a trace: they are allocated within the kernel's operator.
+    fp32, and
+    dk_expanded and dv_expanded in 16 bits if there are fewer key heads than query heads. They are allocated
+    within the
+    kernel's operator, so a log does not show them.
     """
     rounded = _up(sequence, 128)
     softmax_d = 4 * batch * heads * rounded
@@ -112,12 +119,14 @@ def efficient_backward_bytes(
     itemsize: int,
     compute_capability: tuple[int, int],
 ) -> int:
-    """Bytes that the backward pass of memory-efficient attention allocates beside its results, and frees.
+    """Workspace of the backward of memory-efficient attention, in bytes.
 
     In _efficient_attention_backward of aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta,
-    which an fp32 kernel gets from a product as large as the query, and then workspace_size() of
+    which an
+    fp32 kernel computes from a product as large as the query, and workspace_size() of
     mem_eff_attention/kernel_backward.h: dq in fp32, and dk and dv as often as the keys are split, unless the
-    kernel keeps them in registers.
+    kernel keeps
+    them in registers.
     """
     rows, half = batch * heads, itemsize == 2
     of_queries, of_keys, in_registers = _backward_tile(head_dim, half, compute_capability)
@@ -130,9 +139,10 @@ def efficient_backward_bytes(
 
 
 def _backward_tile(head_dim: int, half: bool, compute_capability: tuple[int, int]) -> tuple[int, int, bool]:
-    """The kernel that kernels/cutlassB.h offers first: queries and keys of its tile; are dk, dv in registers?
+    """The first kernel of kernels/cutlassB.h: queries and keys of its tile; are dk and dv in registers?
 
-    Assumed: the larger tiles need more shared memory than 7.5, 8.6, 8.9 and 12.x have (64 to 99 KB a block).
+    Assumed: the larger tiles need more shared memory than 7.5, 8.6, 8.9 and 12.x have (64 to 99 KB per
+    block).
     """
     small = (
         compute_capability < AMPERE or compute_capability in ((8, 6), (8, 9)) or compute_capability[0] > 11
@@ -157,13 +167,13 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """In place of scaled_dot_product_attention, with its arguments."""
+    """Replaces scaled_dot_product_attention."""
     call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return RUN[kernel_for(call, compute_capability)](call)
 
 
 def _any_fused(call: Call) -> bool:
-    """What every kernel but "math" asks for: check_tensor_shapes and the dense constraints."""
+    """Conditions of every kernel except "math": check_tensor_shapes and the dense constraints."""
     tensors = (call.query, call.key, call.value)
     return (
         all(tensor.dim() == 4 and tensor.stride(-1) == 1 for tensor in tensors)
@@ -219,7 +229,7 @@ def _too_large_for_flash(call: Call, compute_capability: tuple[int, int]) -> boo
 
 
 def _efficient(call: Call, compute_capability: tuple[int, int]) -> bool:
-    """can_use_mem_efficient_attention; before Ampere it knows no bf16."""
+    """can_use_mem_efficient_attention; no bf16 before Ampere."""
     ampere, half = compute_capability >= AMPERE, call.query.dtype in HALF
     if call.query.dtype not in (torch.float16, torch.float32) and not (ampere and half):
         return False
@@ -237,7 +247,7 @@ def _run_cudnn(call: Call) -> Tensor:
 
 
 def _run_flash(call: Call) -> Tensor:
-    """Head dimensions are padded to a multiple of 8; the scale is that of the unpadded one."""
+    """Head dimensions are padded to a multiple of 8; the scale is that of the unpadded ones."""
     size = call.head_sizes[0]
     scale = call.scale if call.scale is not None else size**-0.5
     padded = [_padded(tensor, 8) for tensor in (call.query, call.key, call.value)]
@@ -272,7 +282,7 @@ RUN: dict[Kernel, Callable[[Call], Tensor]] = {
 
 
 def _added(call: Call, hidden: float) -> Tensor | None:
-    """The mask as numbers to add to the scores, `hidden` where nothing is to be seen."""
+    """The mask as numbers added to the scores; `hidden` at masked positions."""
     if call.mask is None or call.mask.dtype != torch.bool:
         return call.mask
     number = torch.scalar_tensor(hidden, dtype=call.query.dtype, device=call.mask.device)
@@ -280,7 +290,7 @@ def _added(call: Call, hidden: float) -> Tensor | None:
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """A mask whose strides the memory-efficient kernel can read: a padded copy where they are not."""
+    """A mask with strides that the memory-efficient kernel can read; a padded copy if necessary."""
     if all(stride % MASK_ALIGNMENT == 0 for stride in mask.stride()[:-1]) and mask.stride(-1) == 1:
         return mask
     extra = MASK_ALIGNMENT - mask.shape[-1] % MASK_ALIGNMENT

@@ -1,8 +1,10 @@
-"""What a CUDA device takes for a simulated run: the allocator's pages, libraries, and the context.
+"""The memory of a simulated run on a CUDA device: allocator pages, libraries, and the context.
 
-A simulation counts the bytes that tensors have. A device holds more: every storage is rounded and lies in
-pages, of which some are half empty; libraries and kernels allocate for themselves, which no operator shows;
-the context lies beside all that. Worked out from the sources of PyTorch 2.13, not measured on a device.
+A simulation counts the bytes of tensors. A device holds more: storages are rounded and lie in pages that may
+be half
+empty; libraries and kernels allocate workspaces that no operator shows; the context comes on top. Computed
+from the
+sources of PyTorch 2.13, not measured on a device.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ BARE_CONTEXT = 448 * MIB
 LOADED_KERNELS = 320 * MIB  # a guess: kernels of PyTorch, cuBLAS and cuDNN that a training step loads
 
 # Backward passes of attention, each of which makes dq, dk and dv. cuDNN's own graph keeps what flash
-# attention does (CompositeSDPABackwardNode of cudnn-frontend 1.x); what its engines take beside is unknown.
+# attention does (CompositeSDPABackwardNode of cudnn-frontend 1.x); the workspace of its engines is unknown.
 FLASH = "aten::_scaled_dot_product_flash_attention_backward"
 CUDNN = "aten::_scaled_dot_product_cudnn_attention_backward"
 EFFICIENT = "aten::_scaled_dot_product_efficient_attention_backward"
@@ -49,9 +51,11 @@ RESULTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the allocator is asked for: a log's storages, and those of libraries and kernels (larger keys).
+    """The requests to the allocator: storages of a log, and those of libraries and kernels (larger keys).
 
-    `events` are as `cuda_allocator.replay` takes them; `numbers` says to which of the log each belongs.
+    Attributes:
+        events: As for `allocator.replay`.
+        numbers: The event of the log that each of them belongs to.
     """
 
     log: StorageLog
@@ -59,12 +63,12 @@ class Demand:
     numbers: list[int]
 
     def storage(self, index: int) -> Storage:
-        """What was born or died with an event; for a library's, that of the operator which called it."""
+        """The storage of an event; for one of a library, that of the calling operator."""
         event = self.log.events[self.numbers[index]]
         return self.log.births[event if event >= 0 else ~event]
 
     def alive(self) -> Iterator[Counter[str]]:
-        """After every event the bytes that are alive, by cause; always the same object."""
+        """After every event the allocated bytes by cause; always the same object."""
         alive, births = Counter[str](), self.log.births
         for key, size in self.events:
             alive[births[key].cause or "workspace" if key < len(births) else "libraries"] += size
@@ -75,9 +79,12 @@ class Demand:
 class DeviceAccount:
     """A simulated run on a CUDA device.
 
-    phases: as `Simulation.phases`, with the causes "libraries" (their workspaces, and the context) and
-    "allocator" (rounding, and pages that are half empty). capacity: bytes of the device with which the whole
-    run succeeds, which the highest phase takes; context: those of them that are not the allocator's.
+    Attributes:
+        phases: As `Simulation.phases`, with the causes "libraries" (workspaces and context) and "allocator"
+            (rounding, and pages that are partly empty).
+        capacity: Bytes of device memory with which the whole run succeeds; the highest phase takes all of
+            them.
+        context: Bytes of these outside the allocator.
     """
 
     phases: tuple[Peak, ...]
@@ -87,7 +94,7 @@ class DeviceAccount:
 
     @property
     def peak(self) -> Peak:
-        """The highest of all."""
+        """The highest peak of all phases."""
         return max(self.phases, key=lambda peak: peak.bytes)
 
     def first_break(self, budget: int) -> Break | None:
@@ -105,20 +112,22 @@ class DeviceAccount:
 
 
 def target(machine: Machine) -> AbstractContextManager[None]:
-    """Inside, a simulation runs the attention kernels of a machine's device; on a CPU, those of the CPU.
+    """Inside the context, a simulation uses the attention kernels of a machine's device.
 
-    For NVIDIA's devices alone: others keep the CPU's kernels. See `attention.cuda_attention`.
+    Only for NVIDIA devices; others keep the CPU's kernels (see `attention.cuda_attention`).
     """
     on_cuda = machine.device.partition(":")[0] == "cuda"
     return cuda_attention(machine.compute_capability) if on_cuda else nullcontext()
 
 
 def on_cuda(simulation: Simulation, machine: Machine, *, context: int | None = None) -> DeviceAccount:
-    """What a run takes on a machine's CUDA device, if it was simulated inside `target(machine)`.
+    """The memory of a run on a machine's CUDA device, if it was simulated inside `target(machine)`.
 
-    Expandable segments are taken for granted (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). `context`:
-    bytes outside the allocator where they were measured; else estimated. Workspaces of other libraries than
-    cuBLAS and of other kernels than attention's are not in it.
+    Expandable segments are assumed (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). `context`: measured
+    bytes outside
+    the allocator; otherwise they are estimated. Workspaces of libraries other than cuBLAS and of kernels
+    other than
+    attention are not included.
     """
     demand = demand_of(simulation.log, machine.compute_capability)
     if context is None:
@@ -128,7 +137,7 @@ def on_cuda(simulation: Simulation, machine: Machine, *, context: int | None = N
 
 
 def library_workspace(compute_capability: tuple[int, int] | None) -> int:
-    """Bytes that a thread's first matrix product allocates for cuBLAS, and that stay; the larger for None.
+    """Bytes that the first product of a thread allocates for cuBLAS and keeps; the larger value for None.
 
     CUBLAS_WORKSPACE_CONFIG is not read.
     """
@@ -136,23 +145,26 @@ def library_workspace(compute_capability: tuple[int, int] | None) -> int:
 
 
 def context_bytes(name: str | None) -> int:
-    """Bytes of device memory that a process takes beside the allocator's. An estimate, and a rough one.
+    """Bytes of device memory of a process outside the allocator; a rough estimate.
 
-    They depend on the device (called `name`), the driver and CUDA. Where the machine is at hand, measure:
-    how much mem_get_info() fell since the process began, without torch.cuda.memory_reserved().
+    They depend on the device (`name`), the driver and CUDA. To measure: the decrease of mem_get_info() since
+    the process
+    began, minus torch.cuda.memory_reserved().
     """
     bare = (size for part, size in BARE_CONTEXTS.items() if part in (name or ""))
     return next(bare, BARE_CONTEXT) + LOADED_KERNELS
 
 
 def demand_of(log: StorageLog, compute_capability: tuple[int, int] | None) -> Demand:
-    """Puts what libraries and kernels allocate into a log's events, behind the operators that call them."""
-    beside = {number: (size, stays) for number, size, stays in _beside(log, compute_capability)}
+    """Adds the allocations of libraries and kernels to the events of a log, after the operators that call
+    them.
+    """
+    workspace = {number: (size, stays) for number, size, stays in _workspace(log, compute_capability)}
     demand, key = Demand(log, [], []), len(log.births)
     for number, event in enumerate(log.events):
         new = [(event, log.births[event].bytes) if event >= 0 else (~event, -log.births[~event].bytes)]
-        if number in beside:
-            size, stays = beside[number]
+        if number in workspace:
+            size, stays = workspace[number]
             new += [(key, size)] if stays else [(key, size), (key, -size)]
             key += 1
         demand.events.extend(new)
@@ -160,8 +172,10 @@ def demand_of(log: StorageLog, compute_capability: tuple[int, int] | None) -> De
     return demand
 
 
-def _beside(log: StorageLog, compute_capability: tuple[int, int] | None) -> Iterator[tuple[int, int, bool]]:
-    """What no operator shows: the number of the event that it follows, bytes, and whether it stays."""
+def _workspace(
+    log: StorageLog, compute_capability: tuple[int, int] | None
+) -> Iterator[tuple[int, int, bool]]:
+    """Allocations that no operator shows: the preceding event, bytes, and whether they stay."""
     when = [number for number, event in enumerate(log.events) if event >= 0]  # storages were born
     products = [key for key, made in enumerate(log.births) if made.operator in PRODUCTS]
     of_autograd = [key for key in products if log.births[key].phase in AUTOGRAD]
@@ -176,7 +190,7 @@ def _beside(log: StorageLog, compute_capability: tuple[int, int] | None) -> Iter
 
 
 def _attention_bytes(of_query: Storage, of_key: Storage, compute_capability: tuple[int, int]) -> int:
-    """What a backward pass of attention takes, by its results for query and key."""
+    """Workspace of a backward of attention, by its results for query and key."""
     batch, heads, sequence, size = of_query.shape
     key_heads, keys = of_key.shape[1:3]
     if of_query.operator == EFFICIENT:
@@ -186,7 +200,7 @@ def _attention_bytes(of_query: Storage, of_key: Storage, compute_capability: tup
 
 
 def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
-    """Every phase's peak where the allocator has no more than it needs; the highest takes all of that."""
+    """The peak of every phase if the allocator has only what it needs; the highest phase takes all of it."""
     highest = _highest(demand, capacity)
     top = max(highest, key=lambda phase: highest[phase][:2])
     held = {phase: capacity if phase == top else pages for phase, (pages, *_) in highest.items()}
@@ -195,14 +209,14 @@ def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
     for index, alive in enumerate(demand.alive()):
         if index in wanted:
             phase, made = wanted[index], demand.storage(index)
-            beside = {"libraries": alive["libraries"] + context, "allocator": held[phase] - alive.total()}
-            causes = {cause: size for cause, size in (alive | beside).items() if size}
+            workspace = {"libraries": alive["libraries"] + context, "allocator": held[phase] - alive.total()}
+            causes = {cause: size for cause, size in (alive | workspace).items() if size}
             peaks[phase] = Peak(phase, held[phase] + context, causes, made.block, made.operator)
     return tuple(peaks[phase] for phase in held if phase in peaks)
 
 
 def _highest(demand: Demand, capacity: int) -> dict[str, tuple[int, int, int]]:
-    """Where each phase holds most pages: bytes of these, of the storages in them, and the event's index."""
+    """The moment of most pages in each phase: their bytes, those of the storages in them, and the event."""
     allocator = ExpandableAllocator(capacity)
     phases = [phase for _, phase, _ in levels(demand.log)]
     highest = {phase: (0, 0, -1) for _, phase in demand.log.marks}
