@@ -212,18 +212,18 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
             notify(Status("resumed", f"after step {state.step}, from {checkpoint}"))
         interrupted = stack.enter_context(deferred_interrupt())
         job = Job(
-            top,
-            data.examples,
-            states[0],
-            store,
-            scratch,
-            run.recipe,
-            run.plan,
-            run.folder,
-            evaluate,
-            promise,
-            _noting_idle_adapters(loaded, notify),
-            interrupted,
+            top=top,
+            examples=data.examples,
+            states=states[0],
+            store=store,
+            scratch=scratch,
+            recipe=run.recipe,
+            plan=run.plan,
+            run=run.folder,
+            evaluate=evaluate,
+            watch=promise,
+            notify=_noting_idle_adapters(loaded, notify),
+            interrupted=interrupted,
         )
         state = train_loop(job, state)
     promise.phase("end")

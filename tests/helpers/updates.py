@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from talik.recipe.recipe import Recipe
+from talik.training.memory.keys import gradient as gradient_key
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.step.update import prepare, update
 
@@ -39,8 +40,8 @@ def train(
     scratch = prepared(name, parameter, recipe)
     for step in range(1, steps + 1):
         new = gradient(step)
-        scratch[f"gradient/{name}"] = new.clone()
-        update(name, parameter, scratch, recipe, None, step, RATE)
+        scratch[gradient_key(name)] = new.clone()
+        update(name, parameter, scratch, recipe, scale=None, step=step, learning_rate=RATE)
         after(step, new)
     return scratch
 

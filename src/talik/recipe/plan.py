@@ -50,10 +50,10 @@ class Plan(BaseModel):
     )
 
     def tier(self, kind: str) -> Tier:
-        """Where tensors of a kind ("input", "kept", "master", ...) are while they wait."""
+        """Where tensors of a kind ("input", "pending", "master", ...) are while they wait."""
         if kind == "input":
             return self.inputs
-        on_device = ("gradient", "norm", "kept") if self.top == "resident" else ("gradient", "norm")
+        on_device = ("gradient", "norm", "pending") if self.top == "resident" else ("gradient", "norm")
         return "memory" if kind in on_device else self.state
 
 

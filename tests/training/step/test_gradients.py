@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers.training import freeze_top, gradients, make_plan, micro_batch, plain_gradients, plain_loss
 from talik.data.examples import Example
 from talik.kernels.cross_entropy import cross_entropy
+from talik.training.memory.keys import gradient as gradient_key
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.memory.store import ResidentStore
 from talik.training.run.loop import ScalarMonitor
@@ -117,10 +118,10 @@ def test_recomputed_layers_give_the_same_gradients(
     for recompute in (False, True):
         scratch = MemoryScratch(torch.device("cpu"))
         for name, parameter in top.parameters():
-            scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+            scratch.zeros(gradient_key(name), parameter.shape, torch.float32)
         world = World(ResidentStore(), scratch, ScalarMonitor())
         loss = forward_backward(top, batches, world, make_plan(top, recompute=recompute), count)
-        found.append([loss, *(scratch[f"gradient/{name}"] for name, _ in top.parameters())])
+        found.append([loss, *(scratch[gradient_key(name)] for name, _ in top.parameters())])
     assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
 
 

@@ -14,10 +14,19 @@ from helpers.training import freeze_top, make_recipe
 from helpers.updates import HEAD, MATRIX, RATE, noise, prepared, train, weights
 from talik.base.errors import RecipeError
 from talik.recipe.recipe import READ_BY, Recipe, checked_recipe
+from talik.training.memory.keys import gradient as gradient_key
+from talik.training.memory.keys import master
 from talik.training.step import optim as optim_module
 from talik.training.step import update as update_module
 from talik.training.step.optim import OPTIMIZERS, learning_rate_at, optimizer_of, round_stochastically_
-from talik.training.step.update import kept, update
+from talik.training.step.update import (
+    InPlace,
+    MasterRounding,
+    StochasticRounding,
+    rounding_of,
+    state_forms,
+    update,
+)
 
 
 def assert_same(
@@ -123,8 +132,8 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str, 
     """Sums in another order round differently; nothing else may differ."""
     trained = []
     for size in (1 << 24, 256 * 7):
-        monkeypatch.setattr(update_module, "SLICE", size)
-        monkeypatch.setattr(optim_module, "SLICE", size)
+        monkeypatch.setattr(update_module, "UPDATE_SLICE", size)
+        monkeypatch.setattr(optim_module, "UPDATE_SLICE", size)
         weight = nn.Parameter(weights(40, 128).to(torch.float32 if precision == "fp32" else torch.bfloat16))
         recipe = make_recipe(optimizer=optimizer, precision=precision)
         train(MATRIX, weight, recipe, noise(40, 128), steps=3)
@@ -140,15 +149,15 @@ def test_state_stays_where_it_is(optimizer: str) -> None:
     """It may be a file's memory: nothing puts another tensor in its place."""
     recipe, weight = make_recipe(optimizer=optimizer, precision="bf16"), weights(64, 64)
     scratch = prepared(MATRIX, weight, recipe)
-    forms = kept(MATRIX, weight, recipe)
-    places = {name: scratch[name].data_ptr() for name in forms}
-    before = {name: scratch[name].clone() for name in forms}
-    scratch[f"gradient/{MATRIX}"] = noise(64, 64)(1)
-    update(MATRIX, weight, scratch, recipe, torch.tensor(0.5), 1, RATE)
-    assert f"gradient/{MATRIX}" not in scratch and len(list(scratch.values())) == len(forms)
-    for name, (shape, dtype) in forms.items():
-        assert (scratch[name].shape, scratch[name].dtype) == (shape, dtype)
-        assert scratch[name].data_ptr() == places[name] and not torch.equal(scratch[name], before[name])
+    forms = state_forms(MATRIX, weight, recipe)
+    places = {key: scratch[key].data_ptr() for key in forms}
+    before = {key: scratch[key].clone() for key in forms}
+    scratch[gradient_key(MATRIX)] = noise(64, 64)(1)
+    update(MATRIX, weight, scratch, recipe, scale=torch.tensor(0.5), step=1, learning_rate=RATE)
+    assert gradient_key(MATRIX) not in scratch and len(list(scratch.values())) == len(forms)
+    for key, (shape, dtype) in forms.items():
+        assert (scratch[key].shape, scratch[key].dtype) == (shape, dtype)
+        assert scratch[key].data_ptr() == places[key] and not torch.equal(scratch[key], before[key])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -160,10 +169,10 @@ def test_without_masters_the_way_is_right_on_average(optimizer: str) -> None:
         weight = nn.Parameter(start.clone() if precision == "bf16-sr" else start.float())
         recipe = make_recipe(optimizer=optimizer, precision=precision, weight_decay=0.0)
         scratch = prepared(MATRIX, weight, recipe)
-        assert f"master/{MATRIX}" not in scratch
+        assert master(MATRIX) not in scratch
         for step in range(1, 11):
-            scratch[f"gradient/{MATRIX}"] = gradient(0).abs().add_(0.1)
-            update(MATRIX, weight, scratch, recipe, None, step, 1e-3)
+            scratch[gradient_key(MATRIX)] = gradient(0).abs().add_(0.1)
+            update(MATRIX, weight, scratch, recipe, scale=None, step=step, learning_rate=1e-3)
         ways.append((weight.detach().float() - start.float()).flatten().double())
     exact, rounded = ways
     assert torch.dot(rounded, exact) / exact.square().sum() == pytest.approx(1, abs=0.05)
@@ -224,3 +233,35 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert (rates[-1] == pytest.approx(0.01)) if schedule == "constant" else (0 < rates[-1] < 2e-4)
     assert learning_rate_at(make_recipe(warmup=0.0), 1, 1) > 0
+
+
+def test_each_precision_has_its_rounding() -> None:
+    bf16, fp32 = (nn.Parameter(torch.arange(4.0, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    for precision, parameter, kind in (
+        ("bf16", bf16, MasterRounding),
+        ("bf16-sr", bf16, StochasticRounding),
+        ("bf16-sr", fp32, InPlace),
+        ("fp32", fp32, InPlace),
+    ):
+        recipe = make_recipe(precision=precision)
+        scratch = prepared(MATRIX, parameter, recipe)
+        rounding = rounding_of(MATRIX, parameter, scratch, recipe, 1)
+        assert type(rounding) is kind, precision
+        weight = rounding.exact(rounding.source.detach())
+        assert weight.dtype == torch.float32
+        shared = weight.data_ptr() == rounding.source.data_ptr()
+        assert shared == (kind is not StochasticRounding)  # only then the update is made on a copy
+        target = parameter.detach().clone()
+        rounding.store(target, weight + 0.5)
+        assert torch.equal(target, parameter) == (kind is InPlace)
+
+
+def test_the_noise_of_a_step_depends_on_the_parameter_and_the_step() -> None:
+    recipe, parameter = make_recipe(precision="bf16-sr"), nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    scratch, found = prepared(MATRIX, parameter, recipe), []
+    for name, step in ((MATRIX, 1), (MATRIX, 1), (MATRIX, 2), (HEAD, 1)):
+        target = torch.zeros(64, dtype=torch.bfloat16)
+        rounding_of(name, parameter, scratch, recipe, step).store(target, torch.full((64,), 1 + 2**-9))
+        found.append(target)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2]) and not torch.equal(found[0], found[3])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from helpers.training import make_recipe
 from helpers.updates import HEAD, MATRIX, RATE, noise, train, weights
 from talik.kernels.blockwise import dequantized, dynamic_map, quantize_
+from talik.training.memory.keys import Key
 from talik.training.step.optim import optimizer_of
 
 
@@ -58,8 +59,8 @@ def test_adamw_8bit_is_the_papers() -> None:
     scratch = train(
         MATRIX, ours, make_recipe(optimizer="adamw-8bit", weight_decay=0.1), gradient, after=compare
     )
-    assert scratch[f"exp_avg/{MATRIX}"].dtype == scratch[f"exp_avg_sq/{MATRIX}"].dtype == torch.uint8
-    assert scratch[f"exp_avg_absmax/{MATRIX}"].shape == (32,)
+    assert scratch[Key("exp_avg", MATRIX)].dtype == scratch[Key("exp_avg_sq", MATRIX)].dtype == torch.uint8
+    assert scratch[Key("exp_avg_absmax", MATRIX)].shape == (32,)
 
 
 def test_adamw_8bit_stays_near_adamw() -> None:

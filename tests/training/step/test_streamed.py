@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.training import assert_same, load_from, make_examples, make_recipe, plain_loss, trained
+from helpers.training import (
+    assert_same,
+    load_from,
+    make_examples,
+    make_recipe,
+    plain_loss,
+    step_of_all,
+    trained,
+)
 from talik.base.events import silent
+from talik.training.memory.keys import layer_input, master
 from talik.training.memory.scratch import TieredScratch
-from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
 from talik.training.step.top import World
@@ -158,7 +166,7 @@ def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any],
                 prepare_top(top, recipe, loaded.store, scratch)
                 before = loaded.store.traffic.bytes
                 world = World(loaded.store, scratch, ScalarMonitor())
-                batches = run_step(top, examples, range(6), states, world, recipe, loaded.plan, 1, 0.01)
+                batches = step_of_all(loaded, top, examples, states, world, recipe, step=1)
                 reads[len(batches)] = loaded.store.traffic.bytes - before
         assert loaded.store.traffic.written > 0
     assert len(reads) == 2 and len(set(reads.values())) == 1
@@ -181,13 +189,14 @@ def test_a_weight_that_is_kept_in_fp32_has_a_master_of_its_own(tmp_path: Path) -
     prepare([("a", weight)], make_recipe(precision="bf16"), scratch)
     with torch.no_grad():
         weight.zero_()
-    assert scratch["master/a"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert scratch[master("a")].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_what_goes_into_a_layer_gives_its_room_back(tmp_path: Path) -> None:
     scratch = TieredScratch(torch.device("cpu"), tmp_path, lambda kind: "disk")
+    key = layer_input(0, 1)
     for size in (3, 7, 2):
-        scratch["input/0/1"] = torch.full((size,), float(size))
-        assert scratch["input/0/1"].tolist() == [size] * size
-        scratch.drop("input/0/1")
+        scratch[key] = torch.full((size,), float(size))
+        assert scratch[key].tolist() == [size] * size
+        scratch.drop(key)
         assert not (tmp_path / "input" / "0" / "1").exists()

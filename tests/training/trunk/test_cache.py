@@ -25,7 +25,7 @@ from talik.base.errors import ChainError, NoRoomError, TalikError
 from talik.base.events import Status, silent
 from talik.data.examples import Example
 from talik.training.trunk import cache as module
-from talik.training.trunk.cache import Cache, Group, groups_of, open_cache
+from talik.training.trunk.cache import BatchGroup, Cache, groups_of, open_cache
 
 FACTS = {"weights": "abc", "cut": 2, "threads": 1, "versions": {"torch": "2.13"}}
 WIDTH, BATCH = 8, 30
@@ -34,7 +34,7 @@ LENGTHS = (9, 14, 14, 6, 11, 20, 9, 9, 6, 26)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 
-def hidden_of(group: Group, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Tensor:
+def hidden_of(group: BatchGroup, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Tensor:
     """Stands for the trunk: depends on every token of the group, as a real hidden state may."""
     ids = torch.tensor([list(examples[index].input_ids) for index in group.indices])
     state = torch.sin(ids[..., None] * torch.arange(1, WIDTH + 1) + ids.sum())
@@ -46,7 +46,7 @@ def opened(root: Path, notify: Any = silent, **changes: Any) -> Cache:
     return open_cache(root, facts, WIDTH, facts.pop("dtype", torch.float32), notify=notify)
 
 
-def fill(cache: Cache, groups: Sequence[Group], examples: Sequence[Example], each: int = 2) -> list[str]:
+def fill(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example], each: int = 2) -> list[str]:
     """Writes what is missing, `each` groups a shard, and returns the digests of what it computed."""
     made = []
     with cache.writing():
@@ -59,7 +59,7 @@ def fill(cache: Cache, groups: Sequence[Group], examples: Sequence[Example], eac
     return made
 
 
-def assert_right(cache: Cache, groups: Sequence[Group], examples: Sequence[Example]) -> None:
+def assert_right(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example]) -> None:
     """Every example of these groups, in a mixed order, padded, bit for bit."""
     wanted = {
         index: state
@@ -78,7 +78,7 @@ def assert_right(cache: Cache, groups: Sequence[Group], examples: Sequence[Examp
                 assert torch.equal(row[:length], wanted[index]) and not row[length:].any()
 
 
-def available(cache: Cache, groups: Sequence[Group]) -> list[Group]:
+def available(cache: Cache, groups: Sequence[BatchGroup]) -> list[BatchGroup]:
     missing = {group.digest for group in cache.missing(groups)}
     return [group for group in groups if group.digest not in missing]
 
@@ -89,7 +89,7 @@ def data() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def groups(data: list[Example]) -> list[Group]:
+def groups(data: list[Example]) -> list[BatchGroup]:
     return groups_of(data, BATCH)
 
 
@@ -98,7 +98,7 @@ def groups(data: list[Example]) -> list[Group]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_round_trip_in_any_order(
-    dtype: torch.dtype, data: list[Example], groups: list[Group], tmp_path: Path
+    dtype: torch.dtype, data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
     cache = opened(tmp_path, dtype=dtype)
     with cache.writing(), cache.new_shard(groups) as writer:
@@ -114,7 +114,7 @@ def test_round_trip_in_any_order(
 
 
 def test_groups_cover_the_data_and_are_named_by_their_tokens(
-    data: list[Example], groups: list[Group]
+    data: list[Example], groups: list[BatchGroup]
 ) -> None:
     assert sorted(index for group in groups for index in group.indices) == list(range(len(data)))
     assert all(data[index].length == group.length for group in groups for index in group.indices)
@@ -160,7 +160,7 @@ def test_equal_groups_are_computed_once(tmp_path: Path) -> None:
     assert_right(opened(tmp_path), groups, data)
 
 
-def test_misuse_is_refused(data: list[Example], groups: list[Group], tmp_path: Path) -> None:
+def test_misuse_is_refused(data: list[Example], groups: list[BatchGroup], tmp_path: Path) -> None:
     cache, hidden = opened(tmp_path), hidden_of(groups[0], data)
     wrong: list[Callable[[Any], object]] = [
         lambda writer: writer.write(groups[0], hidden[:, 1:]),
@@ -187,7 +187,7 @@ def test_misuse_is_refused(data: list[Example], groups: list[Group], tmp_path: P
 
 
 @pytest.fixture
-def filled(data: list[Example], groups: list[Group], tmp_path: Path) -> Path:
+def filled(data: list[Example], groups: list[BatchGroup], tmp_path: Path) -> Path:
     """The folder of a cache with all groups, in three shards."""
     cache = opened(tmp_path)
     fill(cache, groups, data)
@@ -196,7 +196,7 @@ def filled(data: list[Example], groups: list[Group], tmp_path: Path) -> Path:
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(
-    filled: Path, data: list[Example], groups: list[Group]
+    filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     file = filled / "shard-00001.bin"
     table = file.with_suffix(".json")
@@ -265,7 +265,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_shard_that_contradicts_its_table_is_computed_again(
-    name: str, filled: Path, data: list[Example], groups: list[Group]
+    name: str, filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     DAMAGES[name](filled / "shard-00001.bin")
     said: list[Any] = []
@@ -278,7 +278,7 @@ def test_a_shard_that_contradicts_its_table_is_computed_again(
 
 
 def test_no_flipped_bit_of_a_table_gives_a_wrong_number(
-    filled: Path, data: list[Example], groups: list[Group]
+    filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     table = filled / "shard-00001.json"
     sound = table.read_bytes()
@@ -299,7 +299,7 @@ def test_no_flipped_bit_of_a_table_gives_a_wrong_number(
 
 @pytest.mark.parametrize("text", ["", "{}", '{"facts": {"cut": 3}}', "[]"])
 def test_a_key_file_that_disagrees_empties_the_cache(
-    text: str, filled: Path, data: list[Example], groups: list[Group]
+    text: str, filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     (filled / "key.json").write_text(text)
     said: list[Any] = []
@@ -310,7 +310,7 @@ def test_a_key_file_that_disagrees_empties_the_cache(
 
 
 def test_a_read_error_is_damage(
-    filled: Path, data: list[Example], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+    filled: Path, data: list[Example], groups: list[BatchGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
         name = str(filled / "shard-00000.bin")
@@ -329,7 +329,7 @@ def test_a_read_error_is_damage(
 
 
 def test_room_is_asked_for_before_a_shard_begins(
-    groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -346,7 +346,7 @@ def test_room_is_asked_for_before_a_shard_begins(
 @posix
 @pytest.mark.parametrize("when", ["write", "fsync", "table"])
 def test_a_full_disk_leaves_finished_shards_alone(
-    when: str, data: list[Example], groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = opened(tmp_path)
     fill(cache, groups[:2], data)
@@ -359,7 +359,7 @@ def test_a_full_disk_leaves_finished_shards_alone(
         if when != "write":
             patch.setattr(*((os, "fsync") if when == "fsync" else (module, "write_json")), full)
         with (
-            pytest.raises(NoRoomError, match=r"(?s)shard-00001.*cannot be written.*Make room"),
+            pytest.raises(NoRoomError, match=r"(?s)shard-00001.*cannot be written.*Free disk space"),
             longest_file(100 if when == "write" else 1 << 20),
             cache.writing(),
             cache.new_shard(groups[2:]) as writer,
@@ -417,7 +417,9 @@ MOMENTS = ("first group", "second group", "before the table", "in the table", "a
 
 @posix
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment(moment: str, data: list[Example], groups: list[Group], tmp_path: Path) -> None:
+def test_killed_at_any_moment(
+    moment: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path
+) -> None:
     """SIGKILL while the second of three shards is made: the first stays, and nothing wrong is ever read."""
     reached = tmp_path / "reached"
 
@@ -482,7 +484,7 @@ def test_killed_at_random(data: list[Example], tmp_path: Path) -> None:
 
 @posix
 def test_of_two_processes_one_waits_and_finds_it(
-    data: list[Example], groups: list[Group], tmp_path: Path
+    data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
     root = tmp_path / "caches"
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.training import load_from, make_examples, make_plan, make_recipe, top_at
+from helpers.training import load_from, make_examples, make_plan, make_recipe, run_trunk, top_at
 from talik.base.errors import ChainError
 from talik.base.events import Progress, Status, silent
 from talik.data.examples import Example
+from talik.model.block import EMBEDDINGS, TAIL, Block
 from talik.model.chain.chain import Chain
-from talik.training.trunk.trunk import run_trunk, trunk_facts, trunk_states
+from talik.training.trunk.trunk import trunk_facts, trunk_states
 
 
 @pytest.mark.parametrize("where", ["resident", "streamed"])
@@ -85,18 +86,18 @@ def test_reads_the_trunk_only_and_once_per_shard(
 ) -> None:
     loaded = load_from(build_model("qwen2", tie_word_embeddings=False), tmp_path / "model")
     weights = loaded.weights
-    trunk = [name for block in ("embeddings", "layer 0", "layer 1") for name in weights.names(block)]
+    trunk = [name for block in (EMBEDDINGS, Block.layer(0), Block.layer(1)) for name in weights.names(block)]
     said: list[Any] = []
     recipe = make_recipe(cache=str(tmp_path / "cache"))
     before = loaded.store.traffic.bytes
     with trunk_states(loaded, [examples], recipe, said.append):
         pass
     checked = weights.bytes_in_files(
-        [*trunk, *(n for block in ("layer 2", "layer 3", "tail") for n in weights.names(block))]
+        [*trunk, *(n for block in (Block.layer(2), Block.layer(3), TAIL) for n in weights.names(block))]
     )
     assert loaded.store.traffic.bytes - before == checked + weights.bytes_in_files(trunk)
     assert all(parameter.is_meta for parameter in loaded.chain.model.parameters())
-    assert any(isinstance(event, Status) and "of weights read" in event.text for event in said)
+    assert any(isinstance(event, Status) and "of weights, waited" in event.text for event in said)
 
 
 def test_facts_cover_weights_cut_and_how_it_is_computed(
