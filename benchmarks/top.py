@@ -53,6 +53,9 @@ class Nobody:
     def scalar(self, name: str, value: torch.Tensor) -> None:
         pass
 
+    def phase(self, name: str, size: int = 0, /) -> None:
+        pass
+
 
 def made_examples(tokens: int) -> list[Example]:
     """Lengths like short questions and answers, a fifth of the tokens trained."""

@@ -1,4 +1,4 @@
-"""Updates of one parameter with gradients made up, for the tests of the optimizers."""
+"""Updates of one parameter with made-up gradients, for the tests of the optimizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(
     steps: int = 20,
     after: Callable[[int, Tensor], None] = lambda step, gradient: None,
 ) -> MemoryScratch:
-    """So many updates of a parameter, with `after` told of each step and its gradient."""
+    """Updates a parameter `steps` times, and calls `after` with each step and its gradient."""
     scratch = prepared(name, parameter, recipe)
     for step in range(1, steps + 1):
         new = gradient(step)

@@ -30,7 +30,7 @@ def open_store(
 
 
 class SteppedExecutor(Executor):
-    """Runs submitted work when `step` is called, or when somebody waits for the first of it."""
+    """Runs one piece of submitted work whenever `step` is called."""
 
     def __init__(self) -> None:
         self.queue: list[tuple[Future[Any], Callable[[], Any]]] = []

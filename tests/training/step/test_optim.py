@@ -1,4 +1,4 @@
-"""The optimizers against PyTorch's and Transformers', and what holds for them in general."""
+"""The optimizers against those of PyTorch and Transformers, and their common properties."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(
     name: str = MATRIX,
     close: float = 1e-6,
 ) -> None:
-    """Twenty updates beside those of another's optimizer, made for a weight decay."""
+    """Compares twenty updates with those of a reference optimizer."""
     ours, reference = weights(*shape), weights(*shape)
     optimizer = theirs([reference], recipe.weight_decay if len(shape) > 1 else 0.0)
 
@@ -63,7 +63,7 @@ def muon(parameters: list[nn.Parameter], decay: float) -> Any:
 
 
 class DecoupledSGD(torch.optim.SGD):
-    """PyTorch's SGD has weight decay in the gradient alone."""
+    """SGD with decoupled weight decay: PyTorch's adds it to the gradient."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float, momentum: float) -> None:
         super().__init__(parameters, lr=RATE, momentum=momentum)
@@ -88,7 +88,7 @@ def test_adafactor_is_transformers(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_muon_is_pytorchs(shape: tuple[int, ...]) -> None:
-    """But for a rounding of bf16, in which both orthogonalise."""
+    """Up to rounding in bf16, in which both orthogonalise."""
     assert_same(make_recipe(optimizer="muon", weight_decay=0.1), muon, *shape, close=RATE * 2**-8)
 
 
@@ -129,7 +129,7 @@ def test_sgd_is_pytorchs(momentum: float) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str) -> None:
-    """Sums in another order round differently; nothing else may differ."""
+    """Only sums in another order may round differently."""
     trained = []
     for size in (1 << 24, 256 * 7):
         monkeypatch.setattr(update_module, "UPDATE_SLICE", size)
@@ -145,8 +145,8 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str, 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_stays_where_it_is(optimizer: str) -> None:
-    """It may be a file's memory: nothing puts another tensor in its place."""
+def test_state_is_changed_in_place(optimizer: str) -> None:
+    """State may be in a mapped file, so its tensors must not be replaced."""
     recipe, weight = make_recipe(optimizer=optimizer, precision="bf16"), weights(64, 64)
     scratch = prepared(MATRIX, weight, recipe)
     forms = state_forms(MATRIX, weight, recipe)
@@ -161,8 +161,8 @@ def test_state_stays_where_it_is(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_without_masters_the_way_is_right_on_average(optimizer: str) -> None:
-    """Steps below most weights' next bf16 number go as far together as they do in fp32."""
+def test_without_masters_the_change_is_right_on_average(optimizer: str) -> None:
+    """Many steps smaller than the spacing of bf16 numbers add up to the same change as in fp32."""
     gradient, ways = noise(128, 512), []
     for precision in ("fp32", "bf16-sr"):
         start = weights(128, 512).detach().bfloat16()
@@ -193,7 +193,7 @@ def test_a_field_that_an_optimizer_does_not_read_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_fields_said_to_be_read_are(optimizer: str) -> None:
-    """And they are all that is read: a change of any other changes nothing."""
+    """Exactly the listed fields change an update."""
     for field, readers in READ_BY.items():
         ended = []
         for value in (Recipe.model_fields[field].default, 0.3):

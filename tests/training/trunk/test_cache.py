@@ -1,4 +1,4 @@
-"""The trunk's cache: what comes out is what went in, whatever happened to its files in between."""
+"""The trunk's cache returns the hidden states that were written, whatever happened to its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKI
 
 
 def hidden_of(group: BatchGroup, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Stands for the trunk: depends on every token of the group, as a real hidden state may."""
+    """Made-up hidden states that depend on every token of the batch group, as real ones may."""
     ids = torch.tensor([list(examples[index].input_ids) for index in group.indices])
     state = torch.sin(ids[..., None] * torch.arange(1, WIDTH + 1) + ids.sum())
     return state.to(dtype)
@@ -47,7 +47,7 @@ def opened(root: Path, notify: Any = silent, **changes: Any) -> Cache:
 
 
 def fill(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example], each: int = 2) -> list[str]:
-    """Writes what is missing, `each` groups a shard, and returns the digests of what it computed."""
+    """Writes missing batch groups, `each` per shard, and returns their digests."""
     made = []
     with cache.writing():
         missing = cache.missing(groups)
@@ -60,7 +60,7 @@ def fill(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example]
 
 
 def assert_right(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example]) -> None:
-    """Every example of these groups, in a mixed order, padded, bit for bit."""
+    """Checks every example of these batch groups bit for bit, in a mixed order and padded."""
     wanted = {
         index: state
         for group in groups
@@ -93,7 +93,7 @@ def groups(data: list[Example]) -> list[BatchGroup]:
     return groups_of(data, BATCH)
 
 
-# What comes out is what went in
+# Written and read back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -113,7 +113,7 @@ def test_round_trip_in_any_order(
     assert about["facts"].items() >= FACTS.items(), "the facts can be read by people"
 
 
-def test_groups_cover_the_data_and_are_named_by_their_tokens(
+def test_groups_cover_the_data_and_are_identified_by_their_tokens(
     data: list[Example], groups: list[BatchGroup]
 ) -> None:
     assert sorted(index for group in groups for index in group.indices) == list(range(len(data)))
@@ -122,7 +122,7 @@ def test_groups_cover_the_data_and_are_named_by_their_tokens(
     assert [group.digest for group in groups_of(data[::-1], BATCH)] != [group.digest for group in groups]
 
 
-def test_facts_width_and_dtype_name_the_cache(tmp_path: Path) -> None:
+def test_facts_width_and_dtype_identify_the_cache(tmp_path: Path) -> None:
     caches = [
         opened(tmp_path),
         opened(tmp_path, cut=3),
@@ -135,7 +135,7 @@ def test_facts_width_and_dtype_name_the_cache(tmp_path: Path) -> None:
     assert open_cache(tmp_path, turned, WIDTH, torch.float32, model="other").folder == caches[0].folder
 
 
-def test_only_new_and_changed_groups_are_asked_for(data: list[Example], tmp_path: Path) -> None:
+def test_only_new_and_changed_groups_are_missing(data: list[Example], tmp_path: Path) -> None:
     groups = groups_of(data, BATCH)
     assert len(fill(opened(tmp_path), groups, data)) == len(groups)
     assert fill(opened(tmp_path), groups, data) == []
@@ -188,14 +188,14 @@ def test_misuse_is_refused(data: list[Example], groups: list[BatchGroup], tmp_pa
 
 @pytest.fixture
 def filled(data: list[Example], groups: list[BatchGroup], tmp_path: Path) -> Path:
-    """The folder of a cache with all groups, in three shards."""
+    """The folder of a cache with all batch groups, in three shards."""
     cache = opened(tmp_path)
     fill(cache, groups, data)
     assert len(list(cache.folder.glob("shard-*.bin"))) == 3
     return cache.folder
 
 
-def test_a_flipped_bit_is_noticed_wherever_it_is(
+def test_a_flipped_bit_is_detected_wherever_it_is(
     filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     file = filled / "shard-00001.bin"
@@ -294,7 +294,9 @@ def test_no_flipped_bit_of_a_table_gives_a_wrong_number(
             assert_right(cache, found, data)
         except TalikError:
             lost += 1
-    assert lost > len(sound) // 9, "many bits were noticed; blanks matter to nobody"
+    assert lost > len(sound) // 9, (
+        "too few flipped bits were detected (only those in white space may be missed)"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"facts": {"cut": 3}}', "[]"])
@@ -325,10 +327,10 @@ def test_a_read_error_is_damage(
     assert not (filled / "shard-00000.json").exists()
 
 
-# A disk that is full
+# Full disk
 
 
-def test_room_is_asked_for_before_a_shard_begins(
+def test_disk_space_is_checked_before_a_shard_begins(
     groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -345,7 +347,7 @@ def test_room_is_asked_for_before_a_shard_begins(
 
 @posix
 @pytest.mark.parametrize("when", ["write", "fsync", "table"])
-def test_a_full_disk_leaves_finished_shards_alone(
+def test_a_full_disk_leaves_complete_shards_alone(
     when: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = opened(tmp_path)
@@ -359,7 +361,7 @@ def test_a_full_disk_leaves_finished_shards_alone(
         if when != "write":
             patch.setattr(*((os, "fsync") if when == "fsync" else (module, "write_json")), full)
         with (
-            pytest.raises(NoRoomError, match=r"(?s)shard-00001.*cannot be written.*Free disk space"),
+            pytest.raises(NoRoomError, match=r"(?s)shard-00001.*cannot be written.*Make room"),
             longest_file(100 if when == "write" else 1 << 20),
             cache.writing(),
             cache.new_shard(groups[2:]) as writer,
@@ -374,7 +376,7 @@ def test_a_full_disk_leaves_finished_shards_alone(
 
 @contextmanager
 def longest_file(size: int) -> Iterator[None]:
-    """The system refuses longer files (EFBIG), as a file system may."""
+    """Limits the file size (EFBIG), as a file system may."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -390,7 +392,7 @@ def longest_file(size: int) -> Iterator[None]:
 
 @contextmanager
 def child(work: Callable[[], object]) -> Iterator[int]:
-    """Another process that does `work`; it is waited for at the end."""
+    """Runs `work` in another process, and waits for it at the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has a thread
         pid = os.fork()
@@ -420,7 +422,7 @@ MOMENTS = ("first group", "second group", "before the table", "in the table", "a
 def test_killed_at_any_moment(
     moment: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
-    """SIGKILL while the second of three shards is made: the first stays, and nothing wrong is ever read."""
+    """SIGKILL during the second of three shards: the first stays, and no wrong numbers are ever read."""
     reached = tmp_path / "reached"
 
     def here(now: str, shard: int) -> None:
@@ -468,7 +470,7 @@ def test_killed_at_any_moment(
 
 @posix
 def test_killed_at_random(data: list[Example], tmp_path: Path) -> None:
-    """As often as it takes to finish, each time killed a little later."""
+    """Restarts until it finishes, each time killed a little later."""
     data = make_examples(tuple(range(5, 45)))
     groups, root = groups_of(data, BATCH), tmp_path / "caches"
     cache, pause = opened(root), 0
@@ -483,7 +485,7 @@ def test_killed_at_random(data: list[Example], tmp_path: Path) -> None:
 
 
 @posix
-def test_of_two_processes_one_waits_and_finds_it(
+def test_one_of_two_processes_waits_and_finds_the_result(
     data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
     root = tmp_path / "caches"

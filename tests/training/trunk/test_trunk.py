@@ -27,7 +27,7 @@ def test_states_are_those_of_the_model_in_memory(
     where: str,
     hidden_bytes: int,
 ) -> None:
-    """In one shard or in one for each group."""
+    """In one shard, or in one shard per batch group."""
     for dtype in (torch.float32, torch.bfloat16):
         model = build_model("qwen2", dtype=dtype)
         chain = Chain(model)
@@ -50,7 +50,7 @@ def test_states_are_those_of_the_model_in_memory(
 def test_a_residual_in_fp32_is_cached_in_fp32(
     build_model: Callable[..., Any], examples: list[Example], tmp_path: Path
 ) -> None:
-    """A bf16 Mamba 2 hands on fp32 hidden states: laid out for bf16, each would overwrite the next."""
+    """A bf16 Mamba 2 has fp32 hidden states: with the size of bf16 each would overwrite the next."""
     sizes = {"num_heads": 8, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 16}
     model = build_model("mamba2", dtype=torch.bfloat16, **sizes)
     chain, loaded = Chain(model), load_from(model, tmp_path / "model")
@@ -65,7 +65,7 @@ def test_a_residual_in_fp32_is_cached_in_fp32(
 def test_what_is_cached_is_not_computed_again(
     build_model: Callable[..., Any], examples: list[Example], tmp_path: Path
 ) -> None:
-    """Rows added: only groups that hold them. What two sets share is computed once."""
+    """After rows are added only batch groups with them are computed; two sets share a common batch group."""
     loaded = load_from(build_model("qwen2"), tmp_path / "model")
     recipe = make_recipe(cache=str(tmp_path / "cache"))
 

@@ -44,12 +44,14 @@ def is_run(path: str | Path) -> bool:
 def check_new(folder: Path) -> None:
     """Raises RunError if the folder is not empty or cannot be created."""
     if blocked := next((parent for parent in folder.parents if parent.is_file()), None):
-        problem = f"this folder cannot be created: Not a directory: {blocked}"
-        raise RunError(problem, where=folder, remedy="Choose another folder.")
+        problem = f"cannot be used: Not a directory: {blocked}"
+        raise RunError(problem, where=folder, remedy="Name another place.")
     check_folder_place(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {REFUSED}):
         remedy = f"Continue it: talik resume {quoted(folder)}\n  Or choose" if is_run(folder) else "Choose"
-        raise RunError("this folder exists", where=folder, remedy=f"{remedy} a folder that is new or empty.")
+        raise RunError(
+            "the folder exists already", where=folder, remedy=f"{remedy} a folder that is new or empty."
+        )
 
 
 def start_run(
@@ -103,14 +105,14 @@ def check_same_data(run: Run, data: str) -> None:
     """Raises RunError if the examples differ from those that the run began with."""
     known = read_json(run.folder / "source.json")
     if "examples" not in known:
-        problem = "this run began with another version of Talik, which identified its examples differently"
+        problem = "this run began with an earlier version of Talik, which identified its examples differently"
         remedy = "Continue with the version that the run began with, or start a new run."
         raise RunError(problem, where=run.folder, remedy=remedy)
     if known["examples"] != data:
         raise RunError(
-            "the data give other examples than those that this run began with",
+            "the examples of these data are not those that this run began with",
             where=run.folder,
-            remedy="Restore the former data, tokenizer and chat template, or start a new run.",
+            remedy="Put the former data, tokenizer and chat template back, or start a new run.",
         )
 
 
@@ -136,9 +138,9 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
     source = replace(source, origin=known["origin"], kind=known["kind"], revision=known["revision"])
     if weights_fingerprint(source.folder) != known["weights"]:
         raise RunError(
-            f"the weights of {recipe.model} differ from those that this run began with",
+            f"the weights of {recipe.model} are not those that this run began with",
             where=source.folder,
-            remedy="Restore the former weights, or start a new run: talik train",
+            remedy="Put the former weights back, or start a new run: talik train",
         )
     return Run(folder, recipe, plan, source, known.get("date"))
 

@@ -207,6 +207,6 @@ def _full(path: Path, size: int, error: OSError) -> NoRoomError:
     return NoRoomError(
         f"the trunk's cache cannot be written: {error.strerror}; this file takes {size:,} bytes",
         where=path,
-        remedy="Free disk space or choose another folder (cache). Then continue: talik resume RUN. Complete "
+        remedy="Make room or choose another folder (cache). Then continue: talik resume RUN. Complete "
         "files of the cache are used again.",
     )

@@ -194,7 +194,7 @@ def _run(loaded: RunModel, work: Sequence[TrunkInput], cache: Cache, notify: Not
 
 def _check(loaded: RunModel, examples: Sequence[Example], store: Store, notify: Notify) -> None:
     loaded.check_chain(examples, store)
-    notify(Status("chain", "equals the model's own forward exactly (checked on a few tokens)"))
+    notify(Status("chain", "gives exactly what the model's own forward gives (checked on a few tokens)"))
 
 
 def cache_root(recipe: Recipe) -> Path:
