@@ -49,7 +49,7 @@ from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
 from talik.training.step.top import MicroBatch, Top, World
 from talik.training.trunk.cache import BatchGroup
-from talik.training.trunk.seams import HiddenStates
+from talik.training.trunk.interfaces import HiddenStates
 from talik.training.trunk.trunk import TrunkInput, trunk_pass
 
 

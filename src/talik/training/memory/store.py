@@ -69,7 +69,7 @@ class _LoadedTensor:
     """A tensor in memory of its own, and the loaded blocks that contain it (several for tied tensors)."""
 
     tensor: Tensor
-    blocks: set[Block] = field(default_factory=set)
+    blocks: set[Block] = field(default_factory=set[Block])
 
 
 class FileStore:

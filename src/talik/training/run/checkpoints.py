@@ -25,13 +25,13 @@ from talik.training.memory.keys import NORM, Key
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
 from talik.training.run.checkpoint_digests import OPTIMIZER, STATE, WEIGHTS, DigestWriter
-from talik.training.step.gradients import loaded
+from talik.training.step.gradients import block_loaded
 from talik.training.step.top import Top
 from talik.training.step.update import needs_global_norm, state_forms
 
 
 @dataclass(slots=True)
-class State:
+class RunState:
     """The progress of a run: `step` steps are done; `epoch` and `step_in_epoch` are those of the next one."""
 
     step: int = 0
@@ -40,7 +40,7 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None
     worse: int = 0  # evaluations since the best one
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -83,7 +83,7 @@ def scratch_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
 
 
 def save_checkpoint(
-    run: Path, top: Top, store: Store, scratch: Scratch, recipe: Recipe, state: State
+    run: Path, top: Top, store: Store, scratch: Scratch, recipe: Recipe, state: RunState
 ) -> Path:
     """Writes a checkpoint unless it exists, then removes old ones (`recipe.keep`, and the best stay).
 
@@ -130,12 +130,12 @@ def _trained(top: Top, store: Store) -> Iterator[Tensor]:
     """Yields the trained weights in the order of `top.parameters`, each while its block is loaded."""
     seen: set[str] = set()
     for block in top.blocks:
-        with loaded(store, top, block):
+        with block_loaded(store, top, block):
             yield from (own for name, own in top.of(block) if name not in seen)
         seen.update(name for name, _ in top.of(block))
 
 
-def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
+def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> RunState:
     """Restores a checkpoint's tensors bit for bit, and returns the progress of the run.
 
     Streamed weights are read from the checkpoint when their block is loaded (`RunModel.working`).
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path, top: Top, scratch: Scratch) -> State:
     load_weights(path, dict(top.parameters()))
     for name, entry in read_header(path / OPTIMIZER).items():
         entry.read_to(scratch[Key.parse(name)])
-    return State(**read_json(path / STATE))
+    return RunState(**read_json(path / STATE))
 
 
 def load_weights(path: Path, parameters: dict[str, nn.Parameter]) -> None:

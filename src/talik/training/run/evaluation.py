@@ -17,7 +17,7 @@ from talik.training.run.feed import load_micro_batches
 from talik.training.step.step import run_top
 from talik.training.step.streamed import forward_streamed
 from talik.training.step.top import MicroBatch, Top
-from talik.training.trunk.seams import HiddenStates
+from talik.training.trunk.interfaces import HiddenStates
 
 
 def evaluation_of(mark: Mapping[str, Any]) -> Evaluation:
@@ -68,13 +68,13 @@ def evaluate_top(
     top.train_mode(False)
     loss, right, count = 0.0, 0, 0
     batches = load_micro_batches(examples, indices or range(len(examples)), states, plan, top.chain)
-    for batch, hidden in _through(top, batches, plan, store):
+    for batch, hidden in _last_hidden(top, batches, plan, store):
         batch_loss, batch_right = _evaluate_batch(top, batch, hidden, plan.loss_chunk)
         loss, right, count = loss + batch_loss, right + batch_right, count + len(batch.targets)
     return Evaluation(loss / count, right / count, count)
 
 
-def _through(
+def _last_hidden(
     top: Top, batches: Iterable[MicroBatch], plan: Plan, store: Store
 ) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Yields each micro-batch with the output of the last layer.

@@ -13,7 +13,7 @@ from talik.recipe.recipe import Recipe
 from talik.training.step.loss import trained_positions
 from talik.training.step.step import train_step
 from talik.training.step.top import MicroBatch, Top, World
-from talik.training.trunk.seams import HiddenStates
+from talik.training.trunk.interfaces import HiddenStates
 
 
 def load_micro_batches(

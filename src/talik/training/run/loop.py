@@ -31,11 +31,11 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
-from talik.training.run.checkpoints import State, save_checkpoint
+from talik.training.run.checkpoints import RunState, save_checkpoint
 from talik.training.run.feed import run_step
 from talik.training.step.optim import learning_rate_at
 from talik.training.step.top import Top, World
-from talik.training.trunk.seams import HiddenStates
+from talik.training.trunk.interfaces import HiddenStates
 
 
 class ScalarMonitor:
@@ -110,7 +110,7 @@ def _epoch(lengths: Sequence[int], recipe: Recipe, epoch: int) -> list[list[int]
     return steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch, recipe.shuffle)
 
 
-def train_loop(job: Job, state: State) -> State:
+def train_loop(job: Job, state: RunState) -> RunState:
     """Trains from `state` to the end.
 
     Raises:
@@ -136,7 +136,7 @@ def train_loop(job: Job, state: State) -> State:
     return state
 
 
-def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> StepDone:
+def _one_step(job: Job, state: RunState, indices: Sequence[int], steps: int) -> StepDone:
     """Runs the next step and reads its scalars."""
     start, step = time.perf_counter(), state.step + 1
     torch.manual_seed(step_seed(job.recipe.seed, step))
@@ -172,14 +172,14 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> Ste
     )
 
 
-def _advance(state: State, steps_in_epoch: int) -> None:
+def _advance(state: RunState, steps_in_epoch: int) -> None:
     state.step += 1
     state.step_in_epoch += 1
     if state.step_in_epoch == steps_in_epoch:
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
 
 
-def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
+def _after_step(job: Job, state: RunState, metrics: Any, *, last: bool) -> None:
     """Evaluates and saves when it is due; after Ctrl-C saves and raises InterruptedRunError."""
     epoch_ends = state.step_in_epoch == 0
     interrupted = job.interrupted()
@@ -203,7 +203,7 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
     return step % every == 0 if every else epoch_ends
 
 
-def _evaluate(job: Job, state: State, metrics: Any) -> None:
+def _evaluate(job: Job, state: RunState, metrics: Any) -> None:
     assert job.evaluate is not None
     job.watch.phase("evaluate")
     evaluation, by_source = job.evaluate()
@@ -223,7 +223,7 @@ def _evaluate(job: Job, state: State, metrics: Any) -> None:
     job.notify(Evaluated(state.step, evaluation, best, by_source))
 
 
-def _patience_lost(recipe: Recipe, state: State) -> bool:
+def _patience_lost(recipe: Recipe, state: RunState) -> bool:
     return bool(recipe.early_stop) and state.worse >= recipe.early_stop
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from talik.base.events import Evaluation
 from talik.base.files import read_json
-from talik.training.run.checkpoints import State
+from talik.training.run.checkpoints import RunState
 from talik.training.run.evaluation import evaluation_of
 
 RESULTS = "results.json"
@@ -36,20 +37,20 @@ class Result:
     tuned: Evaluation | None
     best_step: int | None
     memory: dict[str, dict[str, int]]
-    by_source: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
+    by_source: dict[str, dict[str, Evaluation]] = field(default_factory=dict[str, dict[str, Evaluation]])
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `by_source` is left out if it is empty."""
         return {name: value for name, value in asdict(self).items() if value or name != "by_source"}
 
 
-def result_of(folder: Path, state: State, seconds: float, memory: dict[str, dict[str, int]]) -> Result:
+def result_of(folder: Path, state: RunState, seconds: float, memory: dict[str, dict[str, int]]) -> Result:
     """The result of a run with this progress."""
     marks = state.evaluations
     base = marks[0] if marks else None
     best = min(marks[1:], key=lambda mark: mark["loss"], default=None)  # the first is of the base model
     both = {name: mark for name, mark in (("base", base), ("tuned", best)) if mark}
-    sources = base.get("by_source", {}) if base else {}
+    sources: Iterable[str] = base.get("by_source", ()) if base else ()
     return Result(
         str(folder),
         state.step,

@@ -4,7 +4,7 @@ The life of one gradient, as tensors of the scratch:
 
 1. `make_gradients` creates `gradient/NAME` in fp32 before the backward of its block.
 2. Within `accumulated`, the backward of each micro-batch adds to it.
-3. `Updates.block` takes it over when its block is done. Normally the parameter is updated at once.
+3. `Updates.block_done` takes it over when its block is done. Normally the parameter is updated at once.
 4. It is stashed as `pending/NAME` if it is not complete (a tied matrix gets another part from a lower block)
    or if the norm of all gradients is needed first (exact clipping). It is restored for the next part, or in
    `Updates.finish`.
@@ -67,7 +67,7 @@ def restore(name: str, scratch: Scratch) -> None:
 
 
 @contextmanager
-def loaded(store: Store, top: Top, block: Block) -> Iterator[None]:
+def block_loaded(store: Store, top: Top, block: Block) -> Iterator[None]:
     """Keeps the trained parameters of a block in memory inside the context.
 
     Adapters are always in memory, so the frozen weights of their block are not loaded.
@@ -95,7 +95,7 @@ class Updates:
         self._scale = self._scale_by_last_norm() if recipe.clip == "last" else None
         self._all_pending = needs_global_norm(recipe)
 
-    def block(self, block: Block) -> None:
+    def block_done(self, block: Block) -> None:
         """Takes over the gradients of a block after its backward; the block must be loaded."""
         scratch = self._world.scratch
         for name, _ in self._top.of(block):
@@ -119,7 +119,7 @@ class Updates:
         if self._all_pending:
             self._scale = _clip_scale(self._recipe.max_norm, norm)
             for block in self._top.blocks:
-                with loaded(self._world.store, self._top, block):
+                with block_loaded(self._world.store, self._top, block):
                     self._update(block)
         return norm
 

@@ -21,7 +21,7 @@ from talik.recipe.recipe import Recipe
 from talik.training.memory.keys import NORM, gradient
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
-from talik.training.step.gradients import Updates, accumulated, loaded, make_gradients
+from talik.training.step.gradients import Updates, accumulated, block_loaded, make_gradients
 from talik.training.step.loss import loss_backward
 from talik.training.step.streamed import forward_backward_streamed
 from talik.training.step.top import MicroBatch, Top, World
@@ -59,7 +59,7 @@ def train_step(
     else:
         loss = forward_backward(top, batches, world, plan, count)
         for block in reversed(top.blocks):
-            updates.block(block)
+            updates.block_done(block)
     world.monitor.scalar("loss", loss)
     world.monitor.scalar("grad_norm", updates.finish())
 
@@ -69,7 +69,7 @@ def prepare_top(top: Top, recipe: Recipe, store: Store, scratch: Scratch) -> Non
     if recipe.clip == "last":
         scratch.zeros(NORM, torch.Size(()), torch.float32)
     for block in top.blocks:
-        with loaded(store, top, block):
+        with block_loaded(store, top, block):
             prepare(top.of(block), recipe, scratch)
 
 

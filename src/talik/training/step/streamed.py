@@ -43,9 +43,11 @@ class StreamedPass:
     batches: Sequence[MicroBatch]
     store: Store
     scratch: Scratch | None = None
-    skeletons: list[Skeleton] = field(default_factory=list)
-    current: list[Tensor] = field(default_factory=list)
-    random_states: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    skeletons: list[Skeleton] = field(default_factory=list[Skeleton])
+    current: list[Tensor] = field(default_factory=list[Tensor])
+    random_states: dict[tuple[int, int], list[Tensor]] = field(
+        default_factory=dict[tuple[int, int], list[Tensor]]
+    )
 
     def embed(self) -> None:
         """Records the arguments of all layers, and embeds the tokens if there is no trunk."""
@@ -153,7 +155,7 @@ def _tail(run: StreamedPass, world: World, plan: Plan, count: int, updates: Upda
         run.current[index] = hidden_grad
         del hidden, trained, trained_grad, hidden_grad, sums
     parameters.clear()
-    updates.block(TAIL)
+    updates.block_done(TAIL)
     world.store.release(TAIL)
     return total
 
@@ -174,7 +176,7 @@ def _backward(run: StreamedPass, spans: Sequence[range], number: int, world: Wor
             _backward_batch(run, span, index, scratch, input_grad=input_grad)
     trained.clear()
     for layer in reversed(span):
-        updates.block(Block.layer(layer))
+        updates.block_done(Block.layer(layer))
     run.release(span)
 
 
@@ -206,7 +208,7 @@ def _backward_embeddings(run: StreamedPass, world: World, updates: Updates) -> N
             embedded.backward(hidden_grad)
             del embedded
     trained.clear()
-    updates.block(EMBEDDINGS)
+    updates.block_done(EMBEDDINGS)
     world.store.release(EMBEDDINGS)
 
 

@@ -28,15 +28,15 @@ from talik.base.files import need_room, read_json, sync_folder, write_json
 from talik.training.trunk.cache_folder import CacheFolder, key_of, lock_of, remove
 from talik.training.trunk.cache_shard import (
     BatchGroup,
+    CachedStates,
     GroupPlace,
     ShardDamagedError,
     ShardWriter,
-    States,
     groups_of,
     read_table,
 )
 
-__all__ = ["BatchGroup", "Cache", "States", "groups_of", "open_cache"]
+__all__ = ["BatchGroup", "Cache", "CachedStates", "groups_of", "open_cache"]
 
 # No space on the disk, quota exceeded, file larger than the file system allows.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -155,7 +155,7 @@ class Cache:
             raise
         self._places |= read_table(path, self.folder.name, self._token_bytes)
 
-    def states(self, groups: Sequence[BatchGroup]) -> States:
+    def states(self, groups: Sequence[BatchGroup]) -> CachedStates:
         """Opens the hidden states of these batch groups. TalikError if some are not in the cache."""
         if missing := self.missing(groups):
             raise TalikError(
@@ -163,7 +163,9 @@ class Cache:
                 where=self.folder,
                 remedy="Start the run again, or continue it: talik resume RUN. They are computed again.",
             )
-        return States([(group, self._places[group.digest]) for group in groups], self._width, self._dtype)
+        return CachedStates(
+            [(group, self._places[group.digest]) for group in groups], self._width, self._dtype
+        )
 
     def _read_tables(self) -> tuple[set[str], dict[str, ShardDamagedError]]:
         """Reads all tables; returns the names of complete shards, and the errors of damaged ones."""
@@ -172,7 +174,9 @@ class Cache:
             write_json(self.folder / "key.json", {**self._about, "made": time.strftime("%Y-%m-%dT%H:%M:%S")})
         with suppress(OSError):  # the folder may be read-only for this user
             os.utime(self.folder / "key.json")
-        self._places, complete, damaged = {}, set(), {}
+        complete: set[str] = set()
+        damaged: dict[str, ShardDamagedError] = {}
+        self._places = {}
         for path in sorted(self.folder.glob("shard-*.json")):
             try:
                 file = path.with_suffix(".bin")

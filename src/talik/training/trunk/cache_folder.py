@@ -27,7 +27,7 @@ from talik.base.errors import NoRoomError, UsageError
 from talik.base.files import fingerprint, read_json
 from talik.base.system import home_folder
 
-State = Literal["usable", "being written", "unfinished"]
+CacheState = Literal["usable", "being written", "unfinished"]
 _NAME = re.compile(r"([0-9a-f]{32})|\.([0-9a-f]{32})\.(part|gone)")
 _SHARD = re.compile(r"\.?shard-\d+\.(bin|json)(\.\w+)?")  # or a temporary file
 _TABLE = re.compile(r"\.?key\.json(\.\w+)?")
@@ -49,7 +49,7 @@ class CacheFolder:
 
     path: Path
     key: str
-    state: State
+    state: CacheState
     model: str
     tokens: int
     size: int
@@ -103,7 +103,8 @@ def is_cache(path: Path) -> bool:
 
 def chosen(root: Path, keys: Sequence[str]) -> list[CacheFolder]:
     """The caches with these keys or prefixes of keys. UsageError if one fits no cache or several."""
-    folders, picked = cache_folders(root), []
+    folders = cache_folders(root)
+    picked: list[CacheFolder] = []
     for key in keys:
         fits = [folder for folder in folders if key and folder.key.startswith(key)]
         names = sorted({folder.key for folder in fits})
@@ -156,7 +157,8 @@ def make_room(root: Path, needed: int, limit: int | float, keep: Path) -> list[C
         return []
     folders = cache_folders(root)
     kept = sum(folder.size for folder in folders if folder.path.name == keep.name)
-    used, removed = sum(folder.size for folder in folders), []
+    used = sum(folder.size for folder in folders)
+    removed: list[CacheFolder] = []
     for folder in folders:
         enough = used + needed <= limit or kept + needed > limit
         if not enough and folder.path.name != keep.name and remove(folder):

@@ -108,7 +108,8 @@ def read_table(file: Path, key: str, token_bytes: int) -> dict[str, GroupPlace]:
         table = read_json(file.with_suffix(".json"))
         if table["key"] != key:
             raise ShardDamagedError("its table belongs to another cache")
-        places, tokens = {}, 0
+        places: dict[str, GroupPlace] = {}
+        tokens = 0
         for group in table["groups"]:
             checksums = array("I", (int(text, 16) for text in group["checksums"].split()))
             if (group["start"], group["count"]) != (tokens, len(checksums)):
@@ -173,7 +174,7 @@ class ShardWriter:
         ]
 
 
-class States:
+class CachedStates:
     """The hidden states of examples, by index in the data. Only one thread may read at a time."""
 
     def __init__(
@@ -235,7 +236,7 @@ class States:
             remedy="Continue the run (talik resume RUN) or start it again: the file is computed again.",
         )
 
-    def __enter__(self) -> States:
+    def __enter__(self) -> CachedStates:
         return self
 
     def __exit__(self, *_: object) -> None:

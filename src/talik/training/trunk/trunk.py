@@ -33,9 +33,9 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.training.loading import RunModel
 from talik.training.memory.store import Store
-from talik.training.trunk.cache import BatchGroup, Cache, States, groups_of, open_cache
+from talik.training.trunk.cache import BatchGroup, Cache, CachedStates, groups_of, open_cache
 from talik.training.trunk.cache_folder import default_root, make_room
-from talik.training.trunk.seams import StatesCache
+from talik.training.trunk.interfaces import StatesCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _run_layer(chain: Chain, layer: int, cut: int, states: Sequence[GroupState],
 @contextmanager
 def trunk_states(
     loaded: RunModel, sets: Sequence[Sequence[Example]], recipe: Recipe, notify: Notify
-) -> Iterator[list[States | None]]:
+) -> Iterator[list[CachedStates | None]]:
     """Opens the trunk's hidden states of each set of examples; computes those that are not in the cache.
 
     Yields None for each set if there is no trunk.

@@ -1,4 +1,4 @@
-"""Interfaces between the step, the trunk's pass and the cache, which the planner implements without files."""
+"""Protocols between the step, the trunk's pass and the cache; the planner implements them without files."""
 
 from __future__ import annotations
 
