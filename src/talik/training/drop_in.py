@@ -46,10 +46,10 @@ def drop_in(model: PreTrainedModel, chunk: int = 256) -> None:
         problem = f"the forward of this {type(model).__name__} was replaced before"
         raise UsageError(problem, remedy="Call talik.drop_in once, before other libraries wrap the model.")
     own = type(model).forward
-    held: Any = model
-    held.talik_chain = Chain(model)  # on the model, so that a deep copy has its own chain
+    patched: Any = model
+    patched.talik_chain = Chain(model)  # on the model, so that a deep copy has its own chain
     # The chain calls the plain forward, not one that others wrap: nested autocast would never be left.
-    held.talik_chain.forward = MethodType(own, model)
+    patched.talik_chain.forward = MethodType(own, model)
 
     @wraps(own)  # a Trainer drops the columns that the signature does not name
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def drop_in(model: PreTrainedModel, chunk: int = 256) -> None:
             raise UsageError("with labels, pass all arguments to this model by name: input_ids=...")
         return CausalLMOutputWithPast(loss=_loss(self.talik_chain, chunk, labels=labels, **kwargs))  # pyright: ignore[reportArgumentType]
 
-    held.forward = MethodType(forward, model)
+    patched.forward = MethodType(forward, model)
 
 
 def _loss(

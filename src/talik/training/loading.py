@@ -183,7 +183,7 @@ def open_run_model(recipe: Recipe, plan: Plan, folder: Path) -> RunModel:
 
 
 def new_run_model(
-    chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None
+    chain: Chain, weights: Weights, plan: Plan, seed: int, executor: Executor | None = None
 ) -> RunModel:
     """Creates the store for a plan, initialises adapters, and pins the blocks that are always used."""
     fill_adapters(chain.model, seed, torch.device(plan.device))
@@ -192,7 +192,7 @@ def new_run_model(
     streamed = [Block.layer(i) for i in range(first, end)]
     top = make_top(chain, (), plan.cut)
     buffers = 1 + (max(map(len, top.layer_spans()), default=1) if plan.top == "streamed" else 1)
-    store = FileStore(weights, torch.device(plan.device), streamed, reader, buffers)
+    store = FileStore(weights, torch.device(plan.device), streamed, executor, buffers)
     store.pin(REST)
     if chain.calls_need_embeddings:
         store.pin(EMBEDDINGS)

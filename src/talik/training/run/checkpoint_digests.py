@@ -69,7 +69,7 @@ def verified(checkpoint: Path, names: Collection[str] = FILES) -> Path:
     if not checkpoint.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoint))
     if damage:
-        raise RunError(numbered_list([*damage, *foreign]), where=checkpoint, remedy=_way_out(checkpoint))
+        raise RunError(numbered_list([*damage, *foreign]), where=checkpoint, remedy=_remedy(checkpoint))
     if foreign:
         raise RunError(numbered_list(foreign), where=checkpoint, remedy="Move it out of this folder.")
     return checkpoint
@@ -112,7 +112,7 @@ def _foreign(checkpoint: Path) -> list[str]:
     return [f"{name[:200]!r} does not belong to a checkpoint" for name in strange]
 
 
-def _way_out(checkpoint: Path) -> str:
+def _remedy(checkpoint: Path) -> str:
     """Names the undamaged checkpoints of the run, and how to continue from the newest of them."""
     run = checkpoint.parents[1]
     others = [other for other in sorted(checkpoint.parent.glob("step-*")) if other != checkpoint]

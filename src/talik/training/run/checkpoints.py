@@ -91,26 +91,31 @@ def save_checkpoint(
     """
     path = checkpoint_path(run, state.step)
     if not path.exists():
-        weights = [(name, parameter.dtype, parameter.shape) for name, parameter in top.parameters()]
         optimizer = {str(key): scratch[key] for key in _state_keys(top, recipe)}
         size = sum(parameter.nbytes for _, parameter in top.parameters())
         need_room(path.parent, size + sum(t.nbytes for t in optimizer.values()), "a checkpoint")
         with finished_folder(path) as folder:
-            written = DigestWriter(folder)
-            with written.file(WEIGHTS) as file:
-                _write(file, weights, _trained(top, store))
-            with written.file(OPTIMIZER) as file:
-                table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
-                _write(file, table, optimizer.values())
-            with written.file(STATE) as file:
-                file.write(json.dumps(asdict(state), indent=2).encode("utf-8"))
-            written.finish()
+            _write_files(folder, top, store, optimizer, state)
         sync_folder(path.parent)  # before an older one is removed
     best = None if state.best_step is None else checkpoint_path(run, state.best_step)
     for old in checkpoints(run)[: -recipe.keep]:
         if old != best:
             _drop(old)
     return path
+
+
+def _write_files(folder: Path, top: Top, store: Store, optimizer: dict[str, Tensor], state: RunState) -> None:
+    """Writes the files of a checkpoint, the digests last."""
+    digests = DigestWriter(folder)
+    with digests.file(WEIGHTS) as file:
+        table = [(name, parameter.dtype, parameter.shape) for name, parameter in top.parameters()]
+        _write(file, table, _trained(top, store))
+    with digests.file(OPTIMIZER) as file:
+        table = [(name, tensor.dtype, tensor.shape) for name, tensor in optimizer.items()]
+        _write(file, table, optimizer.values())
+    with digests.file(STATE) as file:
+        file.write(json.dumps(asdict(state), indent=2).encode("utf-8"))
+    digests.finish()
 
 
 def _write(file: BinaryIO, table: Iterable[tuple[str, torch.dtype, Any]], tensors: Iterable[Tensor]) -> None:

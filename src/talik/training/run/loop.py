@@ -204,16 +204,11 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
 
 
 def _evaluate(job: Job, state: RunState, metrics: Any) -> None:
+    """Evaluates, records the result in state and metrics, and reports it."""
     assert job.evaluate is not None
     job.watch.phase("evaluate")
     evaluation, by_source = job.evaluate()
-    # The first evaluation is the base model's, for comparison; it has no checkpoint and is never the best.
-    tuned = state.step > 0
-    best = tuned and (state.best_loss is None or evaluation.loss < state.best_loss)
-    if best:
-        state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0
-    elif tuned:
-        state.worse += 1
+    best = _update_best(state, evaluation.loss)
     record: dict[str, Any] = {"step": state.step, **asdict(evaluation)}
     each = {"by_source": {name: asdict(part) for name, part in by_source.items()}} if by_source else {}
     state.evaluations.append(record | each)
@@ -221,6 +216,21 @@ def _evaluate(job: Job, state: RunState, metrics: Any) -> None:
     metrics.write(json.dumps(record) + "\n")
     metrics.flush()
     job.notify(Evaluated(state.step, evaluation, best, by_source))
+
+
+def _update_best(state: RunState, loss: float) -> bool:
+    """Compares an evaluation with the best one; True if it is the best now.
+
+    The first evaluation is the base model's, for comparison: it has no checkpoint and is never the best.
+    """
+    if state.step == 0:
+        return False
+    best = state.best_loss is None or loss < state.best_loss
+    if best:
+        state.best_loss, state.best_step, state.worse = loss, state.step, 0
+    else:
+        state.worse += 1
+    return best
 
 
 def _patience_lost(recipe: Recipe, state: RunState) -> bool:

@@ -142,24 +142,27 @@ def trunk_states(
             _check(loaded, sets[0], store, notify)
         yield [None] * len(sets)
         return
-    weights = loaded.weights.fingerprint(loaded.weights.trunk_names(cut))
-    facts = trunk_facts(chain, cut, weights, plan)
-    root, width = cache_root(recipe), chain.width_at(cut)
-    cache = open_cache(root, facts, width, chain.dtype_at(cut), model=recipe.model, notify=notify)
+    facts = trunk_facts(chain, cut, loaded.weights.fingerprint(loaded.weights.trunk_names(cut)), plan)
+    width, dtype = chain.width_at(cut), chain.dtype_at(cut)
+    cache = open_cache(cache_root(recipe), facts, width, dtype, model=recipe.model, notify=notify)
     groups = [groups_of(examples, plan.trunk_batch_tokens) for examples in sets]
     with cache.writing():
-        work = _missing(cache, groups, sets)
-        if work:
-            needed = cache.size([each.group for each in work])
-            for removed in make_room(root, needed, recipe.cache_gb * 1e9, cache.folder):
-                notify(Status("cache", f"removed the least recently used cache: {removed.path}"))
-            need_room(root, needed, "the trunk's cache")
+        if work := _missing(cache, groups, sets):
+            _make_room(cache, work, recipe, notify)
             _run(loaded, work, cache, notify)
         else:
             tokens = sum(group.tokens for set_groups in groups for group in set_groups)
             notify(Status("trunk", f"all {tokens:,} tokens are in the cache"))
     with ExitStack() as stack:
         yield [stack.enter_context(cache.states(set_groups)) for set_groups in groups]
+
+
+def _make_room(cache: Cache, work: Sequence[TrunkInput], recipe: Recipe, notify: Notify) -> None:
+    """Removes old caches as `cache_gb` demands, and checks the disk for room."""
+    root, needed = cache_root(recipe), cache.size([each.group for each in work])
+    for removed in make_room(root, needed, recipe.cache_gb * 1e9, cache.folder):
+        notify(Status("cache", f"removed the least recently used cache: {removed.path}"))
+    need_room(root, needed, "the trunk's cache")
 
 
 def _missing(
