@@ -126,6 +126,10 @@ def test_tied_blocks_are_read_once_and_stay_while_one_is_used(
     store.release(EMBEDDINGS)
     assert hollow.model.embed_tokens.weight.is_meta
     assert torch.equal(hollow.lm_head.weight, model.lm_head.weight)
+    before = store.traffic.bytes
+    store.get(EMBEDDINGS)
+    assert store.traffic.bytes == before and hollow.lm_head.weight is hollow.model.embed_tokens.weight
+    store.release(EMBEDDINGS)
     store.release(TAIL)
     assert hollow.lm_head.weight is hollow.model.embed_tokens.weight and hollow.lm_head.weight.is_meta
 
