@@ -124,7 +124,17 @@ def one_step(
             before = vars_of(traffic)
             clock = Clock(promise)
             world = World(loaded.store, scratch, clock)
-            run_step(top, examples, range(len(examples)), states, world, recipe, plan, 1, 1e-5)
+            run_step(
+                top=top,
+                examples=examples,
+                indices=range(len(examples)),
+                states=states,
+                world=world,
+                recipe=recipe,
+                plan=plan,
+                step=1,
+                learning_rate=1e-5,
+            )
             clock.phase("end")
             row["loss"] = clock.read("loss")
             print(way_line(clock), file=sys.stderr)

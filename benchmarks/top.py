@@ -23,18 +23,17 @@ from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.rates import matmul_rate
-from talik.model.chain.chain import Chain
+from talik.model.chain.chain import Chain, run_layers
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze
 from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.memory.store import ResidentStore
-from talik.training.step.loss import trained_rows
+from talik.training.step.loss import trained_positions
 from talik.training.step.step import train_step
 from talik.training.step.top import MicroBatch, World, make_top
 from talik.training.step.update import prepare
-from talik.training.trunk.trunk import run_trunk
 
 SHAPE = {
     "vocab_size": 49152,
@@ -55,6 +54,9 @@ class Nobody:
     def scalar(self, name: str, value: torch.Tensor) -> None:
         pass
 
+    def phase(self, name: str, size: int = 0, /) -> None:
+        pass
+
 
 def made_examples(tokens: int) -> list[Example]:
     """Lengths like short questions and answers, a fifth of the tokens trained."""
@@ -65,6 +67,13 @@ def made_examples(tokens: int) -> list[Example]:
         spans = (Span(0, length * 4 // 5, False), Span(length * 4 // 5, length, True))
         made.append(Example(ids, spans, Place("made", len(made) + 1)))
     return made
+
+
+def run_trunk(chain: Chain, cut: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states at the cut for unpadded examples."""
+    skeleton = chain.skeleton(input_ids)
+    with torch.inference_mode():
+        return run_layers(chain, range(cut), skeleton.embedded, skeleton.calls)
 
 
 def main(precision: str = "fp32") -> None:
@@ -91,7 +100,7 @@ def main(precision: str = "fp32") -> None:
     for group in micro_batches(range(len(examples)), lengths, plan.micro_batch_tokens):
         batch = collate([examples[i] for i in group], 0)
         hidden = torch.randn(*batch["input_ids"].shape, 576).to(dtype)
-        batches.append(MicroBatch(batch["input_ids"], hidden, *trained_rows(batch["labels"])))
+        batches.append(MicroBatch(batch["input_ids"], hidden, *trained_positions(batch["labels"])))
     world = World(ResidentStore(), MemoryScratch(torch.device("cpu")), Nobody())
     prepare(top.parameters(), recipe, world.scratch)
     with bf16_as_fp32():

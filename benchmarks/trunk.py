@@ -38,7 +38,7 @@ from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 from talik.training.loading import open_run_model
 from talik.training.trunk.cache import groups_of, open_cache
-from talik.training.trunk.trunk import trunk_pass
+from talik.training.trunk.trunk import TrunkInput, trunk_pass
 
 SHAPE = {
     "vocab_size": 152064,
@@ -132,7 +132,8 @@ def measure(folder: str, layers: str, tokens: str, dtype: str) -> None:
         peak.take()
         start = time.perf_counter()
         with bf16_as_fp32(), loaded.trunk() as store, cache.writing():
-            trunk_pass(loaded.chain, plan, [(group, examples) for group in groups], store, cache, silent)
+            work = [TrunkInput(group, examples) for group in groups]
+            trunk_pass(loaded.chain, plan, work, store, cache, silent)
         seconds, most = time.perf_counter() - start, peak.take()
     done = sum(group.tokens for group in groups)
     print(

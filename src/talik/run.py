@@ -40,7 +40,7 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, check_layers
 from talik.training.loading import RunModel, describe_trained, open_run_model
 from talik.training.run.checkpoint_digests import verified
-from talik.training.run.checkpoints import State, clear_unfinished, latest_checkpoint, load_checkpoint
+from talik.training.run.checkpoints import RunState, clear_unfinished, latest_checkpoint, load_checkpoint
 from talik.training.run.evaluation import evaluate_ranges
 from talik.training.run.folder import (
     Run,
@@ -224,23 +224,23 @@ def _train(run: Run, data: Data, evaluation: Data | None, promise: Promise, noti
             )
         scratch = stack.enter_context(loaded.working(top, run.folder / "work", checkpoint))
         prepare_top(top, run.recipe, store, scratch)
-        state = load_checkpoint(checkpoint, top, scratch) if checkpoint else State()
+        state = load_checkpoint(checkpoint, top, scratch) if checkpoint else RunState()
         if checkpoint:
             notify(Status("resumed", f"after step {state.step}, from {checkpoint}"))
         interrupted = stack.enter_context(deferred_interrupt())
         job = Job(
-            top,
-            data.examples,
-            states[0],
-            store,
-            scratch,
-            run.recipe,
-            run.plan,
-            run.folder,
-            evaluate,
-            promise,
-            _noting_idle_adapters(loaded, notify),
-            interrupted,
+            top=top,
+            examples=data.examples,
+            states=states[0],
+            store=store,
+            scratch=scratch,
+            recipe=run.recipe,
+            plan=run.plan,
+            run=run.folder,
+            evaluate=evaluate,
+            watch=promise,
+            notify=_noting_idle_adapters(loaded, notify),
+            interrupted=interrupted,
         )
         state = train_loop(job, state)
     promise.phase("end")

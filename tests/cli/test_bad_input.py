@@ -302,10 +302,10 @@ def test_a_run_folder_that_is_taken(
     model_folder: Path, rows: Path, refused: Refused, here: Path, run: Path
 ) -> None:
     message = refused("train", model_folder, rows, "-o", run, *SMALL)
-    assert_says(message, "run: exists already", "talik resume run", "new or empty")
+    assert_says(message, "run: the folder exists already", "talik resume run", "new or empty")
     (here / "file").touch()
     message = refused("train", model_folder, rows, "-o", "file", *SMALL)
-    assert_says(message, "file: exists already", "new or empty")
+    assert_says(message, "file: the folder exists already", "new or empty")
     assert "resume" not in message
     message = refused("train", model_folder, rows, "-o", "file/run", *SMALL)
     assert_says(message, "file/run: cannot be used: Not a directory", "Name another place")
@@ -327,7 +327,7 @@ def test_a_run_without_a_checkpoint(command: str, rows: Path, refused: Refused, 
     shutil.rmtree(run / "checkpoints")
     leaves = command == "eval"  # the cache
     message = refused(command, *commands(run, rows)[command], leaves=leaves)
-    assert_says(message, "run: has no checkpoint yet", "talik resume run")
+    assert_says(message, "run: this run has no checkpoint yet", "talik resume run")
 
 
 def other_shape(weights: Path) -> None:

@@ -186,7 +186,10 @@ def test_what_lies_in_the_way_of_a_removal_stays(link: bool, run: Run, tmp_path:
         (gone / "precious").write_bytes(b"mine")
     before = inside(tmp_path)
     code, out, err = run("clear", "--all")
-    assert (code, out) == (2, "") and f"{gone}: is no cache of Talik and stays" in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and f"{gone}: this folder is not a cache of Talik and was not removed" in err
     assert inside(tmp_path) == before and gone.is_symlink() == link
 
 
@@ -194,7 +197,7 @@ def test_somebody_s_folder_in_the_place_of_a_cache_is_refused(tmp_path: Path) ->
     folder = make_cache(tmp_path, "one")
     table_and_more(folder)
     before = inside(tmp_path)
-    with pytest.raises(UsageError, match="is no cache of Talik and stays"):
+    with pytest.raises(UsageError, match="this folder is not a cache of Talik and was not removed"):
         open_cache(tmp_path, {"trunk": "one"}, 256, torch.float32)
     assert inside(tmp_path) == before
 
@@ -211,10 +214,10 @@ def test_a_cache_whose_table_is_damaged_is_unfinished(table: str, run: Run, tmp_
     [
         (["clear"], "--all"),
         (["clear", "abc", "--all"], "--all"),
-        (["clear", "xyz"], "'xyz' is no cache"),
-        (["clear", ""], "'' is no cache"),
-        (["list", "xyz"], "'xyz' is no cache"),
-        (["clear", "ab"], "'ab' begins 2 keys"),
+        (["clear", "xyz"], "'xyz' does not fit any cache"),
+        (["clear", ""], "'' does not fit any cache"),
+        (["list", "xyz"], "'xyz' does not fit any cache"),
+        (["clear", "ab"], "'ab' fits 2 caches"),
     ],
 )
 def test_unknown_and_unclear_keys_remove_nothing(
@@ -248,7 +251,7 @@ def test_what_another_process_writes_is_left(run: Run, tmp_path: Path) -> None:
     one, two = make_cache(tmp_path, "one", used=1), make_cache(tmp_path, "two", used=2)
     with held_by_another_process(one):
         assert "being written" in run("list")[1]
-        with pytest.raises(NoRoomError, match=r"other processes write 0\.000 GB of others"):
+        with pytest.raises(NoRoomError, match=r"other caches in use take 0\.000 GB"):
             make_room(tmp_path, 0, 1000, keep=tmp_path / "none")
         code, out, _ = run("clear", "--all")
     assert code == 0 and f"{one.name[:12]}  one  " in out and "left, another process" in out
@@ -299,6 +302,6 @@ def test_the_cache_at_hand_is_never_removed(three: list[Path], tmp_path: Path) -
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_removed(three: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(NoRoomError, match=r"0\.300 GB are needed, it has 0\.000 GB already and cache_gb"):
+    with pytest.raises(NoRoomError, match=r"needs 0\.300 GB more: it takes 0\.000 GB now, and cache_gb"):
         make_room(tmp_path, 300_000_000, 320_000, keep=three[1])
     assert all(path.exists() for path in three)

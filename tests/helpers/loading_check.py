@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from talik.model.anatomy import parts_of
+from talik.model.block import EMBEDDINGS, REST, TAIL, Block
 from talik.model.weights.hollow import hollow_model
 from talik.model.weights.weights import Weights
 
@@ -16,7 +17,7 @@ from talik.model.weights.weights import Weights
 def read_all(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """Every tensor, block by block."""
     weights, found = Weights(model, folder), {}
-    for block in ("embeddings", *(f"layer {i}" for i in range(parts_of(model).count)), "tail", "rest"):
+    for block in (EMBEDDINGS, *map(Block.layer, range(parts_of(model).count)), TAIL, REST):
         names = weights.names(block)
         found |= weights.read(names, torch.empty(weights.size(names), dtype=torch.uint8))
     return found

@@ -1,4 +1,4 @@
-"""A small training problem, and the same by plain PyTorch."""
+"""A small training problem, and the same problem in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from talik.base.events import silent
 from talik.data.batches import collate
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
-from talik.model.chain.chain import Chain
+from talik.model.chain.chain import Chain, run_layers
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.recipe.thaw import parse_thaw
 from talik.training.loading import RunModel, open_run_model
+from talik.training.memory.keys import gradient
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.memory.store import ResidentStore
 from talik.training.run.evaluation import evaluate_top
 from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
-from talik.training.step.loss import trained_rows
+from talik.training.step.loss import trained_positions
 from talik.training.step.step import forward_backward, prepare_top
 from talik.training.step.top import MicroBatch, Top, World, make_top
-from talik.training.trunk.trunk import run_trunk, trunk_states
+from talik.training.trunk.trunk import trunk_states
 
 Trained = tuple[dict[str, torch.Tensor], list[float]]
 
@@ -67,7 +68,7 @@ def make_recipe(**changes: Any) -> Recipe:
 
 
 def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: Any) -> RunModel:
-    """The model in files, as a run loads it: what `thaw` names is trained, the trunk streamed."""
+    """Saves a model and opens it as a run does: `thaw` is trained, and the trunk is streamed."""
     model.save_pretrained(folder)
     precision = "fp32" if model.dtype == torch.float32 else "bf16"
     recipe = make_recipe(precision=precision, thaw=thaw)
@@ -77,7 +78,7 @@ def load_from(model: Any, folder: Path, *, thaw: str = "top.2,norm", **changes: 
 
 
 def top_at(chain: Chain, cut: int) -> Top:
-    """A top of which only the cut matters."""
+    """A top with this cut and no blocks."""
     return Top(chain, cut, {})
 
 
@@ -86,19 +87,25 @@ def freeze_top(model: Any, thaw: str = "top.2,norm") -> Top:
     return make_top(Chain(model), trained)
 
 
+def run_trunk(chain: Chain, cut: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states at the cut for unpadded examples."""
+    skeleton = chain.skeleton(input_ids)
+    with torch.inference_mode():
+        return run_layers(chain, range(cut), skeleton.embedded, skeleton.calls)
+
+
 def micro_batch(top: Top, examples: list[Example]) -> MicroBatch:
-    """Padded together, each with what the trunk hands on for it alone, unpadded."""
+    """A padded micro-batch; the trunk ran over each example alone, without padding."""
     batch = collate(examples, pad_id=0)
     width, dtype = top.chain.width_at(top.cut), top.chain.dtype_at(top.cut)
     hidden = torch.zeros(*batch["input_ids"].shape, width, dtype=dtype)
     for row, example in zip(hidden, examples, strict=True):
         row[: example.length] = run_trunk(top.chain, top.cut, torch.tensor([list(example.input_ids)]))[0]
-    rows, targets = trained_rows(batch["labels"])
-    return MicroBatch(batch["input_ids"], hidden, rows, targets)
+    return MicroBatch(batch["input_ids"], hidden, *trained_positions(batch["labels"]))
 
 
 def plain_loss(model: Any, examples: list[Example], count: int) -> torch.Tensor:
-    """What everybody writes: the whole model on padded batches, cross-entropy over shifted labels."""
+    """The usual loss: the whole model on padded batches, cross-entropy over shifted labels."""
     batch = collate(examples, pad_id=0)
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -109,19 +116,36 @@ def plain_loss(model: Any, examples: list[Example], count: int) -> torch.Tensor:
 
 
 def gradients(top: Top, examples: list[Example], groups: list[list[int]]) -> tuple[float, dict[str, Any]]:
-    """Ours: the loss and every trained tensor's gradient, over micro-batches of these examples."""
+    """Talik's loss and the gradient of every trained parameter, over micro-batches of these examples."""
     scratch = MemoryScratch(torch.device("cpu"))
     for name, parameter in top.parameters():
-        scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+        scratch.zeros(gradient(name), parameter.shape, torch.float32)
     batches = [micro_batch(top, [examples[i] for i in group]) for group in groups]
     count = sum(len(batch.targets) for batch in batches)
     world = World(ResidentStore(), scratch, ScalarMonitor())
     loss = forward_backward(top, batches, world, make_plan(top), count)
-    return loss.item(), {name: scratch[f"gradient/{name}"] for name, _ in top.parameters()}
+    return loss.item(), {name: scratch[gradient(name)] for name, _ in top.parameters()}
+
+
+def step_of_all(
+    loaded: RunModel, top: Top, examples: list[Example], states: Any, world: World, recipe: Any, *, step: int
+) -> list[MicroBatch]:
+    """One step over all examples."""
+    return run_step(
+        top=top,
+        examples=examples,
+        indices=range(len(examples)),
+        states=states,
+        world=world,
+        recipe=recipe,
+        plan=loaded.plan,
+        step=step,
+        learning_rate=0.01,
+    )
 
 
 def plain_gradients(model: Any, examples: list[Example]) -> tuple[float, dict[str, Any]]:
-    """Theirs: one padded batch through the whole model."""
+    """The same in plain PyTorch: one padded batch through the whole model."""
     model.zero_grad()
     count = sum(e.trained_tokens for e in examples)
     loss = plain_loss(model, examples, count)
@@ -130,7 +154,7 @@ def plain_gradients(model: Any, examples: list[Example]) -> tuple[float, dict[st
 
 
 def trained(model: Any, folder: Path, recipe: Any, *, steps: int = 2, **plan: Any) -> Trained:
-    """What a few steps make of the trained weights; the loss and norm of each, and an evaluation's loss."""
+    """The trained weights after a few steps; loss and norm of each step, then the loss of an evaluation."""
     examples = make_examples((9, 14, 14, 6, 11, 20))
     loaded = load_from(model, folder / "model", thaw=recipe.thaw, **plan)
     recipe = recipe.model_copy(update={"cache": str(folder / "cache")})
@@ -142,7 +166,7 @@ def trained(model: Any, folder: Path, recipe: Any, *, steps: int = 2, **plan: An
             for step in range(1, steps + 1):
                 monitor = ScalarMonitor()
                 world = World(loaded.store, scratch, monitor)
-                run_step(top, examples, range(6), states, world, recipe, loaded.plan, step, 0.01)
+                step_of_all(loaded, top, examples, states, world, recipe, step=step)
                 numbers += [monitor.read("loss"), monitor.read("grad_norm")]
             numbers.append(evaluate_top(top, examples, states, loaded.plan, loaded.store).loss)
             found = {}

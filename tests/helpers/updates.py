@@ -1,4 +1,4 @@
-"""Updates of one parameter with gradients made up, for the tests of the optimizers."""
+"""Updates of one parameter with made-up gradients, for the tests of the optimizers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from talik.recipe.recipe import Recipe
+from talik.training.memory.keys import gradient as gradient_key
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.step.update import prepare, update
 
@@ -35,12 +36,12 @@ def train(
     steps: int = 20,
     after: Callable[[int, Tensor], None] = lambda step, gradient: None,
 ) -> MemoryScratch:
-    """So many updates of a parameter, with `after` told of each step and its gradient."""
+    """Updates a parameter `steps` times, and calls `after` with each step and its gradient."""
     scratch = prepared(name, parameter, recipe)
     for step in range(1, steps + 1):
         new = gradient(step)
-        scratch[f"gradient/{name}"] = new.clone()
-        update(name, parameter, scratch, recipe, None, step, RATE)
+        scratch[gradient_key(name)] = new.clone()
+        update(name, parameter, scratch, recipe, scale=None, step=step, learning_rate=RATE)
         after(step, new)
     return scratch
 

@@ -15,6 +15,7 @@ from talik.kernels.bf16_matmul import mm
 from talik.kernels.cross_entropy import accumulate_, cross_entropy
 from talik.recipe.recipe import Recipe
 from talik.simulate.fake_log import fake_world
+from talik.training.memory.keys import gradient
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.step import optim as optim_module
 from talik.training.step import update as update_module
@@ -70,8 +71,8 @@ def updates_by(optimizer: str, rows: int = 200) -> Callable[[], None]:
         scratch = MemoryScratch(torch.device("cpu"))
         weight = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
         prepare([(name, weight)], recipe, scratch)
-        scratch[f"gradient/{name}"] = torch.ones(shape)
-        update(name, weight, scratch, recipe, None, 2, 0.01)
+        scratch[gradient(name)] = torch.ones(shape)
+        update(name, weight, scratch, recipe, scale=None, step=2, learning_rate=0.01)
 
     work.__name__ = optimizer
     return work
@@ -141,7 +142,7 @@ def test_temporaries_of_an_update_are_as_large_as_slices(
 ) -> None:
     """But for Muon's, which takes a matrix as a whole."""
     for module in (optim_module, update_module):
-        monkeypatch.setattr(module, "SLICE", 10 * 256)
+        monkeypatch.setattr(module, "UPDATE_SLICE", 10 * 256)
     few, many = (simulated(updates_by(optimizer, rows), "cpu") for rows in (1000, 2000))
     recipe = Recipe.model_validate({"model": "-", "data": "-", "optimizer": optimizer})
     forms = optimizer_of("layers.0.weight", torch.Size([1000, 256]), recipe).state.values()

@@ -1,4 +1,4 @@
-"""A small training problem, and the same by plain PyTorch."""
+"""Fixtures of the training tests."""
 
 from __future__ import annotations
 

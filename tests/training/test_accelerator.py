@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than a CPU; skipped where there is none."""
+"""The same results on an accelerator as on a CPU; skipped without an accelerator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def device() -> str:
 
 @pytest.mark.parametrize("way", [{"state": "ram"}, STREAMED, {**STREAMED, **IN_RAM}, {**STREAMED, **ON_DISK}])
 @pytest.mark.parametrize("precision", ["bf16", "bf16-sr", "fp32"])
-def test_wherever_things_are_the_numbers_are_the_same(
+def test_offloading_does_not_change_the_numbers(
     build_model: Callable[..., Any], tmp_path: Path, device: str, precision: str, way: dict[str, Any]
 ) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Adapters against PEFT: the same losses, weights and gradients as PEFT's own in a plain PyTorch loop."""
+"""Adapters: the same losses, weights and gradients as with PEFT in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(recipe: Recipe, run: Path, **options: Any) -> Any:
 
 
 def adapted_top(model: Any, lora: str, seed: int = 0) -> Top:
-    """The last two layers with adapters, B not zero, so that every gradient says something."""
+    """Adapters on the last two layers, with B not zero, so that no gradient is zero."""
     freeze_for(model, Recipe(model="-", data="-", top_layers=2, lora=lora))
     fill_adapters(model, seed, torch.device("cpu"))
     measure_lengths(model)
@@ -75,7 +75,7 @@ def adapted_top(model: Any, lora: str, seed: int = 0) -> Top:
 def test_gradients_are_those_of_the_plain_model_with_adapters(
     build_model: Callable[..., Any], examples: list[Example], family: str, changes: dict[str, Any], lora: str
 ) -> None:
-    """By the project's rule: the error is at most twice that of plain fp32."""
+    """The error against float64 is at most twice that of plain fp32."""
     model = build_model(family, **changes)
     model.config._experts_implementation = "eager"  # the only one that knows float64
     top = adapted_top(model, lora)
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_plain_model_with_adapters(
 def test_a_loaded_run_begins_as_peft_begins(
     build_model: Callable[..., Any], tmp_path: Path, family: str, changes: dict[str, Any], lora: str
 ) -> None:
-    """Block by block and whole: the same adapters, on the model's own weights, and lengths as PEFT's."""
+    """Loaded by block and as a whole: the same adapters and model weights, and the magnitudes of PEFT."""
     build_model(family, **changes).save_pretrained(tmp_path)
     recipe = recipe_for(tmp_path, lora=lora)
     plan = choose(recipe, ModelFolder(tmp_path))
@@ -117,7 +117,7 @@ def test_a_loaded_run_begins_as_peft_begins(
 
 
 def peft_model(model: Any, line: str, layers: list[int]) -> Any:
-    """As somebody writes it with PEFT."""
+    """The model as PEFT builds it."""
     lora: Lora = parse_lora(line)
     conv = model.config.model_type == "gpt2"
     return peft.get_peft_model(
@@ -137,7 +137,7 @@ def peft_model(model: Any, line: str, layers: list[int]) -> Any:
 
 
 def peft_loop(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The loop that everybody writes, with PEFT's model, from the adapters that the run began with."""
+    """A plain training loop over PEFT's model, beginning with the adapters of the run."""
     folder = Path(recipe.model)
     assert recipe.lora is not None
     model = peft_model(
@@ -200,7 +200,7 @@ def test_twenty_steps_equal_peft_in_a_plain_loop(
 def test_a_stopped_run_goes_on_bit_for_bit(
     model_folder: Path, rows: Path, tmp_path: Path, precision: str
 ) -> None:
-    """With dropout and DoRA, whose lengths come from the checkpoint and not from the weights again."""
+    """With dropout and DoRA, whose magnitudes are read from the checkpoint and not computed again."""
     changes = {"lora": "rank=4,dora,dropout=0.2", "steps": 6, "save_every": 2, "precision": precision}
     recipe = recipe_for(model_folder, rows, **changes)
     train(recipe, tmp_path / "whole")
@@ -313,7 +313,7 @@ def test_without_peft_the_extra_is_named(
 def test_a_lowest_layer_without_adapters(
     build_model: Callable[..., Any], tokenizer: Any, rows: Path, tmp_path: Path
 ) -> None:
-    """No gradient reaches it, streamed or not."""
+    """No gradient reaches that layer, streamed or not."""
     types = ["conv", "full_attention", "conv", "full_attention"]
     build_model("lfm2", layer_types=types, eos_token_id=2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -335,7 +335,7 @@ def test_a_lowest_layer_without_adapters(
 
 
 def test_a_plan_for_frozen_embeddings_is_not_one_for_trained_ones(model_folder: Path) -> None:
-    """What the trunk handed on would be read from the cache, though the embeddings change."""
+    """With it the trunk's hidden states would come from the cache although the embeddings change."""
     fields = {"model": str(model_folder), "data": "-"}
     plan = choose(checked_recipe({**fields, "thaw": "layers.0-3"}), ModelFolder(model_folder))
     with pytest.raises(UsageError, match="embeddings are not trained"):

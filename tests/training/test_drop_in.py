@@ -1,4 +1,4 @@
-"""A model whose own forward gives Talik's loss: in the documented Trainer, and call by call."""
+"""A model whose forward computes Talik's loss: in the documented Trainer, and in single calls."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CHUNK = 5
 
 
 def documented(begins: str) -> str:
-    """The code of the Python page that has this in it."""
+    """The code block of docs/python.md that contains a text."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return next(block for block in blocks if begins in block)
 
 
 def run_trainer(code: str, names: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """Runs the documented Trainer into a folder of its own."""
+    """Runs the documented Trainer with its own output folder."""
     own = {**names, "runs": runs}
     exec(compile(code, str(PAGE), "exec"), own)
     return own
@@ -35,7 +35,7 @@ def run_trainer(code: str, names: dict[str, Any], runs: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def names(model_folder: Path, rows: Path) -> dict[str, Any]:
-    """What the page has before the Trainer comes."""
+    """The names that the page defines before the Trainer."""
     own: dict[str, Any] = {"folder": str(model_folder), "rows": str(rows), "talik": talik, "torch": torch}
     exec(compile(documented("talik.read_data"), str(PAGE), "exec"), own)
     return {**own, "AutoModelForCausalLM": AutoModelForCausalLM}
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_the_plain_models(build_model: Callable[..., An
 
 
 def test_no_graph_below_the_cut_and_never_all_logits(build_model: Callable[..., Any]) -> None:
-    """Also where gradient checkpointing has put the embeddings into the graph."""
+    """Also if gradient checkpointing has put the embeddings into the graph."""
     model = build_model("qwen2")
     freeze(model, "top.2,norm")
     model.enable_input_require_grads()
@@ -159,5 +159,5 @@ def test_what_is_refused(build_model: Callable[..., Any]) -> None:
         model(**batch, position_ids=batch["input_ids"], use_cache=False)
     with pytest.raises(UsageError, match="by name"):
         model(batch["input_ids"], labels=batch["labels"])
-    with pytest.raises(UsageError, match="replaced already"):
+    with pytest.raises(UsageError, match="replaced before"):
         talik.drop_in(model)

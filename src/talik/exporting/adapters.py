@@ -12,6 +12,7 @@ from talik.base.files import need_room
 from talik.exporting.card import base_name
 from talik.exporting.files import write_adapter_companions
 from talik.model.adapters import adapted, base_tensors, merge_adapters, unmerged, write_adapter_folder
+from talik.model.block import Block
 from talik.model.freeze import freeze_for, trained_parameters
 from talik.training.loading import open_run_model, working_dtype
 from talik.training.run.checkpoints import load_weights
@@ -63,12 +64,12 @@ class Merged(Mapping[str, Tensor]):
 
     def _merged(self, layer: int) -> dict[str, Tensor]:
         block, own = self._loaded.chain.layers[layer], f"{self._loaded.chain.parts.layers}.{layer}."
-        self._loaded.store.get(f"layer {layer}")
+        self._loaded.store.get(Block.layer(layer))
         merge_adapters(block)
         held = base_tensors(block)
         found = {n: held[n.removeprefix(own)].detach().cpu() for n in self._changed(layer)}
         unmerged(block)
-        self._loaded.store.release(f"layer {layer}")
+        self._loaded.store.release(Block.layer(layer))
         return found
 
 

@@ -11,13 +11,14 @@ from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.machine.machine import Machine
 from talik.machine.rates import Rates
+from talik.model.block import REST, TAIL, Block
 from talik.model.freeze import trained_parameters
 from talik.recipe.plan import Plan
 from talik.simulate.account import Simulation
 from talik.simulate.simulation import Subject, Work, enough_layers
 from talik.training.run.checkpoints import scratch_bytes, state_bytes
 from talik.training.step.top import make_top
-from talik.training.step.update import gradients_wait
+from talik.training.step.update import needs_global_norm
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "bf16-sr": "bf16"}
 
@@ -79,15 +80,15 @@ def seconds_of(
 def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
     """Seconds in which a step of a streamed top reads its weights and writes the changed ones."""
     recipe, chain = subject.recipe, subject.chain
-    top, sizes = make_top(chain, trained_parameters(chain.model), plan.cut), Counter[str]()
+    top, sizes = make_top(chain, trained_parameters(chain.model), plan.cut), Counter[Block]()
     for name, own in chain.model.named_parameters(remove_duplicate=False):  # tied heads, too
-        part = chain.parts.part(name)
-        sizes[part if part == "embeddings" or part.startswith("layer ") else "tail"] += own.nbytes
+        block = Block.of_part(chain.parts.part(name))
+        sizes[TAIL if block == REST else block] += own.nbytes
     read = written = 0
-    for block in dict.fromkeys([*top.blocks, "tail"]):
+    for block in dict.fromkeys([*top.blocks, TAIL]):
         # Forward, backward, and once more in the update by the global norm; adapters are always in memory.
-        times = (1 if block == "tail" else 2) + bool(
-            gradients_wait(recipe) and recipe.lora is None and top.blocks.get(block)
+        times = (1 if block == TAIL else 2) + bool(
+            needs_global_norm(recipe) and recipe.lora is None and top.blocks.get(block)
         )
         read += times * sizes[block]
         written += sum(own.nbytes for name, own in top.of(block) if top.last_block(name) == block)

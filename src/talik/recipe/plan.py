@@ -52,10 +52,10 @@ class Plan(BaseModel):
     )
 
     def tier(self, kind: str) -> Tier:
-        """Where tensors of a kind ("input", "kept", "master", ...) are held while they are not in use."""
+        """Where tensors of a kind ("input", "pending", "master", ...) are held while they are not in use."""
         if kind == "input":
             return self.inputs
-        on_device = ("gradient", "norm", "kept") if self.top == "resident" else ("gradient", "norm")
+        on_device = ("gradient", "norm", "pending") if self.top == "resident" else ("gradient", "norm")
         return "memory" if kind in on_device else self.state
 
 

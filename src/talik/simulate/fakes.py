@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from talik.model.weights.safetensors_file import Entry
 from talik.model.weights.weights import Weights
-from talik.model.weights.working_copy import WorkingCopy
 from talik.recipe.plan import Tier
 from talik.simulate.storage_log import APART, Log, StorageLog
+from talik.training.memory.keys import GRADIENT, INPUT, PENDING, Key, layer_of_input
 from talik.training.memory.scratch import TieredScratch
 from talik.training.step.top import Top
-from talik.training.trunk.cache import Cache, Group, States
-from talik.training.trunk.cache_shard import ShardWriter
+from talik.training.trunk.cache import BatchGroup
 
-CAUSE_OF = {"gradient": "gradients", "kept": "gradients", "input": "saved activations"}
+CAUSE_OF = {GRADIENT: "gradients", PENDING: "gradients", INPUT: "saved activations"}
 
 
 class FakeWeights(Weights):
@@ -65,19 +64,19 @@ class AtOnce(Executor):
         return future
 
 
-class FakeStates(States):
+class FakeStates:
     """Hidden states that were never written."""
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
         self._lengths, self._width, self._dtype = lengths, width, dtype
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Like `States.read`."""
+        """Like `HiddenStates.read`."""
         longest = max(self._lengths[index] for index in indices)
         return torch.empty(len(indices), longest, self._width, dtype=self._dtype)
 
 
-class FakeCache(Cache):
+class FakeCache:
     """A cache that stores nothing.
 
     Only some of the groups that a run holds at once are simulated. The hidden states of the others are
@@ -89,8 +88,8 @@ class FakeCache(Cache):
         self._log, self._others, self._most = log, others, most
 
     @contextmanager
-    def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
-        """Like `Cache.new_shard`."""
+    def new_shard(self, groups: Sequence[BatchGroup]) -> Iterator[FakeShard]:
+        """Like `StatesCache.new_shard`."""
         held = []
         if self._others:
             flows = self._log.unnamed()
@@ -101,18 +100,15 @@ class FakeCache(Cache):
         del held
 
 
-class FakeShard(ShardWriter):
+class FakeShard:
     """A shard that is not written to."""
 
-    def __init__(self) -> None:
-        pass
-
-    def write(self, group: Group, hidden: Tensor) -> None:
-        """Like `ShardWriter.write`, which needs contiguous bytes."""
+    def write(self, group: BatchGroup, hidden: Tensor) -> None:
+        """Like `Shard.write`, which needs contiguous bytes."""
         hidden.detach().contiguous().view(-1)
 
 
-class FakeCopy(WorkingCopy):
+class FakeCopy:
     """A working copy that is not written to. Trained tensors are read from it, not from the source."""
 
     def __init__(self, top: Top) -> None:
@@ -122,14 +118,14 @@ class FakeCopy(WorkingCopy):
         return name in self._names
 
     def covers(self, name: str) -> bool:
-        """Like `WorkingCopy.covers`."""
+        """Like `WritableOverlay.covers`."""
         return name in self._names
 
     def read(self, name: str, into: Tensor) -> None:
-        """Like `WorkingCopy.read`."""
+        """Like `WritableOverlay.read`."""
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Like `WorkingCopy.write`."""
+        """Like `WritableOverlay.write`."""
 
 
 class MarkedScratch(TieredScratch):
@@ -153,38 +149,33 @@ class MarkedScratch(TieredScratch):
         self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
         self._inputs: dict[int, Tensor] = {}
 
-    def drop(self, name: str) -> None:
+    def drop(self, key: Key) -> None:
         """Like `Scratch.drop`."""
-        super().drop(name)
-        if (layer := self._input_of(name)) is not None:
+        super().drop(key)
+        if (layer := layer_of_input(key)) is not None:
             self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
 
-    def zeros(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def zeros(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Like `Scratch.zeros`."""
-        tensor = super().zeros(name, shape, dtype)
-        self._log.mark([tensor], self._cause(name))
+        tensor = super().zeros(key, shape, dtype)
+        self._log.mark([tensor], self._cause(key))
         return tensor
 
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        if (layer := self._input_of(name)) in self.waiting and layer not in self._inputs:
+    def __setitem__(self, key: Key, tensor: Tensor) -> None:
+        if (layer := layer_of_input(key)) in self.waiting and layer not in self._inputs:
             shape, dtype = self.waiting[layer]
             self._inputs[layer] = torch.empty(shape, dtype=dtype)
-        super().__setitem__(name, tensor)
-        self._log.mark([self[name]], self._cause(name))
+        super().__setitem__(key, tensor)
+        self._log.mark([self[key]], self._cause(key))
 
-    def _write(self, name: str, place: Tensor, tensor: Tensor) -> None:
+    def _write(self, key: Key, view: Tensor, tensor: Tensor) -> None:
         pass
 
-    def _make(self, name: str, size: int) -> Tensor:
+    def _make(self, key: Key, size: int) -> Tensor:
         tensor = torch.empty(size, dtype=torch.uint8, device=self._host)
-        self._log.mark([tensor], self._cause(name))
+        self._log.mark([tensor], self._cause(key))
         return tensor
 
-    def _input_of(self, name: str) -> int | None:
-        """The layer whose input a tensor is."""
-        kind, _, place = name.partition("/")
-        return int(place.partition("/")[0]) if kind == "input" else None
-
-    def _cause(self, name: str) -> str:
-        elsewhere = self._tier(name) == "disk" or (self._apart(name) and self._log.device != "cpu")
-        return APART if elsewhere else CAUSE_OF.get(name.partition("/")[0], "optimizer state")
+    def _cause(self, key: Key) -> str:
+        elsewhere = self._tier(key) == "disk" or (self._offloaded(key) and self._log.device != "cpu")
+        return APART if elsewhere else CAUSE_OF.get(key.kind, "optimizer state")

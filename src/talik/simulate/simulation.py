@@ -20,6 +20,7 @@ from talik.base.events import silent
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
+from talik.model.block import EMBEDDINGS, REST, TAIL, Block
 from talik.model.chain.chain import Chain, Skeleton
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
@@ -46,8 +47,9 @@ from talik.training.run.feed import load_micro_batches, run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
 from talik.training.step.top import MicroBatch, Top, World
-from talik.training.trunk.cache import Group, States
-from talik.training.trunk.trunk import trunk_pass
+from talik.training.trunk.cache import BatchGroup
+from talik.training.trunk.interfaces import HiddenStates
+from talik.training.trunk.trunk import TrunkInput, trunk_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Work:
     """
 
     examples: Sequence[Example]
-    groups: Sequence[Group]
+    groups: Sequence[BatchGroup]
     steps: Sequence[Sequence[int]]
     evaluated: Sequence[int] = ()
     others: float = 0.0
@@ -109,7 +111,7 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
         try:
             rehearse(subject, weights, plan, work, log, layers=enough_layers(chain, plan.cut))
         finally:
-            for block in ("rest", "embeddings", "tail", *(f"layer {i}" for i in range(plan.layers))):
+            for block in (REST, EMBEDDINGS, TAIL, *(Block.layer(i) for i in range(plan.layers))):
                 weights.remove(block)
             empty_adapters(chain.model)
     return account(log, routed=log.routed)
@@ -137,7 +139,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     form = chain.width_at(plan.cut), chain.dtype_at(plan.cut)
     world = World(loaded.store, scratch, ScalarMonitor(lambda name, _: log.phase(name)))
 
-    def states_of(of: Sequence[Example]) -> States | None:
+    def states_of(of: Sequence[Example]) -> HiddenStates | None:
         return None if plan.cache == "none" else FakeStates(lengths_of(of), *form)
 
     if work.evaluated:
@@ -148,14 +150,24 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     log.phase("forward")  # a step starts by creating its micro-batches
     for step, indices in enumerate(work.steps, start=1):
         waiting = _waiting(top, work, states, plan, scratch)
-        run_step(top, work.examples, indices, states, world, recipe, plan, step, 1e-5)
+        run_step(
+            top=top,
+            examples=work.examples,
+            indices=indices,
+            states=states,
+            world=world,
+            recipe=recipe,
+            plan=plan,
+            step=step,
+            learning_rate=1e-5,
+        )
         del waiting
     log.phase("save")
     loaded.store.drop_buffers()
 
 
 def _waiting(
-    top: Top, work: Work, states: States | None, plan: Plan, scratch: MarkedScratch
+    top: Top, work: Work, states: HiddenStates | None, plan: Plan, scratch: MarkedScratch
 ) -> list[MicroBatch | Skeleton | Tensor]:
     """The tensors that pending micro-batches hold; with a streamed top also layer inputs."""
     chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
@@ -167,7 +179,7 @@ def _waiting(
     for batch, size in zip(batches, sizes, strict=True):
         held.append(chain.skeleton(batch.input_ids, embed=False))
         held.append(torch.empty(size, chain.width_at(plan.cut), dtype=dtype))
-    groups = top.groups()
+    groups = top.layer_spans()
     for group in groups if states is None else groups[1:]:  # the first input belongs to the micro-batch
         if plan.inputs == "memory":
             scratch.waiting[group[0]] = (sum(sizes), chain.width_at(group[0])), dtype
@@ -176,7 +188,7 @@ def _waiting(
 
 def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:
     """Runs the trunk over the groups of the work."""
-    groups = [(group, work.examples) for group in work.groups]
+    groups = [TrunkInput(group, work.examples) for group in work.groups]
     cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
     plan = loaded.plan.model_copy(update={"cut": layers})
     trunk_pass(loaded.chain, plan, groups, store, cache, silent)
@@ -185,14 +197,14 @@ def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) ->
 def _load_each(loaded: RunModel, store: Store, layers: int) -> None:
     """Loads block after block, as the check of the chain does; its few tokens are not counted."""
     plan = loaded.plan
-    store.get("embeddings")
+    store.get(EMBEDDINGS)
     for layer in (*range(layers), *range(plan.cut, plan.layers)):
         with loaded.around(store, layer):
             pass
     if layers < plan.cut:
-        store.get(f"layer {layers}")  # it was read ahead
-        store.release(f"layer {layers}")
-    loaded.store.release("tail")
+        store.get(Block.layer(layers))  # it was read ahead
+        store.release(Block.layer(layers))
+    loaded.store.release(TAIL)
 
 
 def enough_layers(chain: Chain, cut: int) -> int:

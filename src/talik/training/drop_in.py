@@ -1,7 +1,7 @@
-"""A model of Transformers whose own forward gives the loss as Talik computes it, for whoever calls it.
+"""Lets the forward of a Transformers model compute the loss as Talik does, for any trainer or loop.
 
-Trainers and loops call `model(input_ids=..., attention_mask=..., labels=...)` and want `loss`. That is all
-that changes: the model stays of its class, with its weights, `generate` and `save_pretrained`.
+Trainers and loops call `model(input_ids=..., attention_mask=..., labels=...)` and read `loss`. Nothing else
+changes: the model keeps its class, its weights, `generate` and `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -20,39 +20,46 @@ from talik.base.errors import UsageError
 from talik.model.chain.chain import Chain, first_trained_layer, run_layers
 from talik.training.step.loss import chunked_loss
 
-# What a caller may say beside the tokens, as it is in any case.
+# Arguments that a caller may pass with these values: they describe what this forward does anyway.
 _AS_IS = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
 
 def drop_in(model: PreTrainedModel, chunk: int = 256) -> None:
-    """From now on the model's loss keeps the frozen trunk out of the graph, and logits to `chunk` positions.
+    """Replaces the model's forward, so that the loss leaves the frozen trunk out of the graph.
 
-    `model(input_ids=..., attention_mask=..., labels=...)` gives an output with `loss` alone; `logits` is
-    None. Labels stand on their tokens, -100 where masked; the loss is the mean over the trained tokens, or
-    their sum divided by `num_items_in_batch`, as a Trainer asks for it. Without labels the forward is the
-    model's own. What requires a gradient when it is called is trained (`talik.freeze`); dropout is on where
-    the model is in training mode, in the trunk too. Raises ChainError for a model that cannot be run layer by
-    layer; UsageError for one whose forward was replaced already, for embeddings that require a gradient, and
-    for arguments that this loss has no place for.
+    Afterwards `model(input_ids=..., attention_mask=..., labels=...)` returns an output with `loss`; `logits`
+    is None. `labels` has at each position its own token, or -100 if that token is masked (not shifted). The
+    loss is the mean over the trained tokens, or their sum divided by `num_items_in_batch`, which a Trainer
+    passes. Without labels the model's own forward runs. Parameters that require a gradient when the forward
+    is called are trained (`talik.freeze`). In training mode dropout is on in all layers, the trunk's too.
+
+    Args:
+        model: The model; it is changed in place.
+        chunk: How many positions have logits at the same time.
+
+    Raises:
+        ChainError: The model cannot be run layer by layer.
+        UsageError: The forward was replaced before. When the forward is called: the embeddings require a
+            gradient, or an argument is not supported.
     """
     if "forward" in vars(model):
-        problem = f"the forward of this {type(model).__name__} was replaced already"
+        problem = f"the forward of this {type(model).__name__} was replaced before"
         raise UsageError(problem, remedy="Call talik.drop_in once, before other libraries wrap the model.")
     own = type(model).forward
-    held: Any = model
-    held.talik_chain = Chain(model)  # on the model, so that a deep copy has a chain of its own
-    # Not what others wrap around the forward below: autocast that is entered twice is never left.
-    held.talik_chain.forward = MethodType(own, model)
+    patched: Any = model
+    patched.talik_chain = Chain(model)  # on the model, so that a deep copy has its own chain
+    # The chain calls the plain forward, not one that others wrap: nested autocast would never be left.
+    patched.talik_chain.forward = MethodType(own, model)
 
-    @wraps(own)  # a Trainer keeps the columns that the signature names
+    @wraps(own)  # a Trainer drops the columns that the signature does not name
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return own(self, *args, **kwargs)
         if args:
-            raise UsageError("with labels, this model takes its arguments by name: input_ids=...")
+            raise UsageError("with labels, pass all arguments to this model by name: input_ids=...")
         return CausalLMOutputWithPast(loss=_loss(self.talik_chain, chunk, labels=labels, **kwargs))  # pyright: ignore[reportArgumentType]
 
-    held.forward = MethodType(forward, model)
+    patched.forward = MethodType(forward, model)
 
 
 def _loss(
@@ -65,11 +72,14 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     **others: Any,
 ) -> Float[Tensor, ""]:
-    strange = [key for key, value in others.items() if value is not None and value is not _AS_IS.get(key)]
-    if strange or input_ids is None:
-        given = f", and not {', '.join(strange)}" if strange else ""
+    """The loss of one batch; UsageError for arguments that are not supported."""
+    unknown = [key for key, value in others.items() if value is not None and value is not _AS_IS.get(key)]
+    if unknown or input_ids is None:
+        given = f", and not {', '.join(unknown)}" if unknown else ""
         problem = f"Talik's loss takes input_ids, attention_mask and labels{given}"
-        raise UsageError(problem, remedy="Give the tokens as input_ids, and leave the rest out of the batch.")
+        raise UsageError(
+            problem, remedy="Pass the tokens as input_ids, and remove other columns from the batch."
+        )
     skeleton = chain.skeleton(input_ids, attention_mask)
     cut, count = _cut(chain), len(chain.layers)
     with torch.no_grad():
@@ -82,11 +92,11 @@ def _loss(
 
 
 def _cut(chain: Chain) -> int:
-    """Below it nothing requires a gradient, and no layer shares what one above computes with."""
+    """The lowest layer that must be in the graph: it is trained, or shares state with a trained one."""
     named = chain.model.named_parameters()
     if "embeddings" in {chain.parts.part(name) for name, weight in named if weight.requires_grad}:
         raise UsageError(
-            "the embeddings require a gradient, so that every layer would be in the graph",
+            "the embeddings require a gradient, which puts every layer into the graph",
             remedy="Call talik.freeze on the model first.",
         )
     return chain.lowest_cut(first_trained_layer(chain))[0]

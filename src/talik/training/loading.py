@@ -1,4 +1,4 @@
-"""A model for a run: hollow at first, then its trunk as long as it runs, then its top."""
+"""Opens the model of a run without its weights, and loads its trunk and top when they are needed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from talik.data.examples import Example
 from talik.machine.device import choose_device
 from talik.model.adapters import base_tensors, fill_adapters, has_lengths, measure_lengths
 from talik.model.adapters import in_words as adapters_in_words
+from talik.model.block import EMBEDDINGS, REST, TAIL, Block
 from talik.model.chain.chain import Chain
 from talik.model.chain.verify import verify_layers
 from talik.model.folder import ModelFolder
@@ -35,13 +36,20 @@ from talik.training.step.top import Top, make_top
 
 
 def working_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the model computes in and that the export has."""
+    """The dtype in which the model computes and is exported."""
     return torch.float32 if recipe.precision == "fp32" else torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class RunModel:
-    """A model whose weights are in its files until they are asked for."""
+    """The model of a run; its weights stay in their files until a block is loaded.
+
+    Attributes:
+        chain: The model as a chain of blocks.
+        weights: The tables of its files.
+        store: Loads and releases blocks.
+        plan: How the run is carried out.
+    """
 
     chain: Chain
     weights: Weights
@@ -50,14 +58,14 @@ class RunModel:
 
     @contextlib.contextmanager
     def trunk(self) -> Iterator[Store]:
-        """The store that the trunk runs from: all in memory while this is entered, or layer by layer."""
+        """Provides the store for the trunk: layer by layer if it is streamed, else all of it is loaded."""
         if self.plan.trunk == "streamed":
             try:
                 yield self.store
             finally:
                 self.store.drop_buffers()
             return
-        blocks = ["embeddings", *(f"layer {i}" for i in range(self.plan.cut))]
+        blocks = [EMBEDDINGS, *(Block.layer(i) for i in range(self.plan.cut))]
         for block in blocks:
             self.store.get(block)
         try:
@@ -67,26 +75,29 @@ class RunModel:
                 self.store.release(block)
 
     def top(self) -> Top:
-        """What is trained, and what runs beside it: in memory from here on, unless the plan streams it."""
+        """Returns the top; loads it for the rest of the run unless the plan streams it."""
         top = make_top(self.chain, trained_parameters(self.chain.model), self.plan.cut)
         if self.plan.top == "resident":
-            for block in dict.fromkeys([*top.blocks, "tail"]):
-                self.store.stay(block)
+            for block in dict.fromkeys([*top.blocks, TAIL]):
+                self.store.pin(block)
         for index in range(self.plan.cut, self.plan.layers):
             if has_lengths(self.chain.layers[index]):
-                self.store.get(f"layer {index}")
+                self.store.get(Block.layer(index))
                 measure_lengths(self.chain.layers[index])
-                self.store.release(f"layer {index}")
+                self.store.release(Block.layer(index))
         self.weights.drop_staging()
         return top
 
     @contextlib.contextmanager
     def working(self, top: Top, folder: Path, checkpoint: Path | None = None) -> Iterator[Scratch]:
-        """The scratch of a run; what does not stay in memory is in `folder`, which is removed at the end.
+        """Provides the scratch of a run, and the working copy of a streamed top.
 
-        Weights that are streamed begin as they are in `checkpoint`, if there is one.
+        Args:
+            top: The trained part of the model.
+            folder: Holds offloaded tensors and the working copy; removed at the end.
+            checkpoint: The values of streamed weights are read from it until they are written.
         """
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
         scratch = TieredScratch(self.chain.device, folder, self.plan.tier)
         if self.plan.top == "streamed":
             sizes = {name: parameter.nbytes for name, parameter in top.parameters() if parameter.is_meta}
@@ -101,7 +112,11 @@ class RunModel:
             scratch.close()
 
     def check_chain(self, examples: Sequence[Example], store: Store) -> None:
-        """ChainError if the chain differs from the model's own forward on a few tokens of two examples."""
+        """Compares the chain with the model's own forward on a few tokens of two examples.
+
+        Raises:
+            ChainError: They differ, or the model cannot be run layer by layer.
+        """
         report = "Nothing was trained. Please report the model and the versions that `pip list` shows."
         kind = type(self.chain.model).__name__
         try:
@@ -114,39 +129,49 @@ class RunModel:
             raise ChainError(problem, remedy=report)
 
     def difference(self, examples: Sequence[Example], store: Store) -> float:
-        """The largest difference of the chain from the model's own forward on a few tokens of two examples.
+        """The largest difference between the chain and the model's own forward, on a few tokens.
 
-        Layer by layer, each compared while it is loaded: below the cut from `store`.
+        The layers are compared one after the other, each while it is loaded.
+
+        Args:
+            examples: The first 16 tokens of the first and the first 8 of the last are used.
+            store: Loads the layers below the cut.
         """
         rows = [list(examples[0].input_ids[:16]), list(examples[-1].input_ids[:8])]
         width = max(len(row) for row in rows)
         ids = [row + [0] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        store.get("embeddings")
+        store.get(EMBEDDINGS)
         device = self.chain.device
         tokens, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
         largest = verify_layers(self.chain, tokens, mask, partial(self.around, store))
-        self.store.release("tail")
+        self.store.release(TAIL)
         return largest
 
     @contextlib.contextmanager
     def around(self, store: Store, layer: int) -> Iterator[None]:
-        """A layer is loaded while this is entered; embeddings go before the first, the tail comes last."""
+        """Keeps a layer loaded inside the context.
+
+        The embeddings are released before layer 0, and the tail is loaded after the last layer.
+        """
         below = store if layer < self.plan.cut else self.store
         if layer == 0:
-            store.release("embeddings")  # its turn is over, and the tail takes as much again
-        below.get(f"layer {layer}")
-        below.read_ahead(f"layer {layer + 1}")
+            store.release(EMBEDDINGS)  # before the tail is loaded, which is as large
+        below.get(Block.layer(layer))
+        below.read_ahead(Block.layer(layer + 1))
         yield
-        below.release(f"layer {layer}")
+        below.release(Block.layer(layer))
         if layer == self.plan.layers - 1:
-            self.store.get("tail")
+            self.store.get(TAIL)
 
 
 def open_run_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> RunModel:
-    """The model of a folder with everything frozen but what the recipe trains; few blocks are loaded yet.
+    """Opens the model of a folder and freezes all parameters except for those that the recipe trains.
 
-    UsageError where the plan's device is not there: a run may be used on another computer.
+    Only adapters and a few small blocks are loaded.
+
+    Raises:
+        UsageError: The plan's device does not exist (a run may be resumed on another computer).
     """
     choose_device(plan.device)
     model = folder.hollow(working_dtype(recipe), plan.device)
@@ -158,24 +183,24 @@ def open_run_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> RunModel:
 
 
 def new_run_model(
-    chain: Chain, weights: Weights, plan: Plan, seed: int, reader: Executor | None = None
+    chain: Chain, weights: Weights, plan: Plan, seed: int, executor: Executor | None = None
 ) -> RunModel:
-    """Makes the store of a plan, and what stays for the whole run: adapters by a seed, a few blocks."""
+    """Creates the store for a plan, initialises adapters, and pins the blocks that are always used."""
     fill_adapters(chain.model, seed, torch.device(plan.device))
     first = 0 if plan.trunk == "streamed" else plan.cut
     end = plan.layers if "streamed" in (plan.trunk, plan.top) else plan.cut
-    streamed = [f"layer {i}" for i in range(first, end)]
+    streamed = [Block.layer(i) for i in range(first, end)]
     top = make_top(chain, (), plan.cut)
-    buffers = 1 + (max(map(len, top.groups()), default=1) if plan.top == "streamed" else 1)
-    store = FileStore(weights, torch.device(plan.device), streamed, reader, buffers)
-    store.stay("rest")
+    buffers = 1 + (max(map(len, top.layer_spans()), default=1) if plan.top == "streamed" else 1)
+    store = FileStore(weights, torch.device(plan.device), streamed, executor, buffers)
+    store.pin(REST)
     if chain.calls_need_embeddings:
-        store.stay("embeddings")
+        store.pin(EMBEDDINGS)
     return RunModel(chain, weights, store, plan)
 
 
 def load_whole_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> tuple[PreTrainedModel, Top]:
-    """The whole model of a folder in memory, everything frozen but what the recipe trains."""
+    """Loads the whole model of a folder, and freezes all parameters except for those the recipe trains."""
     model = load_model(folder.path, working_dtype(recipe), plan.device)
     freeze_for(model, recipe)
     fill_adapters(model, recipe.seed, model.device)
@@ -184,7 +209,7 @@ def load_whole_model(recipe: Recipe, plan: Plan, folder: ModelFolder) -> tuple[P
 
 
 def describe_trained(loaded: RunModel, recipe: Recipe) -> str:
-    """The trained parameters and the frozen ones, in words."""
+    """A sentence for the user about trained and frozen parameters."""
     named = loaded.chain.model.named_parameters()
     sizes = {name: parameter.numel() for name, parameter in named if parameter.requires_grad}
     parts = list(dict.fromkeys(loaded.chain.parts.part(name) for name in sizes))
@@ -193,7 +218,7 @@ def describe_trained(loaded: RunModel, recipe: Recipe) -> str:
     shown += [part for part in parts if not part.startswith("layer ")]
     trained, total = sum(sizes.values()), loaded.weights.parameters
     if recipe.lora is not None:
-        share = f"{trained:,} parameters beside {total:,} ({100 * trained / total:.1f} %), all of them frozen"
+        share = f"{trained:,} parameters in addition to {total:,} frozen ones ({100 * trained / total:.1f} %)"
         return f"{', '.join(shown)}: {recipe.lora}, {adapters_in_words(loaded.chain.model)}; {share}"
     share = f"{trained:,} of {total:,} parameters ({100 * trained / total:.1f} %)"
     frozen = layers_in_words(layer for layer, trained in layers.items() if not trained)

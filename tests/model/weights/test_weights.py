@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers.loading_check import loaded_differently
 from talik.base.errors import SourceError
+from talik.model.block import Block
 from talik.model.weights.digests import tensor_digests, weights_fingerprint
 from talik.model.weights.hollow import hollow_model
 from talik.model.weights.weights import Weights
@@ -98,7 +99,7 @@ def test_what_is_missing_or_of_another_shape_is_named(
 def test_a_changed_file_is_noticed_while_reading(build_model: Callable[..., Any], tmp_path: Path) -> None:
     build_model("qwen2").save_pretrained(tmp_path)
     weights = Weights(hollow_model(tmp_path, torch.float32), tmp_path)
-    names = weights.names("layer 1")
+    names = weights.names(Block.layer(1))
     buffer = torch.empty(weights.size(names), dtype=torch.uint8)
     weights.read(names, buffer)
     resave(tmp_path, lambda t: t.update({names[0]: t[names[0]] + 1}))
@@ -115,7 +116,7 @@ def test_a_file_cut_short_names_the_tensor(
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:40_000])
     with pytest.raises(SourceError, match=r"model\.layers\.\S+ cannot be read: .*shorter"):
-        weights.read(weights.names("layer 3"), torch.empty(1 << 20, dtype=torch.uint8))
+        weights.read(weights.names(Block.layer(3)), torch.empty(1 << 20, dtype=torch.uint8))
 
 
 def test_every_byte_counts_in_the_fingerprint(build_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints have digests: one that is damaged, incomplete or foreign is named, and nothing uses it."""
+"""Digests of checkpoints: damaged, missing and foreign files are named, and the checkpoint is not used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from talik.training.run.folder import result_checkpoint
 
 @pytest.fixture
 def run(run_folder: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, to be damaged."""
+    """A copy of a finished run, which the test may damage."""
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
@@ -48,12 +48,12 @@ def newest(run: Path) -> Path:
 
 
 def with_another(run: Path, step: int = 1) -> Path:
-    """A second checkpoint of the run, older than its own."""
+    """Adds an older checkpoint to the run."""
     return Path(shutil.copytree(newest(run), newest(run).with_name(f"step-{step:08d}")))
 
 
 def set_state(checkpoint: Path, **fields: Any) -> None:
-    """As if the checkpoint had been saved with these fields."""
+    """Changes the state of a checkpoint as if it had been saved so."""
     state = {**read_json(checkpoint / STATE), **fields}
     (checkpoint / STATE).write_text(json.dumps(state))
     digest = hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest()
@@ -67,7 +67,7 @@ def refusal(checkpoint: Path) -> str:
     return str(caught.value)
 
 
-# What is written
+# Writing
 
 
 def test_every_checkpoint_has_the_digests_of_its_files(run: Path) -> None:
@@ -78,8 +78,8 @@ def test_every_checkpoint_has_the_digests_of_its_files(run: Path) -> None:
             assert digest == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
 
 
-def test_a_digest_is_that_of_what_was_to_be_written(tmp_path: Path) -> None:
-    """A bit that flips on its way to the disk is found: the file is not read back for its digest."""
+def test_a_digest_is_that_of_the_bytes_passed_to_write(tmp_path: Path) -> None:
+    """The file is not read back for its digest, so a bit that flips on the way to the disk is detected."""
     writer = DigestWriter(tmp_path)
     for name in FILES:
         with writer.file(name) as file:
@@ -95,7 +95,7 @@ def test_a_digest_is_that_of_what_was_to_be_written(tmp_path: Path) -> None:
 def test_an_old_checkpoint_is_removed_at_once(
     model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while a checkpoint is removed, a run has no half of one under its name."""
+    """A run that is killed while it removes a checkpoint has no partial checkpoint under its name."""
     fields = {"precision": "fp32", "thaw": "norm", "batch_tokens": 200, "steps": 2, "save_every": 1}
     recipe = Recipe.model_validate({"model": str(model_folder), "data": str(rows), **fields})
 
@@ -113,16 +113,16 @@ def test_an_old_checkpoint_is_removed_at_once(
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*"))
 
 
-# What is found
+# Verification
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found(name: str, run: Path) -> None:
+def test_a_flipped_bit_is_detected(name: str, run: Path) -> None:
     checkpoint = verified(newest(run))
     written = read_json(checkpoint / DIGESTS)[name]
     flip_a_bit(checkpoint / name)
     found = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-    assert f"{name} is damaged: its SHA-256 is {found}, and {written} was written" in refusal(checkpoint)
+    assert f"{name} is damaged: its SHA-256 is {found} instead of {written}" in refusal(checkpoint)
 
 
 def test_all_damage_is_named_at_once(run: Path) -> None:
@@ -132,7 +132,9 @@ def test_all_damage_is_named_at_once(run: Path) -> None:
     (checkpoint / "notes.txt").write_text("mine")
     text = refusal(checkpoint)
     assert "3 problems" in text and "weights.safetensors is damaged" in text
-    assert "optimizer.safetensors is missing" in text and "'notes.txt' is not a file of a checkpoint" in text
+    assert (
+        "optimizer.safetensors is missing" in text and "'notes.txt' does not belong to a checkpoint" in text
+    )
 
 
 def test_a_checkpoint_without_digests_is_refused(run: Path) -> None:
@@ -146,12 +148,12 @@ def test_damaged_digests_are_named(text: str, run: Path) -> None:
     assert "digests.json is damaged" in refusal(newest(run))
 
 
-def test_a_foreign_file_is_named_and_hidden_ones_are_the_system_s(run: Path) -> None:
+def test_a_foreign_file_is_named_and_hidden_ones_are_ignored(run: Path) -> None:
     (newest(run) / ".DS_Store").write_bytes(b"")
     verified(newest(run))
     (newest(run) / "notes.txt").write_text("mine")
     text = refusal(newest(run))
-    assert "'notes.txt' is not a file of a checkpoint" in text and "Move it out" in text
+    assert "'notes.txt' does not belong to a checkpoint" in text and "Move it out" in text
     assert "step-" not in text.split("\n")[1], "no checkpoint is to be removed for it"
 
 
@@ -164,15 +166,15 @@ def test_a_file_that_the_disk_cannot_read_is_named(run: Path, monkeypatch: pytes
 
 
 def test_a_checkpoint_that_has_just_been_removed_is_not_called_damaged(run: Path) -> None:
-    """A run that is training saves another one and removes it: who reads may try again."""
+    """A run that is training saves another one and removes it: the reader may try again."""
     checkpoint = newest(run)
     shutil.rmtree(checkpoint)
     with pytest.raises(FileNotFoundError, match=checkpoint.name):
         verified(checkpoint)
 
 
-def test_only_what_is_used_is_read(run: Path) -> None:
-    """The optimizer's state is larger than the weights, and nobody who asks or exports needs it."""
+def test_only_the_files_that_are_used_are_read(run: Path) -> None:
+    """The optimizer's state is larger than the weights, and evaluation and export do not need it."""
     flip_a_bit(newest(run) / "optimizer.safetensors")
     assert result_checkpoint(run) == newest(run)
     (newest(run) / "optimizer.safetensors").unlink()
@@ -180,45 +182,45 @@ def test_only_what_is_used_is_read(run: Path) -> None:
         result_checkpoint(run)
 
 
-# What to do
+# Remedies
 
 
-def test_the_checkpoints_that_are_whole_are_named_and_used_once_the_damaged_are_removed(run: Path) -> None:
+def test_undamaged_checkpoints_are_named_and_used_once_the_damaged_are_removed(run: Path) -> None:
     whole, damaged = with_another(run, 1), with_another(run, 2)
     for checkpoint in (damaged, newest(run)):
         flip_a_bit(checkpoint / WEIGHTS)
     text = refusal(newest(run))
-    assert f"Whole: {whole.name}. Remove {newest(run)} and {damaged}: then {whole.name} is used" in text
-    assert f"`talik resume {run}` goes on from it" in text
+    assert f"Undamaged: {whole.name}. Remove {newest(run)} and {damaged}; then {whole.name} is used" in text
+    assert f"`talik resume {run}` continues from it" in text
     for checkpoint in (damaged, newest(run)):
         shutil.rmtree(checkpoint)
     set_state(whole, best_step=None)
     assert result_checkpoint(run) == whole
 
 
-def test_a_run_without_a_whole_checkpoint_can_begin_again(run: Path) -> None:
+def test_a_run_without_an_undamaged_checkpoint_can_begin_again(run: Path) -> None:
     before = (newest(run) / WEIGHTS).read_bytes()
     name = newest(run).name
     flip_a_bit(newest(run) / WEIGHTS)
     text = refusal(newest(run))
-    assert f"remove {newest(run)}: then `talik resume {run}` begins at the first step" in text
+    assert f"remove {newest(run)}, and `talik resume {run}` begins at the first step" in text
     shutil.rmtree(newest(run))
     talik.resume(run)
     assert newest(run).name == name and (newest(run) / WEIGHTS).read_bytes() == before
 
 
-def test_the_best_checkpoint_is_used_or_said_to_be_away(run: Path) -> None:
+def test_the_best_checkpoint_is_used_or_reported_as_removed(run: Path) -> None:
     best = with_another(run, 1)
     set_state(newest(run), best_step=1)
     said: list[Any] = []
     assert result_checkpoint(run, said.append) == best and not said
     flip_a_bit(best / WEIGHTS)
-    with pytest.raises(RunError, match=rf"Whole: {newest(run).name}\. Remove .*{best.name}: then"):
+    with pytest.raises(RunError, match=rf"Undamaged: {newest(run).name}\. Remove .*{best.name}; then"):
         result_checkpoint(run)
     shutil.rmtree(best)
     assert result_checkpoint(run, said.append) == newest(run)
     assert said == [
-        Status("note", f"the best checkpoint, {best.name}, is not there: {newest(run).name} is used")
+        Status("note", f"the best checkpoint, {best.name}, was removed: {newest(run).name} is used")
     ]
 
 
@@ -230,11 +232,11 @@ def test_a_damaged_state_names_no_best_checkpoint(run: Path) -> None:
         result_checkpoint(run)
 
 
-# Who asks
+# Users of a checkpoint
 
 
 class Reached(Exception):
-    """The model was about to be loaded."""
+    """Raised in place of loading the model."""
 
 
 USES: dict[str, Callable[[Path, Path, Path], object]] = {

@@ -1,4 +1,4 @@
-"""Whole runs: against a plain PyTorch loop, against golden losses, stopped and resumed."""
+"""Complete runs: against a plain PyTorch loop and golden losses, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ STREAMED = {"top": "streamed", "recompute": True, "state": "disk", "inputs": "di
 
 
 def train(recipe: Recipe, run: Path, way: dict[str, Any] | None = None, **options: Any) -> Result:
-    """By a plan of rules: simulating each of these runs would take longer than running it."""
+    """Trains by a plan without simulation, which would take longer than these runs."""
     plan = choose(recipe, ModelFolder(Path(recipe.model))).model_copy(update=way or {})
     return talik.train(recipe, run, plan=plan, **options)
 
@@ -60,7 +60,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain_losses(recipe: Recipe, steps: int) -> list[float]:
-    """The loop that everybody writes: the whole model, frozen below, torch's AdamW and clipping."""
+    """A plain training loop: the whole model, frozen below, with PyTorch's AdamW and clipping."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
     trained = [*model.model.layers[2:].parameters(), *model.model.norm.parameters()]
@@ -105,7 +105,7 @@ def test_twenty_steps_equal_a_plain_loop(
 def test_a_disk_that_fills_up_within_a_streamed_step(
     model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run stops; the last good step is whole, and with room it goes on as if nothing was."""
+    """The run stops with a complete last checkpoint, and continues exactly once there is room."""
     recipe = recipe_for(model_folder, rows, steps=6, save_every=2)
     whole = train(recipe, tmp_path / "whole", STREAMED)
     write = WorkingCopy.write
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up_within_a_streamed_step(
 
 
 def test_layers_between_frozen_ones(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    """A frozen layer above a trained one hands the gradient on; the checkpoint holds what was named."""
+    """The gradient passes through a frozen layer above a trained one; the checkpoint has the named layers."""
     recipe = recipe_for(model_folder, rows, steps=2, top_layers=5, thaw="layers.1,layers.3")
     train(recipe, tmp_path / "run")
     checkpoint = latest_checkpoint(tmp_path / "run")
@@ -142,7 +142,7 @@ def test_layers_between_frozen_ones(model_folder: Path, rows: Path, tmp_path: Pa
 def test_golden_losses(
     model_folder: Path, rows: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A refactoring gives the same losses; other kernels may differ in the last digits."""
+    """The losses do not change with the code; other kernels may differ in the last digits."""
     train(recipe_for(model_folder, rows, steps=10, top_layers=5, thaw="top.2,norm,head"), tmp_path / "run")
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     if request.config.getoption("--update-golden"):
@@ -151,7 +151,7 @@ def test_golden_losses(
     assert losses == pytest.approx(golden, rel=1e-5)
 
 
-def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_files_of_a_run(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     seen: list[Any] = []
     recipe = recipe_for(model_folder, rows, held_out=0.2, epochs=2)
@@ -187,7 +187,7 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
     assert newest is not None
     trained = load_file(newest / "weights.safetensors")
     assert all("layers.2." in name or "layers.3." in name or name == "model.norm.weight" for name in trained)
-    # Two fp32 tensors for each trained one; a master only in precision bf16.
+    # Two fp32 tensors for each parameter, and a master in precision bf16 only.
     assert len(load_file(newest / "optimizer.safetensors")) == 2 * len(trained)
 
 
@@ -204,7 +204,7 @@ def test_what_a_run_leaves(model_folder: Path, rows: Path, tmp_path: Path) -> No
 def test_stopped_and_resumed_is_the_same_bit_for_bit(
     model_folder: Path, rows: Path, tmp_path: Path, precision: str, optimizer: str
 ) -> None:
-    """Ctrl-C in the middle of the second epoch, twice, and dropout's randomness in between."""
+    """Ctrl-C twice in the middle of the second epoch, with dropout."""
     head = ",head" if optimizer == "adamw-8bit" else ""  # the one matrix that is large enough for 8 bits
     changes = {"precision": precision, "optimizer": optimizer, "thaw": f"top.2,norm{head}"}
     recipe = recipe_for(model_folder, rows, epochs=3, held_out=0.2, **changes)
@@ -228,7 +228,7 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(
 
 
 def assert_what_checkpoints_take(recipe: Recipe, run: Path) -> None:
-    """One checkpoint's tensors take what was foreseen for those to keep and two more."""
+    """`checkpoint_bytes` is the size of one checkpoint times the number to keep and two more."""
     newest = latest_checkpoint(run)
     assert newest is not None
     trained, state = (load_file(newest / f"{kind}.safetensors") for kind in ("weights", "optimizer"))
@@ -261,7 +261,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_killed_inside_a_step_and_resumed(
     model_folder: Path, rows: Path, tmp_path: Path, way: dict[str, Any], clip: Any
 ) -> None:
-    """SIGKILL in a step's updates: metrics are ahead of the checkpoint, and are taken back."""
+    """SIGKILL during the updates of a step: metrics after the checkpoint are removed on resume."""
     recipe = recipe_for(model_folder, rows, steps=9, save_every=4, clip=clip, precision="bf16-sr")
     plan = choose(recipe, ModelFolder(model_folder)).model_copy(update=way)
     talik.train(recipe, tmp_path / "whole", plan=plan)
@@ -270,10 +270,10 @@ def test_killed_inside_a_step_and_resumed(
         "from talik.training.step import gradients\n"
         "torch.set_num_threads(1)\n"
         "update = gradients.update\n"
-        "def until(name, *given):\n"
-        "    if given[4] == 6 and 'layers.3.mlp' in name:\n"
+        "def until(name, *given, step, **options):\n"
+        "    if step == 6 and 'layers.3.mlp' in name:\n"
         "        os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
-        "    update(name, *given)\n"
+        "    update(name, *given, step=step, **options)\n"
         "gradients.update = until\n"
         "recipe = talik.Recipe.model_validate_json(sys.argv[1])\n"
         "plan = talik.Plan.model_validate_json(sys.argv[2])\n"
@@ -318,7 +318,7 @@ def test_not_finite_stops_and_names_the_examples(model_folder: Path, rows: Path,
 
 
 def test_early_stop_and_the_best_checkpoint(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    """A learning rate far too high: the loss on held-out questions gets worse, and the best stays."""
+    """With a far too high learning rate the evaluation loss rises, and the best checkpoint stays."""
     recipe = recipe_for(
         model_folder, rows, learning_rate=0.3, held_out=0.3, eval_every=1, early_stop=3, epochs=20, warmup=0
     )
@@ -329,12 +329,12 @@ def test_early_stop_and_the_best_checkpoint(model_folder: Path, rows: Path, tmp_
 
 
 def test_the_trunk_runs_once(model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Whatever the epochs, and not again for another learning rate."""
+    """It runs once for all epochs, and not again for another learning rate."""
     passed: list[int] = []
     honest = trunk.trunk_pass
 
     def counted(*args: Any) -> None:
-        passed.append(sum(group.tokens for group, _ in args[2]))
+        passed.append(sum(each.group.tokens for each in args[2]))
         honest(*args)
 
     monkeypatch.setattr(trunk, "trunk_pass", counted)
@@ -354,7 +354,7 @@ def test_other_data_is_refused(model_folder: Path, rows: Path, tmp_path: Path) -
         talik.resume(tmp_path / "run")
 
 
-def test_a_run_goes_on_from_another_folder(
+def test_a_run_is_resumed_from_another_folder(
     model_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(rows.parent)
@@ -373,7 +373,9 @@ def test_two_processes_do_not_work_on_one_run(model_folder: Path, rows: Path, tm
     train(recipe_for(model_folder, rows, steps=1), tmp_path / "run", notify=second)
 
 
-def test_what_a_killed_save_left_is_removed(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_of_a_killed_process_is_removed(
+    model_folder: Path, rows: Path, tmp_path: Path
+) -> None:
     train(recipe_for(model_folder, rows, steps=2), tmp_path / "run")
     part = tmp_path / "run" / "checkpoints" / ".step-00000009.part"
     part.mkdir()

@@ -1,4 +1,4 @@
-"""Loss and gradients of a step against the plain model with the same frozen set."""
+"""Loss and gradients of a step against the plain model with the same frozen parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers.training import freeze_top, gradients, make_plan, micro_batch, plain_gradients, plain_loss
 from talik.data.examples import Example
 from talik.kernels.cross_entropy import cross_entropy
+from talik.training.memory.keys import gradient as gradient_key
 from talik.training.memory.scratch import MemoryScratch
 from talik.training.memory.store import ResidentStore
 from talik.training.run.loop import ScalarMonitor
@@ -55,7 +56,7 @@ def test_error_is_at_most_twice_that_of_plain_fp32(
     model.zero_grad()
     loss, ours = gradients(top, examples, [[0, 3], [1, 2], [4], [5]])
     assert ours.keys() == plain.keys() == exact.keys()
-    # One rounding of an fp32 number: below it nobody's error says anything.
+    # The rounding error of one fp32 number: smaller errors are not compared.
     assert abs(loss - exact_loss) <= max(2 * abs(plain_value - exact_loss), 2**-23 * exact_loss)
     for name in exact:
         floor = 2**-23 * exact[name].norm()
@@ -64,7 +65,7 @@ def test_error_is_at_most_twice_that_of_plain_fp32(
 
 
 def test_micro_batches_do_not_matter(build_model: Callable[..., Any], examples: list[Example]) -> None:
-    """A step's loss is the sum over its trained tokens divided by their count, however it is split."""
+    """The loss is the sum over the trained tokens divided by their count, for any micro-batches."""
     top = freeze_top(build_model("qwen2"))
     one_loss, one = gradients(top, examples, [[0, 1, 2, 3, 4, 5]])
     many_loss, many = gradients(top, examples, [[i] for i in range(6)])
@@ -74,7 +75,7 @@ def test_micro_batches_do_not_matter(build_model: Callable[..., Any], examples: 
 
 
 def test_gradients_accumulate_in_fp32(build_model: Callable[..., Any], examples: list[Example]) -> None:
-    """In bf16, sixty-four equal micro-batches give sixty-four times the gradient of one."""
+    """In bf16, 64 equal micro-batches give 64 times the gradient of one."""
     top = freeze_top(build_model("qwen2", dtype=torch.bfloat16))
     _, one = gradients(top, examples, [[0]])
     _, many = gradients(top, examples, [[0]] * 64)  # each weighs 1/64 of the one
@@ -85,8 +86,8 @@ def test_gradients_accumulate_in_fp32(build_model: Callable[..., Any], examples:
         assert many[name].dtype == torch.float32
 
 
-def test_chunked_loss_in_a_loop_of_ones_own(build_model: Callable[..., Any], examples: list[Example]) -> None:
-    """The public loss: the value and the gradients of the model's own, also scaled by the caller."""
+def test_chunked_loss_in_a_users_own_loop(build_model: Callable[..., Any], examples: list[Example]) -> None:
+    """The public loss has the value and gradients of the model's own, also if the caller scales it."""
     model = build_model("qwen2", tie_word_embeddings=True)
     top = freeze_top(model, "top.2,norm,head")
     batch = micro_batch(top, examples[:2])
@@ -117,17 +118,17 @@ def test_recomputed_layers_give_the_same_gradients(
     for recompute in (False, True):
         scratch = MemoryScratch(torch.device("cpu"))
         for name, parameter in top.parameters():
-            scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+            scratch.zeros(gradient_key(name), parameter.shape, torch.float32)
         world = World(ResidentStore(), scratch, ScalarMonitor())
         loss = forward_backward(top, batches, world, make_plan(top, recompute=recompute), count)
-        found.append([loss, *(scratch[f"gradient/{name}"] for name, _ in top.parameters())])
+        found.append([loss, *(scratch[gradient_key(name)] for name, _ in top.parameters())])
     assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_cross_entropy_in_pieces(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradient of softmax cross-entropy in float64, whatever is worked on at once."""
+    """Loss and gradient equal softmax cross-entropy in float64, for any size of a slice."""
     monkeypatch.setattr("talik.kernels.cross_entropy.ROWS", rows * 300)
     torch.manual_seed(0)
     logits, targets = (8 * torch.randn(40, 300)).to(dtype), torch.randint(300, (40,))

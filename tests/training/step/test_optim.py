@@ -1,4 +1,4 @@
-"""The optimizers against PyTorch's and Transformers', and what holds for them in general."""
+"""The optimizers against those of PyTorch and Transformers, and their common properties."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from helpers.training import freeze_top, make_recipe
 from helpers.updates import HEAD, MATRIX, RATE, noise, prepared, train, weights
 from talik.base.errors import RecipeError
 from talik.recipe.recipe import READ_BY, Recipe, checked_recipe
+from talik.training.memory.keys import gradient as gradient_key
+from talik.training.memory.keys import master
 from talik.training.step import optim as optim_module
 from talik.training.step import update as update_module
 from talik.training.step.optim import OPTIMIZERS, learning_rate_at, optimizer_of, round_stochastically_
-from talik.training.step.update import kept, update
+from talik.training.step.update import (
+    InPlace,
+    MasterRounding,
+    StochasticRounding,
+    rounding_of,
+    state_forms,
+    update,
+)
 
 
 def assert_same(
@@ -27,7 +36,7 @@ def assert_same(
     name: str = MATRIX,
     close: float = 1e-6,
 ) -> None:
-    """Twenty updates beside those of another's optimizer, made for a weight decay."""
+    """Compares twenty updates with those of a reference optimizer."""
     ours, reference = weights(*shape), weights(*shape)
     optimizer = theirs([reference], recipe.weight_decay if len(shape) > 1 else 0.0)
 
@@ -54,7 +63,7 @@ def muon(parameters: list[nn.Parameter], decay: float) -> Any:
 
 
 class DecoupledSGD(torch.optim.SGD):
-    """PyTorch's SGD has weight decay in the gradient alone."""
+    """SGD with decoupled weight decay: PyTorch's adds it to the gradient."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float, momentum: float) -> None:
         super().__init__(parameters, lr=RATE, momentum=momentum)
@@ -79,7 +88,7 @@ def test_adafactor_is_transformers(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_muon_is_pytorchs(shape: tuple[int, ...]) -> None:
-    """But for a rounding of bf16, in which both orthogonalise."""
+    """Up to rounding in bf16, in which both orthogonalise."""
     assert_same(make_recipe(optimizer="muon", weight_decay=0.1), muon, *shape, close=RATE * 2**-8)
 
 
@@ -120,11 +129,11 @@ def test_sgd_is_pytorchs(momentum: float) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str) -> None:
-    """Sums in another order round differently; nothing else may differ."""
+    """Only sums in another order may round differently."""
     trained = []
     for size in (1 << 24, 256 * 7):
-        monkeypatch.setattr(update_module, "SLICE", size)
-        monkeypatch.setattr(optim_module, "SLICE", size)
+        monkeypatch.setattr(update_module, "UPDATE_SLICE", size)
+        monkeypatch.setattr(optim_module, "UPDATE_SLICE", size)
         weight = nn.Parameter(weights(40, 128).to(torch.float32 if precision == "fp32" else torch.bfloat16))
         recipe = make_recipe(optimizer=optimizer, precision=precision)
         train(MATRIX, weight, recipe, noise(40, 128), steps=3)
@@ -136,34 +145,34 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch, precision: str, 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_stays_where_it_is(optimizer: str) -> None:
-    """It may be a file's memory: nothing puts another tensor in its place."""
+def test_state_is_changed_in_place(optimizer: str) -> None:
+    """State may be in a mapped file, so its tensors must not be replaced."""
     recipe, weight = make_recipe(optimizer=optimizer, precision="bf16"), weights(64, 64)
     scratch = prepared(MATRIX, weight, recipe)
-    forms = kept(MATRIX, weight, recipe)
-    places = {name: scratch[name].data_ptr() for name in forms}
-    before = {name: scratch[name].clone() for name in forms}
-    scratch[f"gradient/{MATRIX}"] = noise(64, 64)(1)
-    update(MATRIX, weight, scratch, recipe, torch.tensor(0.5), 1, RATE)
-    assert f"gradient/{MATRIX}" not in scratch and len(list(scratch.values())) == len(forms)
-    for name, (shape, dtype) in forms.items():
-        assert (scratch[name].shape, scratch[name].dtype) == (shape, dtype)
-        assert scratch[name].data_ptr() == places[name] and not torch.equal(scratch[name], before[name])
+    forms = state_forms(MATRIX, weight, recipe)
+    places = {key: scratch[key].data_ptr() for key in forms}
+    before = {key: scratch[key].clone() for key in forms}
+    scratch[gradient_key(MATRIX)] = noise(64, 64)(1)
+    update(MATRIX, weight, scratch, recipe, scale=torch.tensor(0.5), step=1, learning_rate=RATE)
+    assert gradient_key(MATRIX) not in scratch and len(list(scratch.values())) == len(forms)
+    for key, (shape, dtype) in forms.items():
+        assert (scratch[key].shape, scratch[key].dtype) == (shape, dtype)
+        assert scratch[key].data_ptr() == places[key] and not torch.equal(scratch[key], before[key])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_without_masters_the_way_is_right_on_average(optimizer: str) -> None:
-    """Steps below most weights' next bf16 number go as far together as they do in fp32."""
+def test_without_masters_the_change_is_right_on_average(optimizer: str) -> None:
+    """Many steps smaller than the spacing of bf16 numbers add up to the same change as in fp32."""
     gradient, ways = noise(128, 512), []
     for precision in ("fp32", "bf16-sr"):
         start = weights(128, 512).detach().bfloat16()
         weight = nn.Parameter(start.clone() if precision == "bf16-sr" else start.float())
         recipe = make_recipe(optimizer=optimizer, precision=precision, weight_decay=0.0)
         scratch = prepared(MATRIX, weight, recipe)
-        assert f"master/{MATRIX}" not in scratch
+        assert master(MATRIX) not in scratch
         for step in range(1, 11):
-            scratch[f"gradient/{MATRIX}"] = gradient(0).abs().add_(0.1)
-            update(MATRIX, weight, scratch, recipe, None, step, 1e-3)
+            scratch[gradient_key(MATRIX)] = gradient(0).abs().add_(0.1)
+            update(MATRIX, weight, scratch, recipe, scale=None, step=step, learning_rate=1e-3)
         ways.append((weight.detach().float() - start.float()).flatten().double())
     exact, rounded = ways
     assert torch.dot(rounded, exact) / exact.square().sum() == pytest.approx(1, abs=0.05)
@@ -184,7 +193,7 @@ def test_a_field_that_an_optimizer_does_not_read_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_fields_said_to_be_read_are(optimizer: str) -> None:
-    """And they are all that is read: a change of any other changes nothing."""
+    """Exactly the listed fields change an update."""
     for field, readers in READ_BY.items():
         ended = []
         for value in (Recipe.model_fields[field].default, 0.3):
@@ -224,3 +233,35 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert (rates[-1] == pytest.approx(0.01)) if schedule == "constant" else (0 < rates[-1] < 2e-4)
     assert learning_rate_at(make_recipe(warmup=0.0), 1, 1) > 0
+
+
+def test_each_precision_has_its_rounding() -> None:
+    bf16, fp32 = (nn.Parameter(torch.arange(4.0, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    for precision, parameter, kind in (
+        ("bf16", bf16, MasterRounding),
+        ("bf16-sr", bf16, StochasticRounding),
+        ("bf16-sr", fp32, InPlace),
+        ("fp32", fp32, InPlace),
+    ):
+        recipe = make_recipe(precision=precision)
+        scratch = prepared(MATRIX, parameter, recipe)
+        rounding = rounding_of(MATRIX, parameter, scratch, recipe, 1)
+        assert type(rounding) is kind, precision
+        weight = rounding.exact(rounding.source.detach())
+        assert weight.dtype == torch.float32
+        shared = weight.data_ptr() == rounding.source.data_ptr()
+        assert shared == (kind is not StochasticRounding)  # only then the update is made on a copy
+        target = parameter.detach().clone()
+        rounding.store(target, weight + 0.5)
+        assert torch.equal(target, parameter) == (kind is InPlace)
+
+
+def test_the_noise_of_a_step_depends_on_the_parameter_and_the_step() -> None:
+    recipe, parameter = make_recipe(precision="bf16-sr"), nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    scratch, found = prepared(MATRIX, parameter, recipe), []
+    for name, step in ((MATRIX, 1), (MATRIX, 1), (MATRIX, 2), (HEAD, 1)):
+        target = torch.zeros(64, dtype=torch.bfloat16)
+        rounding_of(name, parameter, scratch, recipe, step).store(target, torch.full((64,), 1 + 2**-9))
+        found.append(target)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2]) and not torch.equal(found[0], found[3])

@@ -1,4 +1,4 @@
-"""AdamW with state of 8 bits against the paper's words, and how far it goes from AdamW."""
+"""AdamW with 8-bit state against the definition in the paper, and its distance from AdamW."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from helpers.training import make_recipe
 from helpers.updates import HEAD, MATRIX, RATE, noise, train, weights
 from talik.kernels.blockwise import dequantized, dynamic_map, quantize_
+from talik.training.memory.keys import Key
 from talik.training.step.optim import optimizer_of
 
 
 def nearest(numbers: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """As the paper says it: a block is divided by its absolute maximum, each number rounded to the map's."""
+    """The definition in the paper: a block is divided by its absolute maximum and rounded to the map."""
     blocks = exact.view(-1, 256)
     absmax = blocks.abs().max(1, keepdim=True).values
     codes = ((blocks / absmax)[..., None] - numbers).abs().min(-1).indices
@@ -39,7 +40,7 @@ def test_numbers_are_rounded_to_the_nearest_of_the_map(signed: bool) -> None:
 
 
 def test_adamw_8bit_is_the_papers() -> None:
-    """AdamW written out with state that is rounded, as the paper says it, after each step."""
+    """AdamW with its state rounded after each step, as the paper defines it."""
     ours, theirs, gradient = weights(16, 512), weights(16, 512).detach(), noise(16, 512)
     maps = [torch.tensor(dynamic_map(signed)) for signed in (True, False)]
     state = [torch.zeros(16, 512), torch.zeros(16, 512)]
@@ -52,18 +53,18 @@ def test_adamw_8bit_is_the_papers() -> None:
         for index, exact in enumerate((mean, square)):
             codes, absmax = nearest(maps[index], exact)
             state[index] = (maps[index][codes] * absmax).view(16, 512)
-        # A number in the middle between two of the map's may be rounded either way, which moves it alone.
+        # A number halfway between two entries of the map may be rounded either way.
         assert ((ours - theirs).abs() < 1e-5).float().mean() > 0.999, step
 
     scratch = train(
         MATRIX, ours, make_recipe(optimizer="adamw-8bit", weight_decay=0.1), gradient, after=compare
     )
-    assert scratch[f"exp_avg/{MATRIX}"].dtype == scratch[f"exp_avg_sq/{MATRIX}"].dtype == torch.uint8
-    assert scratch[f"exp_avg_absmax/{MATRIX}"].shape == (32,)
+    assert scratch[Key("exp_avg", MATRIX)].dtype == scratch[Key("exp_avg_sq", MATRIX)].dtype == torch.uint8
+    assert scratch[Key("exp_avg_absmax", MATRIX)].shape == (32,)
 
 
 def test_adamw_8bit_stays_near_adamw() -> None:
-    """Fifty steps of a linear regression."""
+    """Fifty steps of linear regression."""
     torch.manual_seed(1)
     inputs, wanted = torch.randn(400, 64), torch.randn(128, 64)
     losses, ways = [], []

@@ -1,4 +1,4 @@
-"""The streamed top against the resident one: the same numbers, though only inputs are kept."""
+"""The streamed top gives the same numbers as the resident one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.training import assert_same, load_from, make_examples, make_recipe, plain_loss, trained
+from helpers.training import (
+    assert_same,
+    load_from,
+    make_examples,
+    make_recipe,
+    plain_loss,
+    step_of_all,
+    trained,
+)
 from talik.base.events import silent
+from talik.training.memory.keys import layer_input, master
 from talik.training.memory.scratch import TieredScratch
-from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
 from talik.training.step.top import World
@@ -64,7 +72,7 @@ def test_streamed_is_resident_bit_for_bit(
 def test_everything_trained_is_the_plain_model(
     build_model: Callable[..., Any], tmp_path: Path, family: str, tied: bool
 ) -> None:
-    """Embeddings too: one matrix in both roles where it is tied. Against autograd over the whole model."""
+    """Including the embeddings, tied or not, against autograd over the whole model."""
     off = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if family == "gpt2" else {}
     model = build_model(family, tie_word_embeddings=tied, **off)
     rate = 0.01
@@ -97,7 +105,7 @@ def test_everything_trained_is_the_plain_model(
         ("bf16", 0.1, "ram", "ram"),
     ],
 )
-def test_where_things_are_and_how_gradients_are_clipped(
+def test_offloading_and_clipping_give_the_same_bits(
     build_model: Callable[..., Any], tmp_path: Path, precision: str, clip: Any, state: str, inputs: str
 ) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -110,10 +118,10 @@ def test_where_things_are_and_how_gradients_are_clipped(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adafactor", "muon", "sgd"])
 @pytest.mark.parametrize("tier", ["ram", "disk"])
-def test_state_apart_from_a_resident_top(
+def test_offloaded_state_of_a_resident_top(
     build_model: Callable[..., Any], tmp_path: Path, optimizer: str, tier: str
 ) -> None:
-    """It is brought to the device slice by slice, and put back."""
+    """Offloaded state is copied to the device slice by slice, and back."""
     model, recipe = build_model("qwen2"), make_recipe(precision="fp32", optimizer=optimizer)
     expected = trained(model, tmp_path / "one", recipe, steps=3)
     assert_same(trained(model, tmp_path / "two", recipe, steps=3, state=tier), expected)
@@ -127,8 +135,10 @@ def test_the_source_is_never_written(build_model: Callable[..., Any], tmp_path: 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_layer_that_runs_again_drops_the_same(build_model: Callable[..., Any], tmp_path: Path) -> None:
-    """One micro-batch: the draws come in the order of the layers, streamed or not."""
+def test_a_layer_that_runs_again_has_the_same_dropout(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With one micro-batch dropout draws its masks in the order of the layers, streamed or not."""
     model = build_model("gpt2", attn_pdrop=0.3, resid_pdrop=0.3)
     recipe, found = make_recipe(precision="fp32", clip=0), []
     plans: list[dict[str, Any]] = [{}, {"recompute": True}, {"top": "streamed"}]
@@ -144,8 +154,8 @@ def test_a_layer_that_runs_again_drops_the_same(build_model: Callable[..., Any],
     assert without[1][0] != found[0][1][0]
 
 
-def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any], tmp_path: Path) -> None:
-    """However many micro-batches a step has; and no more than two layers are in memory."""
+def test_streamed_layers_are_read_once_per_direction(build_model: Callable[..., Any], tmp_path: Path) -> None:
+    """For any number of micro-batches in a step."""
     model = build_model("qwen2")
     reads: dict[int, int] = {}
     for tokens in (20, 200):
@@ -158,7 +168,7 @@ def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any],
                 prepare_top(top, recipe, loaded.store, scratch)
                 before = loaded.store.traffic.bytes
                 world = World(loaded.store, scratch, ScalarMonitor())
-                batches = run_step(top, examples, range(6), states, world, recipe, loaded.plan, 1, 0.01)
+                batches = step_of_all(loaded, top, examples, states, world, recipe, step=1)
                 reads[len(batches)] = loaded.store.traffic.bytes - before
         assert loaded.store.traffic.written > 0
     assert len(reads) == 2 and len(set(reads.values())) == 1
@@ -167,27 +177,28 @@ def test_what_is_streamed_is_read_once_each_way(build_model: Callable[..., Any],
 
 @pytest.mark.parametrize("plan", [{"top": "streamed"}, {"recompute": True}])
 def test_a_head_alone(build_model: Callable[..., Any], tmp_path: Path, plan: dict[str, Any]) -> None:
-    """There is no layer above the cut then."""
+    """The top has no layer then."""
     model = build_model("qwen2", tie_word_embeddings=False)
     recipe = make_recipe(precision="fp32", thaw="norm,head")
     resident = trained(model, tmp_path / "resident", recipe)
     assert_same(trained(model, tmp_path / "streamed", recipe, **plan), resident)
 
 
-def test_a_weight_that_is_kept_in_fp32_has_a_master_of_its_own(tmp_path: Path) -> None:
-    """A streamed weight's memory is another layer's next."""
+def test_an_fp32_weight_has_a_separate_master(tmp_path: Path) -> None:
+    """The memory of a streamed weight is reused for another layer."""
     weight = torch.nn.Parameter(torch.arange(4.0))
     scratch = TieredScratch(torch.device("cpu"), tmp_path, lambda kind: "memory")
     prepare([("a", weight)], make_recipe(precision="bf16"), scratch)
     with torch.no_grad():
         weight.zero_()
-    assert scratch["master/a"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert scratch[master("a")].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_what_goes_into_a_layer_gives_its_room_back(tmp_path: Path) -> None:
+def test_a_dropped_layer_input_frees_its_storage(tmp_path: Path) -> None:
     scratch = TieredScratch(torch.device("cpu"), tmp_path, lambda kind: "disk")
+    key = layer_input(0, 1)
     for size in (3, 7, 2):
-        scratch["input/0/1"] = torch.full((size,), float(size))
-        assert scratch["input/0/1"].tolist() == [size] * size
-        scratch.drop("input/0/1")
+        scratch[key] = torch.full((size,), float(size))
+        assert scratch[key].tolist() == [size] * size
+        scratch.drop(key)
         assert not (tmp_path / "input" / "0" / "1").exists()

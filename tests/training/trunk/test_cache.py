@@ -1,4 +1,4 @@
-"""The trunk's cache: what comes out is what went in, whatever happened to its files in between."""
+"""The trunk's cache returns the hidden states that were written, whatever happened to its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from talik.base.errors import ChainError, NoRoomError, TalikError
 from talik.base.events import Status, silent
 from talik.data.examples import Example
 from talik.training.trunk import cache as module
-from talik.training.trunk.cache import Cache, Group, groups_of, open_cache
+from talik.training.trunk.cache import BatchGroup, Cache, groups_of, open_cache
 
 FACTS = {"weights": "abc", "cut": 2, "threads": 1, "versions": {"torch": "2.13"}}
 WIDTH, BATCH = 8, 30
@@ -34,8 +34,8 @@ LENGTHS = (9, 14, 14, 6, 11, 20, 9, 9, 6, 26)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 
-def hidden_of(group: Group, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Stands for the trunk: depends on every token of the group, as a real hidden state may."""
+def hidden_of(group: BatchGroup, examples: Sequence[Example], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Made-up hidden states that depend on every token of the batch group, as real ones may."""
     ids = torch.tensor([list(examples[index].input_ids) for index in group.indices])
     state = torch.sin(ids[..., None] * torch.arange(1, WIDTH + 1) + ids.sum())
     return state.to(dtype)
@@ -46,8 +46,8 @@ def opened(root: Path, notify: Any = silent, **changes: Any) -> Cache:
     return open_cache(root, facts, WIDTH, facts.pop("dtype", torch.float32), notify=notify)
 
 
-def fill(cache: Cache, groups: Sequence[Group], examples: Sequence[Example], each: int = 2) -> list[str]:
-    """Writes what is missing, `each` groups a shard, and returns the digests of what it computed."""
+def fill(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example], each: int = 2) -> list[str]:
+    """Writes missing batch groups, `each` per shard, and returns their digests."""
     made = []
     with cache.writing():
         missing = cache.missing(groups)
@@ -59,8 +59,8 @@ def fill(cache: Cache, groups: Sequence[Group], examples: Sequence[Example], eac
     return made
 
 
-def assert_right(cache: Cache, groups: Sequence[Group], examples: Sequence[Example]) -> None:
-    """Every example of these groups, in a mixed order, padded, bit for bit."""
+def assert_right(cache: Cache, groups: Sequence[BatchGroup], examples: Sequence[Example]) -> None:
+    """Checks every example of these batch groups bit for bit, in a mixed order and padded."""
     wanted = {
         index: state
         for group in groups
@@ -78,7 +78,7 @@ def assert_right(cache: Cache, groups: Sequence[Group], examples: Sequence[Examp
                 assert torch.equal(row[:length], wanted[index]) and not row[length:].any()
 
 
-def available(cache: Cache, groups: Sequence[Group]) -> list[Group]:
+def available(cache: Cache, groups: Sequence[BatchGroup]) -> list[BatchGroup]:
     missing = {group.digest for group in cache.missing(groups)}
     return [group for group in groups if group.digest not in missing]
 
@@ -89,16 +89,16 @@ def data() -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def groups(data: list[Example]) -> list[Group]:
+def groups(data: list[Example]) -> list[BatchGroup]:
     return groups_of(data, BATCH)
 
 
-# What comes out is what went in
+# Written and read back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_round_trip_in_any_order(
-    dtype: torch.dtype, data: list[Example], groups: list[Group], tmp_path: Path
+    dtype: torch.dtype, data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
     cache = opened(tmp_path, dtype=dtype)
     with cache.writing(), cache.new_shard(groups) as writer:
@@ -113,8 +113,8 @@ def test_round_trip_in_any_order(
     assert about["facts"].items() >= FACTS.items(), "the facts can be read by people"
 
 
-def test_groups_cover_the_data_and_are_named_by_their_tokens(
-    data: list[Example], groups: list[Group]
+def test_groups_cover_the_data_and_are_identified_by_their_tokens(
+    data: list[Example], groups: list[BatchGroup]
 ) -> None:
     assert sorted(index for group in groups for index in group.indices) == list(range(len(data)))
     assert all(data[index].length == group.length for group in groups for index in group.indices)
@@ -122,7 +122,7 @@ def test_groups_cover_the_data_and_are_named_by_their_tokens(
     assert [group.digest for group in groups_of(data[::-1], BATCH)] != [group.digest for group in groups]
 
 
-def test_facts_width_and_dtype_name_the_cache(tmp_path: Path) -> None:
+def test_facts_width_and_dtype_identify_the_cache(tmp_path: Path) -> None:
     caches = [
         opened(tmp_path),
         opened(tmp_path, cut=3),
@@ -135,7 +135,7 @@ def test_facts_width_and_dtype_name_the_cache(tmp_path: Path) -> None:
     assert open_cache(tmp_path, turned, WIDTH, torch.float32, model="other").folder == caches[0].folder
 
 
-def test_only_new_and_changed_groups_are_asked_for(data: list[Example], tmp_path: Path) -> None:
+def test_only_new_and_changed_groups_are_missing(data: list[Example], tmp_path: Path) -> None:
     groups = groups_of(data, BATCH)
     assert len(fill(opened(tmp_path), groups, data)) == len(groups)
     assert fill(opened(tmp_path), groups, data) == []
@@ -160,7 +160,7 @@ def test_equal_groups_are_computed_once(tmp_path: Path) -> None:
     assert_right(opened(tmp_path), groups, data)
 
 
-def test_misuse_is_refused(data: list[Example], groups: list[Group], tmp_path: Path) -> None:
+def test_misuse_is_refused(data: list[Example], groups: list[BatchGroup], tmp_path: Path) -> None:
     cache, hidden = opened(tmp_path), hidden_of(groups[0], data)
     wrong: list[Callable[[Any], object]] = [
         lambda writer: writer.write(groups[0], hidden[:, 1:]),
@@ -187,16 +187,16 @@ def test_misuse_is_refused(data: list[Example], groups: list[Group], tmp_path: P
 
 
 @pytest.fixture
-def filled(data: list[Example], groups: list[Group], tmp_path: Path) -> Path:
-    """The folder of a cache with all groups, in three shards."""
+def filled(data: list[Example], groups: list[BatchGroup], tmp_path: Path) -> Path:
+    """The folder of a cache with all batch groups, in three shards."""
     cache = opened(tmp_path)
     fill(cache, groups, data)
     assert len(list(cache.folder.glob("shard-*.bin"))) == 3
     return cache.folder
 
 
-def test_a_flipped_bit_is_noticed_wherever_it_is(
-    filled: Path, data: list[Example], groups: list[Group]
+def test_a_flipped_bit_is_detected_wherever_it_is(
+    filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     file = filled / "shard-00001.bin"
     table = file.with_suffix(".json")
@@ -265,7 +265,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_shard_that_contradicts_its_table_is_computed_again(
-    name: str, filled: Path, data: list[Example], groups: list[Group]
+    name: str, filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     DAMAGES[name](filled / "shard-00001.bin")
     said: list[Any] = []
@@ -278,7 +278,7 @@ def test_a_shard_that_contradicts_its_table_is_computed_again(
 
 
 def test_no_flipped_bit_of_a_table_gives_a_wrong_number(
-    filled: Path, data: list[Example], groups: list[Group]
+    filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     table = filled / "shard-00001.json"
     sound = table.read_bytes()
@@ -294,12 +294,14 @@ def test_no_flipped_bit_of_a_table_gives_a_wrong_number(
             assert_right(cache, found, data)
         except TalikError:
             lost += 1
-    assert lost > len(sound) // 9, "many bits were noticed; blanks matter to nobody"
+    assert lost > len(sound) // 9, (
+        "too few flipped bits were detected (only those in white space may be missed)"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"facts": {"cut": 3}}', "[]"])
 def test_a_key_file_that_disagrees_empties_the_cache(
-    text: str, filled: Path, data: list[Example], groups: list[Group]
+    text: str, filled: Path, data: list[Example], groups: list[BatchGroup]
 ) -> None:
     (filled / "key.json").write_text(text)
     said: list[Any] = []
@@ -310,7 +312,7 @@ def test_a_key_file_that_disagrees_empties_the_cache(
 
 
 def test_a_read_error_is_damage(
-    filled: Path, data: list[Example], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+    filled: Path, data: list[Example], groups: list[BatchGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
         name = str(filled / "shard-00000.bin")
@@ -325,11 +327,11 @@ def test_a_read_error_is_damage(
     assert not (filled / "shard-00000.json").exists()
 
 
-# A disk that is full
+# Full disk
 
 
-def test_room_is_asked_for_before_a_shard_begins(
-    groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_disk_space_is_checked_before_a_shard_begins(
+    groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -345,8 +347,8 @@ def test_room_is_asked_for_before_a_shard_begins(
 
 @posix
 @pytest.mark.parametrize("when", ["write", "fsync", "table"])
-def test_a_full_disk_leaves_finished_shards_alone(
-    when: str, data: list[Example], groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_complete_shards_alone(
+    when: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = opened(tmp_path)
     fill(cache, groups[:2], data)
@@ -374,7 +376,7 @@ def test_a_full_disk_leaves_finished_shards_alone(
 
 @contextmanager
 def longest_file(size: int) -> Iterator[None]:
-    """The system refuses longer files (EFBIG), as a file system may."""
+    """Limits the file size (EFBIG), as a file system may."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -390,7 +392,7 @@ def longest_file(size: int) -> Iterator[None]:
 
 @contextmanager
 def child(work: Callable[[], object]) -> Iterator[int]:
-    """Another process that does `work`; it is waited for at the end."""
+    """Runs `work` in another process, and waits for it at the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has a thread
         pid = os.fork()
@@ -417,8 +419,10 @@ MOMENTS = ("first group", "second group", "before the table", "in the table", "a
 
 @posix
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment(moment: str, data: list[Example], groups: list[Group], tmp_path: Path) -> None:
-    """SIGKILL while the second of three shards is made: the first stays, and nothing wrong is ever read."""
+def test_killed_at_any_moment(
+    moment: str, data: list[Example], groups: list[BatchGroup], tmp_path: Path
+) -> None:
+    """SIGKILL during the second of three shards: the first stays, and no wrong numbers are ever read."""
     reached = tmp_path / "reached"
 
     def here(now: str, shard: int) -> None:
@@ -466,7 +470,7 @@ def test_killed_at_any_moment(moment: str, data: list[Example], groups: list[Gro
 
 @posix
 def test_killed_at_random(data: list[Example], tmp_path: Path) -> None:
-    """As often as it takes to finish, each time killed a little later."""
+    """Restarts until it finishes, each time killed a little later."""
     data = make_examples(tuple(range(5, 45)))
     groups, root = groups_of(data, BATCH), tmp_path / "caches"
     cache, pause = opened(root), 0
@@ -481,8 +485,8 @@ def test_killed_at_random(data: list[Example], tmp_path: Path) -> None:
 
 
 @posix
-def test_of_two_processes_one_waits_and_finds_it(
-    data: list[Example], groups: list[Group], tmp_path: Path
+def test_one_of_two_processes_waits_and_finds_the_result(
+    data: list[Example], groups: list[BatchGroup], tmp_path: Path
 ) -> None:
     root = tmp_path / "caches"
 

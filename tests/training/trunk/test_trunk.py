@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.training import load_from, make_examples, make_plan, make_recipe, top_at
+from helpers.training import load_from, make_examples, make_plan, make_recipe, run_trunk, top_at
 from talik.base.errors import ChainError
 from talik.base.events import Progress, Status, silent
 from talik.data.examples import Example
+from talik.model.block import EMBEDDINGS, TAIL, Block
 from talik.model.chain.chain import Chain
-from talik.training.trunk.trunk import run_trunk, trunk_facts, trunk_states
+from talik.training.trunk.trunk import trunk_facts, trunk_states
 
 
 @pytest.mark.parametrize("where", ["resident", "streamed"])
@@ -26,7 +27,7 @@ def test_states_are_those_of_the_model_in_memory(
     where: str,
     hidden_bytes: int,
 ) -> None:
-    """In one shard or in one for each group."""
+    """In one shard, or in one shard per batch group."""
     for dtype in (torch.float32, torch.bfloat16):
         model = build_model("qwen2", dtype=dtype)
         chain = Chain(model)
@@ -49,7 +50,7 @@ def test_states_are_those_of_the_model_in_memory(
 def test_a_residual_in_fp32_is_cached_in_fp32(
     build_model: Callable[..., Any], examples: list[Example], tmp_path: Path
 ) -> None:
-    """A bf16 Mamba 2 hands on fp32 hidden states: laid out for bf16, each would overwrite the next."""
+    """A bf16 Mamba 2 has fp32 hidden states: with the size of bf16 each would overwrite the next."""
     sizes = {"num_heads": 8, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 16}
     model = build_model("mamba2", dtype=torch.bfloat16, **sizes)
     chain, loaded = Chain(model), load_from(model, tmp_path / "model")
@@ -64,7 +65,7 @@ def test_a_residual_in_fp32_is_cached_in_fp32(
 def test_what_is_cached_is_not_computed_again(
     build_model: Callable[..., Any], examples: list[Example], tmp_path: Path
 ) -> None:
-    """Rows added: only groups that hold them. What two sets share is computed once."""
+    """After rows are added only batch groups with them are computed; two sets share a common batch group."""
     loaded = load_from(build_model("qwen2"), tmp_path / "model")
     recipe = make_recipe(cache=str(tmp_path / "cache"))
 
@@ -85,18 +86,18 @@ def test_reads_the_trunk_only_and_once_per_shard(
 ) -> None:
     loaded = load_from(build_model("qwen2", tie_word_embeddings=False), tmp_path / "model")
     weights = loaded.weights
-    trunk = [name for block in ("embeddings", "layer 0", "layer 1") for name in weights.names(block)]
+    trunk = [name for block in (EMBEDDINGS, Block.layer(0), Block.layer(1)) for name in weights.names(block)]
     said: list[Any] = []
     recipe = make_recipe(cache=str(tmp_path / "cache"))
     before = loaded.store.traffic.bytes
     with trunk_states(loaded, [examples], recipe, said.append):
         pass
     checked = weights.bytes_in_files(
-        [*trunk, *(n for block in ("layer 2", "layer 3", "tail") for n in weights.names(block))]
+        [*trunk, *(n for block in (Block.layer(2), Block.layer(3), TAIL) for n in weights.names(block))]
     )
     assert loaded.store.traffic.bytes - before == checked + weights.bytes_in_files(trunk)
     assert all(parameter.is_meta for parameter in loaded.chain.model.parameters())
-    assert any(isinstance(event, Status) and "of weights read" in event.text for event in said)
+    assert any(isinstance(event, Status) and "of weights, waited" in event.text for event in said)
 
 
 def test_facts_cover_weights_cut_and_how_it_is_computed(

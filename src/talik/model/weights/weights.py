@@ -13,10 +13,11 @@ from talik.base.errors import SourceError
 from talik.base.files import fingerprint
 from talik.model.adapters import base_tensors
 from talik.model.anatomy import parts_of
+from talik.model.block import EMBEDDINGS, REST, Block
 from talik.model.weights.conversion import Piece, pieces_of
 from talik.model.weights.digests import file_state, tensor_digests
 from talik.model.weights.safetensors_file import Entry, read_tables, tensor_bytes, weight_files
-from talik.model.weights.working_copy import SavedWeights, WorkingCopy
+from talik.model.weights.working_copy import Overlay
 
 ALIGNED = 64  # alignment of tensors in a buffer, in bytes
 STAGING = 4 << 20  # bytes read at once if they are cast
@@ -44,7 +45,7 @@ class Weights:
     ) -> None:
         self.model, self.folder = model, folder
         self.forget = False  # drop pages of the files from the page cache after reading
-        self.changed: WorkingCopy | SavedWeights | None = None  # replaces tensors of the checkpoint
+        self.changed: Overlay | None = None  # replaces tensors of the checkpoint
         self._states = {} if tables else {file: file_state(file) for file in weight_files(folder)}
         tables = tables or read_tables(folder)
         self._table = {name: entry for table in tables.values() for name, entry in table.items()}
@@ -56,19 +57,19 @@ class Weights:
         if missing := sorted(self._hollow.keys() - self._made_of.keys()):
             shown = ", ".join(missing[:5])
             raise SourceError(f"the weights lack {len(missing)} tensors: {shown}", where=folder)
-        self._names: dict[str, list[str]] = {}
+        self._names: dict[Block, list[str]] = {}
         for name in self._hollow:
             self._names.setdefault(self._block(name), []).append(name)
         self._staging: Tensor | None = None
 
     def look_again(self) -> None:
-        """Indexes the model's tensors again. Call it after untying the head or adding adapters, before any
-        read.
+        """Indexes the model's tensors again. Call it after untying the head or adding adapters, before
+        any read.
         """
         self._hollow: dict[str, Tensor] = base_tensors(self.model)
         self._first = {id(tensor): name for name, tensor in reversed(self._hollow.items())}
 
-    def names(self, block: str) -> list[str]:
+    def names(self, block: Block) -> list[str]:
         """The tensors of a block: parameters and persistent buffers, including tied ones."""
         return self._names.get(block, [])
 
@@ -135,8 +136,10 @@ class Weights:
             self._read_piece(piece, {n: view for n, view in unchanged.items() if self._made_of[n] is piece})
         return views
 
-    def to_write(self, block: str) -> dict[str, Tensor]:
-        """The trained tensors of a loaded block by their names in the working copy; tied tensors have one."""
+    def to_write(self, block: Block) -> dict[str, Tensor]:
+        """The trained tensors of a loaded block by their names in the working copy; tied tensors have
+        one.
+        """
         names = {self.one_name(name): name for name in self.names(block)}
         covered = {one: name for one, name in names.items() if self.changed and self.changed.covers(one)}
         owners = {one: self._owner(name) for one, name in covered.items()}
@@ -158,7 +161,7 @@ class Weights:
             else:
                 module._parameters[own] = nn.Parameter(tensor, requires_grad=before.requires_grad)
 
-    def remove(self, block: str) -> None:
+    def remove(self, block: Block) -> None:
         """Moves the block back to the meta device."""
         for name in self.names(block):
             module, own = self._owner(name)
@@ -221,12 +224,12 @@ class Weights:
                     remedy="Put the former file back, or start again with the new one.",
                 )
 
-    def _block(self, name: str) -> str:
+    def _block(self, name: str) -> Block:
         """The block that a tensor belongs to."""
         if name.startswith(f"{self._parts.embedding}."):
-            return "embeddings"
+            return EMBEDDINGS
         part = self._parts.part(name)
-        return part if part.startswith("layer ") else "tail" if part in ("norm", "head") else "rest"
+        return REST if part == "embeddings" else Block.of_part(part)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, own = name.rpartition(".")

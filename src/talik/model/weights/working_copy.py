@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from torch import Tensor
 from talik.base.files import need_room
 from talik.base.system import drop_pages, reserve
 from talik.model.weights.safetensors_file import Entry, read_header, tensor_bytes
+
+
+@runtime_checkable
+class Overlay(Protocol):
+    """Tensors that are read in place of those of the checkpoint, by the model's names."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+    def covers(self, name: str) -> bool: ...
+    def read(self, name: str, into: Tensor) -> None: ...
+
+
+@runtime_checkable
+class WritableOverlay(Overlay, Protocol):
+    """An overlay to which changed tensors can be written."""
+
+    def write(self, name: str, tensor: Tensor) -> None: ...
 
 
 class SavedWeights:

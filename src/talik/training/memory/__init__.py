@@ -1,1 +1,1 @@
-"""Where blocks of weights (store) and named tensors (scratch) are held."""
+"""Memory of a step: the store of weight blocks, and the scratch of named tensors."""

@@ -1,238 +1,232 @@
-"""Blocks of weights in and out of a device. The step and the trunk ask a store for every block they touch.
+"""Stores: they load blocks of weights onto a device for the step and the trunk, and release them again.
 
-A block is named "embeddings", "layer 17", "tail" or "rest". After `get` the block's parameters may be
-computed with; `release` ends that; `put` says that they were changed; `read_ahead` says which block is next.
+`get` loads a block, so that its parameters can be computed with; `put` reports that they were changed;
+`release` frees the block; `read_ahead` names the block that will be needed next.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from talik.model.weights.weights import Weights
-from talik.model.weights.working_copy import WorkingCopy
-
-STREAMS = ("cuda", "xpu")  # devices that copy from pinned memory beside what they compute
+from talik.model.block import Block
+from talik.training.memory.reader import BlockReader, BlockWeights, Buffer, Traffic
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Where a block's weights come from."""
+    """Provides the weights of blocks."""
 
-    def get(self, block: str) -> None: ...
-    def put(self, block: str) -> None: ...
-    def read_ahead(self, block: str) -> None: ...
-    def release(self, block: str) -> None: ...
+    def get(self, block: Block) -> None: ...
+    def put(self, block: Block) -> None: ...
+    def read_ahead(self, block: Block) -> None: ...
+    def release(self, block: Block) -> None: ...
 
 
 class ResidentStore:
-    """The model's own parameters, which stay where they are: nothing moves."""
+    """A store for a model whose parameters are all in memory: every method is a no-op."""
 
-    def get(self, block: str) -> None:
+    def get(self, block: Block) -> None:
         pass
 
-    def put(self, block: str) -> None:
+    def put(self, block: Block) -> None:
         pass
 
-    def read_ahead(self, block: str) -> None:
+    def read_ahead(self, block: Block) -> None:
         pass
 
-    def release(self, block: str) -> None:
+    def release(self, block: Block) -> None:
         pass
+
+
+class Residency(Enum):
+    """The state of a block in a `FileStore`."""
+
+    AWAY = "only in the files"
+    READING = "being read ahead into a buffer"
+    LOADED = "in memory until it is released"
+    PINNED = "in memory as long as the store exists"
 
 
 @dataclass(slots=True)
-class Traffic:
-    """What a store has read and written, in bytes of the files, and the seconds that it took.
+class BlockState:
+    """The state of one block; a streamed block that is being read or loaded has a buffer."""
 
-    `waited`: those in which somebody waited for a block; `writing`: those of the writes.
-    """
-
-    bytes: int = 0
-    waited: float = 0.0
-    written: int = 0
-    writing: float = 0.0
+    residency: Residency = Residency.AWAY
+    buffer: Buffer | None = None
+    reading: Future[dict[str, Tensor]] | None = None
 
 
 @dataclass(slots=True)
-class _Slot:
-    """Memory for one streamed block: on the device, and pinned beside it where that is an accelerator."""
+class _LoadedTensor:
+    """A tensor in memory of its own, and the loaded blocks that contain it (several for tied tensors)."""
 
-    device: Tensor
-    host: Tensor
-    free: torch.Event | None
+    tensor: Tensor
+    blocks: set[Block] = field(default_factory=set[Block])
 
 
 class FileStore:
     """Blocks of a hollow model, read from the files of its checkpoint.
 
-    The `streamed` ones take turns in `buffers`, each of the size of the largest: one is computed with while
-    a thread reads the next. Every other block is loaded by `get` and stays until `release`. What changed is
-    written to the weights' working copy by the same thread, so that it is read back as it was put; what
-    stays in memory is nowhere else.
+    Streamed blocks share a few buffers, each as large as the largest of them: one block is computed with
+    while a thread reads the next. Every other block is loaded by `get` into memory of its own and stays until
+    `release`. The same thread writes changed blocks to the working copy of the weights, from which they are
+    read afterwards. A pinned block is never written: it exists in memory only.
+
+    Args:
+        weights: The weights of the model.
+        device: The device that computes.
+        streamed: The blocks that share the buffers.
+        executor: Runs all reading and writing, in order; a thread of the store's own by default.
+        buffers: The number of buffers.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        weights: BlockWeights,
         device: torch.device,
-        streamed: Collection[str] = (),
-        reader: Executor | None = None,
+        streamed: Collection[Block] = (),
+        executor: Executor | None = None,
         buffers: int = 2,
     ) -> None:
-        self.traffic = Traffic()
-        self._buffers = buffers
-        self._weights, self._device = weights, device
+        self._weights = weights
         self._streamed = frozenset(streamed)
-        self._largest = max((weights.size(weights.names(block)) for block in streamed), default=0)
-        self._slots: list[_Slot] = []
-        self._in_use: dict[str, _Slot] = {}
-        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
-        self._going: list[Future[None]] = []
-        self._kept: dict[int, Tensor] = {}
-        self._users: dict[int, set[str]] = {}
-        self._staying: set[str] = set()
-        self._reader = reader or ThreadPoolExecutor(1, thread_name_prefix="talik-reader")
-        self._stream = torch.Stream(device) if device.type in STREAMS else None
+        self._reader = BlockReader(weights, device, executor)
+        self._buffer_size = max((weights.size(weights.names(block)) for block in streamed), default=0)
+        self._buffers = buffers
+        self._free_buffers: list[Buffer] = []
+        self._states: dict[Block, BlockState] = {}
+        self._loaded: dict[int, _LoadedTensor] = {}  # by the id of the hollow tensor, which tied names share
+        self._writes: list[Future[None]] = []
 
-    def get(self, block: str) -> None:
-        """The block's parameters become real. Waits for the reader."""
-        if block in self._staying or (block in self._in_use and block not in self._coming):
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that were read and written so far, and the time it took."""
+        return self._reader.traffic
+
+    def get(self, block: Block) -> None:
+        """Loads a block; waits for the reader.
+
+        Raises:
+            SourceError: The block cannot be read.
+            OSError: An earlier write to the working copy failed.
+        """
+        state, streamed = self._state(block), block in self._streamed
+        if state.residency == Residency.PINNED or (streamed and state.residency == Residency.LOADED):
             return
-        self._settle(wait_for_all=block not in self._streamed)
+        self._raise_failed_writes(wait_for_all=not streamed)
+        if streamed:
+            self._get_streamed(block, state)
+            return
+        self._free_buffers.clear()  # embeddings or head may be as large as all buffers together
+        self._load(block)
+        state.residency = Residency.LOADED
+
+    def pin(self, block: Block) -> None:
+        """Loads a block for as long as the store exists: `release` does not free it."""
+        if self._state(block).buffer is not None:
+            self.release(block)
+        self._load(block)
+        self._state(block).residency = Residency.PINNED
+
+    def put(self, block: Block) -> None:
+        """Writes the trained tensors of a block: a streamed block in the background, another at once."""
+        if self._state(block).residency == Residency.PINNED:
+            return
+        future = self._reader.write(self._weights.to_write(block))
+        self._writes.append(future)
         if block not in self._streamed:
-            self._slots.clear()  # what is apart from the layers takes as much as they do
-            self._keep(block)
+            future.result()  # its memory is needed for other blocks
+
+    def read_ahead(self, block: Block) -> None:
+        """Begins to read a streamed block if a buffer is free; otherwise `get` will read it."""
+        state = self._state(block)
+        if block not in self._streamed or state.residency != Residency.AWAY:
             return
-        if block not in self._coming:
-            self.read_ahead(block)
-        start = time.perf_counter()
-        tensors = self._coming.pop(block).result()
-        self.traffic.waited += time.perf_counter() - start
-        self._weights.place(tensors)
+        if (buffer := self._take_buffer()) is not None:
+            state.buffer = buffer
+            state.reading = self._reader.read(block, buffer)
+            state.residency = Residency.READING
 
-    def stay(self, block: str) -> None:
-        """Gets a block for as long as the store is there: `release` leaves it."""
-        self._keep(block)
-        self._staying.add(block)
-
-    def put(self, block: str) -> None:
-        """Writes what is trained of a block; a streamed one while others are computed with."""
-        if block in self._staying:
+    def release(self, block: Block) -> None:
+        """Makes a block hollow again and frees its memory."""
+        state = self._state(block)
+        if state.residency in (Residency.AWAY, Residency.PINNED):
             return
-        future = self._reader.submit(self._write, self._weights.to_write(block))
-        self._going.append(future)
-        if block not in self._streamed:
-            future.result()  # its memory is wanted for others
-
-    def read_ahead(self, block: str) -> None:
-        """Begins to read a streamed block, if a buffer is free for it; `get` does so otherwise."""
-        streamed = block in self._streamed and block not in self._staying
-        if streamed and block not in self._in_use and (slot := self._free_slot()):
-            self._in_use[block] = slot
-            self._coming[block] = self._reader.submit(self._read, block, slot)
-
-    def release(self, block: str) -> None:
-        """The block is hollow again, and its memory free for another."""
-        if block in self._staying:
-            return
-        if block in self._streamed:
-            slot = self._in_use.pop(block)
-            slot.free = self._queued()
-            self._slots.append(slot)
+        if state.reading is not None:
+            wait([state.reading])
+        if state.buffer is not None:
+            self._return_buffer(state)
+        self._states[block] = BlockState()
         self._weights.remove(block)
         for key in {id(self._weights.hollow(name)) for name in self._weights.names(block)}:
-            self._users.get(key, set()).discard(block)
-            if not self._users.get(key):
-                self._kept.pop(key, None)
+            if (loaded := self._loaded.get(key)) is not None:
+                loaded.blocks.discard(block)
+                if not loaded.blocks:
+                    del self._loaded[key]
 
     def drop_buffers(self) -> None:
-        """Gives the buffers of streamed blocks back; what was got without being streamed stays."""
-        self._settle(wait_for_all=True)
-        for block in list(self._in_use):
-            if coming := self._coming.pop(block, None):
-                wait([coming])
+        """Releases all streamed blocks and frees the buffers; other loaded blocks stay."""
+        self._raise_failed_writes(wait_for_all=True)
+        for block in [block for block, state in self._states.items() if state.buffer is not None]:
             self.release(block)
-        self._slots.clear()
+        self._free_buffers.clear()
 
-    def _free_slot(self) -> _Slot | None:
-        if self._slots:
-            return self._slots.pop()
-        if len(self._in_use) >= self._buffers:
-            return None
-        host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=self._stream is not None)
-        on_cpu = self._device.type == "cpu"
-        return _Slot(host if on_cpu else torch.empty_like(host, device=self._device), host, self._queued())
+    def residency(self, block: Block) -> Residency:
+        """The state of a block."""
+        return self._state(block).residency
 
-    def _queued(self) -> torch.Event | None:
-        """Comes when what is queued on the device is done: until then it may use a buffer's memory."""
-        if self._stream is None:
-            return None
-        event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._device))
-        return event
+    def _state(self, block: Block) -> BlockState:
+        return self._states.setdefault(block, BlockState())
 
-    def _read(self, block: str, slot: _Slot) -> dict[str, Tensor]:
-        """In the reader's thread: from the files to the device."""
-        names = self._weights.names(block)
-        tensors = self._weights.read(names, slot.host)
-        self.traffic.bytes += self._weights.bytes_in_files(names)
-        if slot.device is slot.host:
-            return tensors
-        if self._stream is None:
-            slot.device.copy_(slot.host)
-        else:
-            if slot.free is not None:
-                slot.free.synchronize()
-            with self._stream:
-                slot.device.copy_(slot.host, non_blocking=True)
-            self._stream.synchronize()
-        return {name: _same_place(tensor, slot) for name, tensor in tensors.items()}
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        """In the reader's thread: to the working copy."""
-        copy = self._weights.changed
+    def _get_streamed(self, block: Block, state: BlockState) -> None:
+        if state.residency == Residency.AWAY:
+            self.read_ahead(block)
+        assert state.reading is not None, "more streamed blocks are in use than there are buffers"
         start = time.perf_counter()
-        for name, tensor in tensors.items():
-            assert isinstance(copy, WorkingCopy)  # nothing else covers a name
-            copy.write(name, tensor)
-            self.traffic.written += tensor.nbytes
-        self.traffic.writing += time.perf_counter() - start
+        try:
+            tensors = state.reading.result()
+        except BaseException:
+            self._return_buffer(state)
+            self._states[block] = BlockState()
+            raise
+        self.traffic.waited += time.perf_counter() - start
+        self._weights.place(tensors)
+        state.residency, state.reading = Residency.LOADED, None
 
-    def _settle(self, *, wait_for_all: bool = False) -> None:
-        """Raises what went wrong in a write that has ended."""
-        while self._going and (wait_for_all or self._going[0].done()):
-            self._going.pop(0).result()
-
-    def _keep(self, block: str) -> None:
-        """Loads what no block has loaded yet; tied tensors are loaded once."""
+    def _load(self, block: Block) -> None:
+        """Loads the tensors that no other block has loaded; tied tensors are loaded once."""
         start = time.perf_counter()
         names = {id(self._weights.hollow(name)): name for name in self._weights.names(block)}
         for key, name in names.items():
-            if key not in self._kept:
-                self._kept[key] = self._reader.submit(self._load, name).result()
-            self._users.setdefault(key, set()).add(block)
+            if key not in self._loaded:
+                self._loaded[key] = _LoadedTensor(self._reader.load(name).result())
+            self._loaded[key].blocks.add(block)
         self._weights.place(
-            {name: self._kept[id(self._weights.hollow(name))] for name in self._weights.names(block)}
+            {name: self._loaded[id(self._weights.hollow(name))].tensor for name in self._weights.names(block)}
         )
         self.traffic.waited += time.perf_counter() - start
 
-    def _load(self, name: str) -> Tensor:
-        """In the reader's thread, as all reading: one tensor in memory of its own on the device."""
-        hollow = self._weights.hollow(name)
-        buffer = torch.empty(self._weights.size([name]), dtype=torch.uint8)
-        tensor = self._weights.read([name], buffer)[name].to(self._device)
-        self.traffic.bytes += self._weights.bytes_in_files([name])
-        return nn.Parameter(tensor, hollow.requires_grad) if isinstance(hollow, nn.Parameter) else tensor
+    def _take_buffer(self) -> Buffer | None:
+        """A free buffer, a new one while there are fewer than allowed, or None."""
+        if self._free_buffers:
+            return self._free_buffers.pop()
+        in_use = sum(state.buffer is not None for state in self._states.values())
+        return self._reader.new_buffer(self._buffer_size) if in_use < self._buffers else None
 
+    def _return_buffer(self, state: BlockState) -> None:
+        assert state.buffer is not None
+        state.buffer.free = self._reader.queued_work()
+        self._free_buffers.append(state.buffer)
 
-def _same_place(tensor: Tensor, slot: _Slot) -> Tensor:
-    """The view of the device's buffer that this is of the host's."""
-    start = tensor.data_ptr() - slot.host.data_ptr()
-    return slot.device[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    def _raise_failed_writes(self, *, wait_for_all: bool = False) -> None:
+        """Raises the error of a write that has ended."""
+        while self._writes and (wait_for_all or self._writes[0].done()):
+            self._writes.pop(0).result()

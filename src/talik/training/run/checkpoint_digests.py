@@ -1,6 +1,6 @@
-"""The digests of a checkpoint's files: taken while they are written, compared before their bytes are used.
+"""SHA-256 digests of a checkpoint's files: computed while writing, verified before the files are used.
 
-`digests.json` in the checkpoint's folder holds the SHA-256 of every other file, as `sha256sum` prints it.
+`digests.json` in the checkpoint's folder contains the digest of every other file, as `sha256sum` prints it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIGESTS = "digests.json"
 
 
 class HashedFile(io.BufferedWriter):
-    """A file that is written from its beginning to its end, and the SHA-256 of its bytes."""
+    """A file that is written sequentially, and the SHA-256 of its bytes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "xb"))
@@ -33,7 +33,7 @@ class HashedFile(io.BufferedWriter):
 
 
 class DigestWriter:
-    """Writes the files of a checkpoint into a folder, and their digests behind them."""
+    """Writes the files of a checkpoint into a folder, then their digests."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -41,56 +41,56 @@ class DigestWriter:
 
     @contextmanager
     def file(self, name: str) -> Iterator[HashedFile]:
-        """A file to be written; its digest is that of the bytes it was given, not of those on the disk."""
+        """Opens a file for writing; its digest is that of the written bytes, without reading them back."""
         with HashedFile(self._folder / name) as file:
             yield file
         self._digests[name] = file.hash.hexdigest()
 
     def finish(self) -> None:
-        """Writes the digests; to be called last."""
+        """Writes the digests. Call it last."""
         write_json(self._folder / DIGESTS, self._digests)
 
 
 def verified(checkpoint: Path, names: Collection[str] = FILES) -> Path:
-    """The checkpoint, once the bytes of its files have been compared with the digests written with them.
+    """Returns the checkpoint after comparing its files with their digests.
 
     Every file is read once, as a stream: a mapped file would count against a hard limit.
 
     Args:
         checkpoint: The folder of the checkpoint.
-        names: The files whose bytes will be used. All the others must at least be there.
+        names: The files that will be used. The others must exist, but are not read.
 
     Raises:
-        RunError: Files are missing, damaged or not of a checkpoint. The error names them, the checkpoints of
-            the run that are whole, and what to do.
-        FileNotFoundError: The checkpoint has just been removed: the run has gone on and saved another one.
+        RunError: Files are missing, damaged or do not belong to a checkpoint. The error names them, the
+            undamaged checkpoints of the run, and what to do.
+        FileNotFoundError: The checkpoint was removed meanwhile, because the run saved a newer one.
     """
     damage, foreign = _damage(checkpoint, names), _foreign(checkpoint)
     if not checkpoint.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(checkpoint))
     if damage:
-        raise RunError(numbered_list([*damage, *foreign]), where=checkpoint, remedy=_way_out(checkpoint))
+        raise RunError(numbered_list([*damage, *foreign]), where=checkpoint, remedy=_remedy(checkpoint))
     if foreign:
         raise RunError(numbered_list(foreign), where=checkpoint, remedy="Move it out of this folder.")
     return checkpoint
 
 
 def _damage(checkpoint: Path, names: Collection[str] = FILES) -> list[str]:
-    """What is missing of a checkpoint, and which of its files are not as they were written."""
+    """The missing and the damaged files of a checkpoint, as sentences."""
     try:
         known = read_json(checkpoint / DIGESTS)
     except FileNotFoundError:
-        return [f"{DIGESTS} is missing: nobody knows whether the other files are as they were written"]
+        return [f"{DIGESTS} is missing, so the other files cannot be verified"]
     except (OSError, ValueError) as error:
         return [f"{DIGESTS} is damaged: {str(error)[:200]}"]
     if not isinstance(known, dict) or known.keys() != set(FILES):
-        return [f"{DIGESTS} is damaged: it does not hold the digests of {', '.join(FILES)}"]
+        return [f"{DIGESTS} is damaged: it does not contain the digests of {', '.join(FILES)}"]
     problems = [_problem(checkpoint / name, known[name] if name in names else None) for name in FILES]
     return [problem for problem in problems if problem]
 
 
 def _problem(file: Path, digest: str | None) -> str | None:
-    """What is wrong with a file; without a digest, only whether it is there."""
+    """The problem of a file, or None. Without a digest only its existence is checked."""
     if not file.is_file():
         return f"{file.name} is missing"
     if digest is None:
@@ -102,29 +102,29 @@ def _problem(file: Path, digest: str | None) -> str | None:
         return f"{file.name} cannot be read: {error.strerror}"
     if found == digest:
         return None
-    return f"{file.name} is damaged: its SHA-256 is {found}, and {str(digest)[:64]} was written"
+    return f"{file.name} is damaged: its SHA-256 is {found} instead of {str(digest)[:64]}"
 
 
 def _foreign(checkpoint: Path) -> list[str]:
-    """Files that no checkpoint has. Hidden ones do not count: systems make them (.DS_Store, .nfs0001)."""
+    """Files that do not belong to a checkpoint, except for hidden system files (.DS_Store, .nfs0001)."""
     there = sorted(path.name for path in checkpoint.iterdir()) if checkpoint.is_dir() else []
     strange = [name for name in there if name not in (*FILES, DIGESTS) and not name.startswith(".")]
-    return [f"{name[:200]!r} is not a file of a checkpoint" for name in strange]
+    return [f"{name[:200]!r} does not belong to a checkpoint" for name in strange]
 
 
-def _way_out(checkpoint: Path) -> str:
-    """Which checkpoints of the run are whole, and how to go on from the newest of them."""
+def _remedy(checkpoint: Path) -> str:
+    """Names the undamaged checkpoints of the run, and how to continue from the newest of them."""
     run = checkpoint.parents[1]
     others = [other for other in sorted(checkpoint.parent.glob("step-*")) if other != checkpoint]
     whole = [other for other in others if not _damage(other)]
     damaged = " and ".join(str(path) for path in (checkpoint, *others) if path not in whole)
     if not whole:
         return (
-            "No other checkpoint of this run is whole. Put the file back from a copy; or remove "
-            f"{damaged}: then `talik resume {quoted(run)}` begins at the first step."
+            "This run has no undamaged checkpoint. Restore the file from a copy; or remove "
+            f"{damaged}, and `talik resume {quoted(run)}` begins at the first step."
         )
     newest = whole[-1].name
     return (
-        f"Whole: {', '.join(path.name for path in whole)}. Remove {damaged}: then {newest} is used, and "
-        f"`talik resume {quoted(run)}` goes on from it."
+        f"Undamaged: {', '.join(path.name for path in whole)}. Remove {damaged}; then {newest} is used, and "
+        f"`talik resume {quoted(run)}` continues from it."
     )

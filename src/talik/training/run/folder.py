@@ -1,4 +1,4 @@
-"""A run folder: recipe.yaml, plan.json, source.json, metrics.jsonl, results.json, log.txt, checkpoints."""
+"""The run folder: recipe.yaml, plan.json, source.json, metrics.jsonl, results.json, log.txt, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,36 +22,38 @@ from talik.recipe.recipe_file import read_fields, write_recipe
 from talik.training.run.checkpoint_digests import STATE, WEIGHTS, verified
 from talik.training.run.checkpoints import checkpoint_path, latest_checkpoint
 
-FILES = ("recipe.yaml", "plan.json", "source.json")  # what makes a folder a run
+FILES = ("recipe.yaml", "plan.json", "source.json")  # a folder with these files is a run
 REFUSED = "refused.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder says about itself, and the model that it began with."""
+    """The content of a run folder, and the model that the run began with."""
 
     folder: Path
     recipe: Recipe
     plan: Plan
     source: Source
     model: ModelFolder
-    date: str | None = None  # that the chat template writes for today's
+    date: str | None = None  # the date that the chat template writes as today's
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run folder."""
+    """True if a path is a run folder."""
     return (Path(path) / "recipe.yaml").is_file()
 
 
 def check_new(folder: Path) -> None:
-    """RunError if the folder has something in it, or cannot be one."""
+    """Raises RunError if the folder is not empty or cannot be created."""
     if blocked := next((parent for parent in folder.parents if parent.is_file()), None):
         problem = f"cannot be used: Not a directory: {blocked}"
         raise RunError(problem, where=folder, remedy="Name another place.")
     check_folder_place(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {REFUSED}):
-        go_on = f"Go on with it: talik resume {quoted(folder)}\n  Or name" if is_run(folder) else "Name"
-        raise RunError("exists already", where=folder, remedy=f"{go_on} a folder that is new or empty.")
+        remedy = f"Continue it: talik resume {quoted(folder)}\n  Or choose" if is_run(folder) else "Choose"
+        raise RunError(
+            "the folder exists already", where=folder, remedy=f"{remedy} a folder that is new or empty."
+        )
 
 
 def start_run(
@@ -63,7 +65,10 @@ def start_run(
     data: str,
     date: str | None = None,
 ) -> Run:
-    """Makes the folder with what the run will be, whole or not at all; `data` names the examples."""
+    """Creates the folder with recipe, plan and source, completely or not at all.
+
+    `data` is the hash of the examples.
+    """
     known = {
         "folder": str(source.folder.resolve()),
         "origin": source.origin,
@@ -73,7 +78,7 @@ def start_run(
         "examples": data,
         "date": date,
     }
-    check_new(folder)  # once more: another run may have begun in it while this one was planned
+    check_new(folder)  # again: another run may have started in it while this one was planned
     (folder / REFUSED).unlink(missing_ok=True)
     with finished_folder(folder) as part:
         write_json(part / "source.json", known)
@@ -83,19 +88,21 @@ def start_run(
 
 
 def refuse_run(folder: Path, recipe: Recipe, planned: dict[str, Any]) -> None:
-    """Keeps why a run was refused in the folder that it would have had, which stays free for another."""
+    """Writes why a run was refused into the folder it would have used; another run may still start there."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REFUSED, {"recipe": recipe.model_dump(), "planned": planned})
 
 
 @contextlib.contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Holds a run folder: RunError where another process works on it."""
+    """Holds the lock of a run folder. RunError if another process works on the run."""
     lock = FileLock(folder / "run.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError("another process works on this run", where=folder, remedy="Wait for it.") from None
+        raise RunError(
+            "another process works on this run", where=folder, remedy="Wait until it ends."
+        ) from None
     try:
         yield
     finally:
@@ -103,28 +110,34 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def check_same_data(run: Run, data: str) -> None:
-    """RunError if the examples are not those that the run began with."""
+    """Raises RunError if the examples differ from those that the run began with."""
     known = read_json(run.folder / "source.json")
     if "examples" not in known:
-        problem = "began with an earlier version of Talik, which named its examples in another way"
-        remedy = "Go on with the version that the run began with, or begin a new run."
+        problem = "this run began with an earlier version of Talik, which identified its examples differently"
+        remedy = "Continue with the version that the run began with, or start a new run."
         raise RunError(problem, where=run.folder, remedy=remedy)
     if known["examples"] != data:
         raise RunError(
-            "the examples that the data give are not those that this run began with",
+            "the examples of these data are not those that this run began with",
             where=run.folder,
-            remedy="Put the former rows, tokenizer and chat template back, or start a new run.",
+            remedy="Put the former data, tokenizer and chat template back, or start a new run.",
         )
 
 
 def open_run(folder: str | Path, notify: Notify) -> Run:
-    """A run that was started. RunError if the folder is none, or its model's weights are others now."""
+    """Opens a run that was started.
+
+    Raises:
+        RunError: The folder is not a run folder, or the weights of its model have changed.
+    """
     folder = Path(folder)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         problem = (
-            f"is not a run folder: {', '.join(missing)} missing" if folder.exists() else "no such folder"
+            f"this is not a run folder: {', '.join(missing)} missing"
+            if folder.exists()
+            else "there is no such folder"
         )
-        raise RunError(problem, where=folder, remedy="Name the folder that `talik train -o` was given.")
+        raise RunError(problem, where=folder, remedy="Give the folder that was given to `talik train -o`.")
     recipe = checked_recipe(read_fields(folder / "recipe.yaml"), folder / "recipe.yaml")
     plan = read_plan(folder / "plan.json")
     known = read_json(folder / "source.json")
@@ -135,29 +148,32 @@ def open_run(folder: str | Path, notify: Notify) -> Run:
         raise RunError(
             f"the weights of {recipe.model} are not those that this run began with",
             where=source.folder,
-            remedy="Put the former weights back, or begin a new run: talik train",
+            remedy="Put the former weights back, or start a new run: talik train",
         )
     return Run(folder, recipe, plan, source, ModelFolder.of(source), known.get("date"))
 
 
 def result_checkpoint(folder: Path, notify: Notify = silent) -> Path:
-    """The checkpoint that a run is used by, verified: the best one if it was evaluated, else the newest.
+    """Returns the checkpoint with the result of a run: the best one if it was evaluated, else the newest.
 
-    Where the best one was removed (it may have been damaged), `notify` is told, and the newest is used.
+    The checkpoint is verified. If the best one was removed (because it was damaged, for example), `notify`
+    receives a note, and the newest is used.
 
     Raises:
-        RunError: There is none yet, or it is not whole.
+        RunError: There is no checkpoint yet, or it is damaged.
     """
     newest = latest_checkpoint(folder)
     if newest is None:
         raise RunError(
-            "has no checkpoint yet", where=folder, remedy=f"Go on with: talik resume {quoted(folder)}"
+            "this run has no checkpoint yet",
+            where=folder,
+            remedy=f"Continue it: talik resume {quoted(folder)}",
         )
     best = read_json(verified(newest, [STATE]) / STATE)["best_step"]
     chosen = checkpoint_path(folder, best) if best else newest
     if not chosen.is_dir():
-        if latest_checkpoint(folder) != newest:  # a run that goes on has saved another one
+        if latest_checkpoint(folder) != newest:  # the run continues and has saved another one
             return result_checkpoint(folder, notify)
-        notify(Status("note", f"the best checkpoint, {chosen.name}, is not there: {newest.name} is used"))
+        notify(Status("note", f"the best checkpoint, {chosen.name}, was removed: {newest.name} is used"))
         chosen = newest
     return verified(chosen, [WEIGHTS, STATE])

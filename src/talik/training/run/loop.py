@@ -1,7 +1,7 @@
-"""The loop around the step: batches in, metrics out, evaluation, checkpoints, and when to stop.
+"""The training loop: steps, metrics, evaluation, checkpoints, early stopping and interruption.
 
-It reads the scalars that the step left with the monitor, checks that they are finite, and tells what
-happens through `notify`. It prints nothing.
+It reads the scalars that a step gave to the monitor, checks that they are finite, and reports events through
+`notify`. It prints nothing.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
-from talik.training.run.checkpoints import State, save_checkpoint
+from talik.training.run.checkpoints import RunState, save_checkpoint
 from talik.training.run.feed import run_step
 from talik.training.step.optim import learning_rate_at
 from talik.training.step.top import Top, World
-from talik.training.trunk.cache import States
+from talik.training.trunk.interfaces import HiddenStates
 
 
 class ScalarMonitor:
-    """Keeps the step's scalars as tensors until the loop reads them."""
+    """A monitor that stores the scalars of a step as tensors until the loop reads them."""
 
     def __init__(self, phase: Callable[[str, int], None] = lambda name, size: None) -> None:
         self._scalars: dict[str, Tensor] = {}
@@ -52,38 +52,54 @@ class ScalarMonitor:
         self._scalars[name] = value
 
     def read(self, name: str) -> float:
+        """The value of a scalar of the last step."""
         return self._scalars[name].item()
 
 
 @runtime_checkable
-class Watch(Protocol):
-    """Who watches a run's memory, told of phases and steps; `take` is the peak since the last, in bytes."""
+class MemoryWatch(Protocol):
+    """Measures the memory of a run by phase and step; `take` returns the peak since its last call."""
 
     def phase(self, name: str, size: int = 0, /) -> None: ...
     def step(self, top: Top, scratch: Scratch, /) -> AbstractContextManager[None]: ...
     def take(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that the loop works on."""
+    """Everything that the training loop needs.
+
+    Attributes:
+        top: The trained part of the model.
+        examples: The training data.
+        states: The trunk's hidden states of the examples; None if there is no trunk.
+        store: Loads the blocks of a streamed top.
+        scratch: Gradients, masters, optimizer state and layer inputs.
+        recipe: What is trained, and how.
+        plan: How the run is carried out on this machine.
+        run: The run folder.
+        evaluate: Evaluates the model on the held-out data; None if there are none.
+        watch: Measures memory.
+        notify: Receives events.
+        interrupted: Returns True after Ctrl-C.
+    """
 
     top: Top
     examples: Sequence[Example]
-    states: States | None
+    states: HiddenStates | None
     store: Store
     scratch: Scratch
     recipe: Recipe
     plan: Plan
     run: Path
     evaluate: Callable[[], tuple[Evaluation, dict[str, Evaluation]]] | None
-    watch: Watch
+    watch: MemoryWatch
     notify: Callable[[Any], None]
     interrupted: Callable[[], bool]
 
 
 def count_steps(lengths: Sequence[int], recipe: Recipe) -> int:
-    """How many steps the whole run has."""
+    """The number of steps of the whole run."""
     if recipe.steps is not None:
         return recipe.steps
     epochs = range(recipe.epochs)
@@ -94,11 +110,16 @@ def _epoch(lengths: Sequence[int], recipe: Recipe, epoch: int) -> list[list[int]
     return steps_of_epoch(lengths, recipe.batch_tokens, recipe.seed, epoch, recipe.shuffle)
 
 
-def train_loop(job: Job, state: State) -> State:
-    """Trains from `state` to the end. Raises NonFiniteError, or InterruptedRunError after saving."""
+def train_loop(job: Job, state: RunState) -> RunState:
+    """Trains from `state` to the end.
+
+    Raises:
+        NonFiniteError: The loss or the gradient norm is not finite.
+        InterruptedRunError: Ctrl-C was pressed; a checkpoint was saved.
+    """
     lengths = lengths_of(job.examples)
     steps = count_steps(lengths, job.recipe)
-    metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: nothing is saved yet
+    metrics = _open_metrics(job.run, state.step if state.step else -1)  # -1: no checkpoint yet
     with metrics:
         if job.evaluate and not state.evaluations:
             _evaluate(job, state, metrics)
@@ -115,8 +136,8 @@ def train_loop(job: Job, state: State) -> State:
     return state
 
 
-def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> StepDone:
-    """Runs the next step and reads what the monitor got."""
+def _one_step(job: Job, state: RunState, indices: Sequence[int], steps: int) -> StepDone:
+    """Runs the next step and reads its scalars."""
     start, step = time.perf_counter(), state.step + 1
     torch.manual_seed(step_seed(job.recipe.seed, step))
     rate = learning_rate_at(job.recipe, step, steps)
@@ -124,7 +145,15 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> Ste
     world = World(job.store, job.scratch, monitor)
     with job.watch.step(job.top, job.scratch):
         batches = run_step(
-            job.top, job.examples, indices, job.states, world, job.recipe, job.plan, step, rate
+            top=job.top,
+            examples=job.examples,
+            indices=indices,
+            states=job.states,
+            world=world,
+            recipe=job.recipe,
+            plan=job.plan,
+            step=step,
+            learning_rate=rate,
         )
     loss, norm = monitor.read("loss"), monitor.read("grad_norm")
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -143,15 +172,15 @@ def _one_step(job: Job, state: State, indices: Sequence[int], steps: int) -> Ste
     )
 
 
-def _advance(state: State, steps_in_epoch: int) -> None:
+def _advance(state: RunState, steps_in_epoch: int) -> None:
     state.step += 1
     state.step_in_epoch += 1
     if state.step_in_epoch == steps_in_epoch:
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
 
 
-def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
-    """Evaluates and saves where that is due; saves and stops where somebody pressed Ctrl-C."""
+def _after_step(job: Job, state: RunState, metrics: Any, *, last: bool) -> None:
+    """Evaluates and saves when it is due; after Ctrl-C saves and raises InterruptedRunError."""
     epoch_ends = state.step_in_epoch == 0
     interrupted = job.interrupted()
     if job.evaluate and (last or _due(job.recipe.eval_every, state.step, epoch_ends)):
@@ -165,8 +194,8 @@ def _after_step(job: Job, state: State, metrics: Any, *, last: bool) -> None:
         job.notify(Saved(state.step, path))
     if interrupted and not last:
         raise InterruptedRunError(
-            f"stopped after step {state.step}; everything up to it is saved",
-            remedy=f"Go on with: talik resume {quoted(job.run)}",
+            f"the run was stopped after step {state.step}; everything up to it is saved",
+            remedy=f"Continue it: talik resume {quoted(job.run)}",
         )
 
 
@@ -174,17 +203,12 @@ def _due(every: int, step: int, epoch_ends: bool) -> bool:
     return step % every == 0 if every else epoch_ends
 
 
-def _evaluate(job: Job, state: State, metrics: Any) -> None:
+def _evaluate(job: Job, state: RunState, metrics: Any) -> None:
+    """Evaluates, records the result in state and metrics, and reports it."""
     assert job.evaluate is not None
     job.watch.phase("evaluate")
     evaluation, by_source = job.evaluate()
-    # The base is what the tuned ones are compared with; it has no checkpoint to be the best.
-    tuned = state.step > 0
-    best = tuned and (state.best_loss is None or evaluation.loss < state.best_loss)
-    if best:
-        state.best_loss, state.best_step, state.worse = evaluation.loss, state.step, 0
-    elif tuned:
-        state.worse += 1
+    best = _update_best(state, evaluation.loss)
     record: dict[str, Any] = {"step": state.step, **asdict(evaluation)}
     each = {"by_source": {name: asdict(part) for name, part in by_source.items()}} if by_source else {}
     state.evaluations.append(record | each)
@@ -194,7 +218,22 @@ def _evaluate(job: Job, state: State, metrics: Any) -> None:
     job.notify(Evaluated(state.step, evaluation, best, by_source))
 
 
-def _patience_lost(recipe: Recipe, state: State) -> bool:
+def _update_best(state: RunState, loss: float) -> bool:
+    """Compares an evaluation with the best one; True if it is the best now.
+
+    The first evaluation is the base model's, for comparison: it has no checkpoint and is never the best.
+    """
+    if state.step == 0:
+        return False
+    best = state.best_loss is None or loss < state.best_loss
+    if best:
+        state.best_loss, state.best_step, state.worse = loss, state.step, 0
+    else:
+        state.worse += 1
+    return best
+
+
+def _patience_lost(recipe: Recipe, state: RunState) -> bool:
     return bool(recipe.early_stop) and state.worse >= recipe.early_stop
 
 
@@ -202,20 +241,20 @@ def _not_finite(job: Job, step: int, indices: Sequence[int], loss: float, norm: 
     places = [str(job.examples[i].place) for i in indices]
     shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
     return NonFiniteError(
-        f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing after the last checkpoint "
-        f"is kept. The step's examples: {shown}",
-        remedy="Look at these examples, lower the learning rate, or train with --precision fp32.",
+        f"step {step}: the loss is {loss} and the gradient norm {norm}; steps after the last checkpoint are "
+        f"lost. The examples of this step: {shown}",
+        remedy="Check these examples, lower the learning rate, or train with --precision fp32.",
     )
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's randomness, so that a resumed run draws the same."""
+    """The seed of the random generators in one step, which is the same in a resumed run."""
     digest = hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 
 def _open_metrics(run: Path, step: int) -> Any:
-    """metrics.jsonl, open for appending, without what was written after `step`."""
+    """Opens metrics.jsonl for appending, after removing the lines of later steps than `step`."""
     path = run / "metrics.jsonl"
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -224,7 +263,7 @@ def _open_metrics(run: Path, step: int) -> Any:
 
 
 def _step_of(line: str) -> int | float:
-    """The step of a line of metrics; a line that was cut off by a kill belongs to no step."""
+    """The step of a line of metrics; infinity for a line that is incomplete after a kill."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):

@@ -1,4 +1,15 @@
-"""Gradients between the backward that makes them and the update that uses them up."""
+"""Gradients from the backward that produces them to the update that uses them.
+
+The life of one gradient, as tensors of the scratch:
+
+1. `make_gradients` creates `gradient/NAME` in fp32 before the backward of its block.
+2. Within `accumulated`, the backward of each micro-batch adds to it.
+3. `Updates.block_done` takes it over when its block is done. Normally the parameter is updated at once.
+4. It is stashed as `pending/NAME` if it is not complete (a tied matrix gets another part from a lower block)
+   or if the norm of all gradients is needed first (exact clipping). It is restored for the next part, or in
+   `Updates.finish`.
+5. `update` drops it.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +21,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talik.kernels.cross_entropy import accumulate_
+from talik.model.block import Block
 from talik.recipe.recipe import Recipe
+from talik.training.memory.keys import NORM, gradient, pending
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
 from talik.training.step.top import Top, World
-from talik.training.step.update import gradients_wait, update
+from talik.training.step.update import needs_global_norm, update
 
 
 @contextmanager
 def accumulated(parameters: Iterable[tuple[str, nn.Parameter]], scratch: Scratch) -> Iterator[None]:
-    """Inside, what a backward gives these parameters is added to the fp32 tensors `gradient/NAME` at once."""
+    """Adds each gradient to its fp32 tensor in the scratch as soon as a backward has computed it."""
 
     def take(name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        accumulate_(scratch[f"gradient/{name}"], parameter.grad)
+        accumulate_(scratch[gradient(name)], parameter.grad)
         parameter.grad = None
 
     with ExitStack() as stack:
@@ -34,95 +47,109 @@ def accumulated(parameters: Iterable[tuple[str, nn.Parameter]], scratch: Scratch
 
 
 def make_gradients(parameters: Iterable[tuple[str, nn.Parameter]], scratch: Scratch) -> None:
-    """Zeros for what is to be accumulated, unless it is there; what was kept of it is brought back."""
+    """Creates gradients, filled with zeros, unless they exist; restores those that are pending."""
     for name, parameter in parameters:
-        if f"kept/{name}" in scratch:
-            bring_back(name, scratch)
-        scratch.zeros(f"gradient/{name}", parameter.shape, torch.float32)
+        if pending(name) in scratch:
+            restore(name, scratch)
+        scratch.zeros(gradient(name), parameter.shape, torch.float32)
 
 
-def keep(name: str, scratch: Scratch) -> None:
-    """Puts a gradient where it can wait until it is needed again: the scratch decides where that is."""
-    scratch[f"kept/{name}"] = scratch[f"gradient/{name}"]
-    scratch.drop(f"gradient/{name}")
+def stash(name: str, scratch: Scratch) -> None:
+    """Sets a gradient aside until it is needed again; the scratch decides where it is stored."""
+    scratch[pending(name)] = scratch[gradient(name)]
+    scratch.drop(gradient(name))
 
 
-def bring_back(name: str, scratch: Scratch) -> None:
-    """The reverse of `keep`."""
-    scratch[f"gradient/{name}"] = scratch[f"kept/{name}"]
-    scratch.drop(f"kept/{name}")
+def restore(name: str, scratch: Scratch) -> None:
+    """Reverses `stash`."""
+    scratch[gradient(name)] = scratch[pending(name)]
+    scratch.drop(pending(name))
 
 
 @contextmanager
-def loaded(store: Store, top: Top, block: str) -> Iterator[None]:
-    """Inside, what is trained of a block is in memory: what adapters stand beside need not be read for it."""
-    away = top.away(block)
-    if away:
+def block_loaded(store: Store, top: Top, block: Block) -> Iterator[None]:
+    """Keeps the trained parameters of a block in memory inside the context.
+
+    Adapters are always in memory, so the frozen weights of their block are not loaded.
+    """
+    needed = top.needs_loading(block)
+    if needed:
         store.get(block)
     yield
-    if away:
+    if needed:
         store.release(block)
 
 
 class Updates:
-    """The updates of one step, each as soon as it may be.
+    """The updates of one step.
 
-    Clipped by the norm of the step before, or not at all, a block is updated once its gradient is whole. For
-    exact clipping gradients are kept until the norm of all is known, and `finish` goes over the blocks once
-    more, which it loads by itself.
+    Without clipping, and with clipping by the norm of the previous step, a block is updated as soon as its
+    gradients are complete. For exact clipping all gradients stay pending until their norm is known; `finish`
+    then loads the blocks once more and updates them.
     """
 
-    def __init__(self, top: Top, world: World, recipe: Recipe, step: int, learning_rate: float) -> None:
+    def __init__(self, top: Top, world: World, recipe: Recipe, *, step: int, learning_rate: float) -> None:
         self._top, self._world, self._recipe = top, world, recipe
-        self._step, self._rate = step, learning_rate
+        self._step, self._learning_rate = step, learning_rate
         self._norms: dict[str, Float[Tensor, ""]] = {}
-        self._scale = self._by_last_norm() if recipe.clip == "last" else None
-        self._waits = gradients_wait(recipe)
+        self._scale = self._scale_by_last_norm() if recipe.clip == "last" else None
+        self._all_pending = needs_global_norm(recipe)
 
-    def block(self, block: str) -> None:
-        """A loaded block's gradients are whole, but for those to which an earlier block will add."""
+    def block_done(self, block: Block) -> None:
+        """Takes over the gradients of a block after its backward; the block must be loaded."""
         scratch = self._world.scratch
         for name, _ in self._top.of(block):
             if self._top.last_block(name) != block:
-                keep(name, scratch)
+                stash(name, scratch)  # a block below adds to it
                 continue
-            if f"kept/{name}" in scratch:
-                bring_back(name, scratch)
-            self._norms[name] = torch.linalg.vector_norm(scratch[f"gradient/{name}"])
-            if self._waits:
-                keep(name, scratch)
-        if not self._waits:
+            if pending(name) in scratch:
+                restore(name, scratch)
+            self._norms[name] = torch.linalg.vector_norm(scratch[gradient(name)])
+            if self._all_pending:
+                stash(name, scratch)
+        if not self._all_pending:
             self._update(block)
 
     def finish(self) -> Float[Tensor, ""]:
-        """What is left to be done; returns the norm of the whole gradient, before clipping."""
+        """Carries out the updates that are left; returns the norm of all gradients before clipping."""
         norms = [self._norms[name] for name, _ in self._top.parameters()]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if self._recipe.clip == "last":
-            self._world.scratch["norm"].copy_(norm)
-        if self._waits:
-            self._scale = _scale(self._recipe.max_norm, norm)
+            self._world.scratch[NORM].copy_(norm)
+        if self._all_pending:
+            self._scale = _clip_scale(self._recipe.max_norm, norm)
             for block in self._top.blocks:
-                with loaded(self._world.store, self._top, block):
+                with block_loaded(self._world.store, self._top, block):
                     self._update(block)
         return norm
 
-    def _update(self, block: str) -> None:
+    def _update(self, block: Block) -> None:
         scratch = self._world.scratch
         self._world.monitor.phase("update", sum(own.numel() for _, own in self._top.of(block)))
         for name, parameter in self._top.of(block):
             if self._top.last_block(name) != block:
                 continue
-            if self._waits:
-                bring_back(name, scratch)
-            update(name, parameter, scratch, self._recipe, self._scale, self._step, self._rate)
+            if self._all_pending:
+                restore(name, scratch)
+            update(
+                name,
+                parameter,
+                scratch,
+                self._recipe,
+                scale=self._scale,
+                step=self._step,
+                learning_rate=self._learning_rate,
+            )
         self._world.store.put(block)
 
-    def _by_last_norm(self) -> Float[Tensor, ""]:
-        """The scale by the step before; the first step has none, and its rate is low."""
-        return _scale(self._recipe.max_norm, self._world.scratch["norm"])
+    def _scale_by_last_norm(self) -> Float[Tensor, ""]:
+        """The scale by the norm of the previous step.
+
+        It is 0 before the first step, which is therefore not clipped; its learning rate is low.
+        """
+        return _clip_scale(self._recipe.max_norm, self._world.scratch[NORM])
 
 
-def _scale(most: float, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """What a gradient is multiplied with so that its norm is at most `most`."""
-    return (most / (norm + 1e-6)).clamp(max=1)
+def _clip_scale(max_norm: float, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The factor that reduces a gradient of this norm to a norm of at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1)

@@ -1,6 +1,7 @@
 """Cross-entropy at the trained positions only, one chunk of logits at a time.
 
-The gradient is computed with the loss, chunk by chunk, so that the logits of all positions never exist.
+Loss and gradient are computed together, chunk by chunk, so that the logits of all positions never exist at
+the same time.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from talik.kernels.cross_entropy import accumulate_, cross_entropy
 from talik.model.chain.chain import Chain
 
 
-def trained_rows(
+def trained_positions(
     labels: Int[Tensor, "batch sequence"],
 ) -> tuple[Int[Tensor, " trained"], Int[Tensor, " trained"]]:
-    """Where the next token is trained, and what it is.
+    """Finds the positions whose next token is trained.
 
-    Labels stand on their tokens' positions, -100 where masked. Returns flat positions (row times sequence
-    plus column) whose *next* token is trained, and that token. A first token has nothing before it.
+    Args:
+        labels: At each position its own token, or -100 if that token is masked (not shifted). A label at the
+            first position has no effect: no position predicts it.
+
+    Returns:
+        Flat positions (row times sequence plus column) whose *next* token is trained, and these tokens.
     """
     following = labels[:, 1:]
     row, column = (following != -100).nonzero(as_tuple=True)
@@ -31,67 +36,90 @@ def trained_rows(
 
 def loss_backward(
     chain: Chain,
-    rows: Float[Tensor, "trained hidden"],
+    hidden: Float[Tensor, "trained hidden"],
     targets: Int[Tensor, " trained"],
     weights: Mapping[nn.Parameter, Float[Tensor, ...]],
     chunk: int,
     divisor: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "trained hidden"]]:
-    """The loss, summed over the tokens and divided by `divisor`, in fp32, and its gradient at `rows`.
+    """Computes the loss and its gradients.
 
-    The gradient of each of `weights` is added to the tensor beside it.
+    Args:
+        chain: The model; its tail computes the logits.
+        hidden: The output of the last layer at the trained positions.
+        targets: The token that each of them predicts.
+        weights: The trained parameters of the tail, each with the fp32 tensor its gradient is added to.
+        chunk: How many positions have logits at the same time.
+        divisor: The summed loss is divided by it.
+
+    Returns:
+        The loss (fp32), and its gradient with respect to `hidden`.
     """
-    total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    of_rows, of_logits = torch.empty_like(rows), None
-    for start in range(0, len(rows), chunk):
-        place = slice(start, min(start + chunk, len(rows)))
-        loss, of_logits = _chunk_backward(
-            chain, rows[place], targets[place], of_rows[place], weights, divisor, of_logits
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    hidden_grad, logits_grad = torch.empty_like(hidden), None
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, min(start + chunk, len(hidden)))
+        loss, logits_grad = _chunk_backward(
+            chain, hidden[part], targets[part], hidden_grad[part], weights, divisor, logits_grad
         )
         total += loss
-    return total, of_rows
+    return total, hidden_grad
 
 
 def _chunk_backward(
     chain: Chain,
-    rows: Tensor,
+    hidden: Tensor,
     targets: Tensor,
-    of_rows: Tensor,
+    hidden_grad: Tensor,
     weights: Mapping[nn.Parameter, Tensor],
     divisor: int,
-    of_logits: Tensor | None,
+    logits_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One chunk's loss, and the room for the gradient at the logits, which the first and largest chunk makes.
+    """Computes the loss and gradients of one chunk.
 
-    Apart, so that a gradient as large as the head is gone before the next is made.
+    A function of its own, so that a gradient as large as the head is freed before the next is computed.
+
+    Args:
+        chain: The model; its tail computes the logits.
+        hidden: The output of the last layer at the positions of the chunk.
+        targets: The token that each of them predicts.
+        hidden_grad: Receives the gradient with respect to `hidden`.
+        weights: The trained parameters of the tail, each with the tensor its gradient is added to.
+        divisor: The summed loss is divided by it.
+        logits_grad: The workspace that the first chunk, which is the largest, allocated; None for that chunk.
+
+    Returns:
+        The loss of the chunk, and the workspace for the gradient of the logits.
     """
     with torch.enable_grad():
-        part = rows.detach().requires_grad_()
-        logits = chain.tail(part[None]).squeeze(0)
-    if of_logits is None:
-        of_logits = torch.empty_like(logits, requires_grad=False)
-    loss = cross_entropy(logits.detach(), targets, divisor, of_logits[: len(rows)])
-    of_part, *of_weights = torch.autograd.grad(logits, (part, *weights), of_logits[: len(rows)])
-    of_rows.copy_(of_part)
-    for whole, gradient in zip(weights.values(), of_weights, strict=True):
-        accumulate_(whole, gradient)
-    return loss, of_logits
+        leaf = hidden.detach().requires_grad_()
+        logits = chain.tail(leaf[None]).squeeze(0)
+    if logits_grad is None:
+        logits_grad = torch.empty_like(logits, requires_grad=False)
+    loss = cross_entropy(logits.detach(), targets, divisor, logits_grad[: len(hidden)])
+    leaf_grad, *weight_grads = torch.autograd.grad(logits, (leaf, *weights), logits_grad[: len(hidden)])
+    hidden_grad.copy_(leaf_grad)
+    for total, gradient in zip(weights.values(), weight_grads, strict=True):
+        accumulate_(total, gradient)
+    return loss, logits_grad
 
 
 class _ChunkedLoss(torch.autograd.Function):
+    """The mean loss as a differentiable function: the forward computes the gradients, too."""
+
     @staticmethod
     def forward(
-        ctx: Any, chain: Chain, rows: Tensor, targets: Tensor, chunk: int, *weights: nn.Parameter
+        ctx: Any, chain: Chain, hidden: Tensor, targets: Tensor, chunk: int, *weights: nn.Parameter
     ) -> Tensor:
         sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
-        total, of_rows = loss_backward(chain, rows, targets, sums, chunk, max(len(rows), 1))
-        ctx.gradients = (of_rows, *(whole.to(weight.dtype) for weight, whole in sums.items()))
+        total, hidden_grad = loss_backward(chain, hidden, targets, sums, chunk, max(len(hidden), 1))
+        ctx.gradients = (hidden_grad, *(whole.to(weight.dtype) for weight, whole in sums.items()))
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        of_rows, *of_weights = (gradient * outputs[0] for gradient in ctx.gradients)
-        return None, of_rows, None, None, *of_weights
+        hidden_grad, *weight_grads = (gradient * outputs[0] for gradient in ctx.gradients)
+        return None, hidden_grad, None, None, *weight_grads
 
 
 def chunked_loss(
@@ -100,19 +128,27 @@ def chunked_loss(
     labels: Int[Tensor, "batch sequence"],
     chunk: int = 256,
 ) -> Float[Tensor, ""]:
-    """The mean loss over the trained tokens, for a loop of one's own; call `.backward()` on it.
+    """The mean loss over the trained tokens, for a training loop of your own; call `.backward()` on it.
 
-    `hidden` is what the last layer hands on; `labels` stand on their tokens, -100 where masked. The tail's
-    trained weights get their gradients too. fp32; 0 if nothing is trained.
+    The trained parameters of the tail get their gradients, too.
+
+    Args:
+        chain: The model.
+        hidden: The output of the last layer.
+        labels: At each position its own token, or -100 if that token is masked (not shifted).
+        chunk: How many positions have logits at the same time.
+
+    Returns:
+        The loss in fp32; 0 if no token is trained.
     """
-    positions, targets = trained_rows(labels)
-    rows = hidden.flatten(0, 1)[positions]
+    positions, targets = trained_positions(labels)
+    trained = hidden.flatten(0, 1)[positions]
     weights = tail_weights(chain)
-    return _ChunkedLoss.apply(chain, rows, targets, chunk, *weights)  # pyright: ignore[reportReturnType]
+    return _ChunkedLoss.apply(chain, trained, targets, chunk, *weights)  # pyright: ignore[reportReturnType]
 
 
 def tail_weights(chain: Chain) -> list[nn.Parameter]:
-    """The trained parameters of the tail: final norm and head, as far as they are thawed."""
+    """The trained parameters of the final norm and the head."""
     return [
         parameter
         for name, parameter in chain.model.named_parameters()

@@ -1,7 +1,7 @@
-"""The optimizers: functions of tensors alone. One entry in OPTIMIZERS each; update.py applies them.
+"""The optimizers, as functions of tensors: one entry in OPTIMIZERS each. `update` applies them in slices.
 
-None of them reads a value back, starts a thread or compiles, so that a simulated step runs them too. State
-is changed in place. The fields of the recipe that each reads stand in recipe.py, beside their help.
+No optimizer reads a tensor's value, starts a thread or compiles, so that the planner can run it on fake
+tensors. State is changed in place. The recipe's fields that an optimizer reads are described in recipe.py.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ from torch import Tensor
 from talik.kernels.blockwise import BLOCK, dequantized, quantize_
 from talik.recipe.recipe import Recipe
 
-SLICE = 16 * 1024 * 1024  # elements that are updated at once: temporaries stay below 64 MiB a tensor
-SMALLEST_8BIT = 4096  # elements of a tensor below which its state stays in fp32, as in bitsandbytes
+UPDATE_SLICE = 16 * 1024 * 1024  # elements updated at once: each temporary tensor is at most 64 MiB
+SMALLEST_8BIT = 4096  # smaller tensors (in elements) have fp32 state, as in bitsandbytes
 
-ADAFACTOR_DECAY = 0.8  # of the squares' mean: 1 - step ** -0.8
-ADAFACTOR_EPSILON = 1e-30  # added to the squares
+ADAFACTOR_DECAY = 0.8  # the second moment decays by 1 - step ** -0.8
+ADAFACTOR_EPSILON = 1e-30  # added to the squared gradient
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, which draws singular values towards 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5 moves singular values towards 1
 
-Form = tuple[torch.Size, torch.dtype]
+TensorForm = tuple[torch.Size, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
-class Now:
-    """What an update takes beside tensors; `step` counts from 1."""
+class StepContext:
+    """The arguments of an update that are not tensors; `step` counts from 1."""
 
     step: int
     learning_rate: float
     recipe: Recipe
 
 
-def descend_(weight: Float[Tensor, " n"], direction: Float[Tensor, " n"], now: Now) -> None:
-    """One slice of a weight goes along a direction."""
-    weight.sub_(direction, alpha=now.learning_rate)
+def descend_(weight: Float[Tensor, " n"], direction: Float[Tensor, " n"], context: StepContext) -> None:
+    """Subtracts a direction, times the learning rate, from one slice of a weight."""
+    weight.sub_(direction, alpha=context.learning_rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """How one parameter is updated. `state` are the tensors kept for it, zeros at first.
+    """How one parameter is updated.
 
-    `descend` changes slices of the weight by those of the gradient and of each state. Where the whole
-    gradient is needed, `direction` turns it, with the state, in place into the direction of the descent.
+    Attributes:
+        state: Shape and dtype of each state tensor of the parameter, by name; they begin as zeros.
+        descend: `descend(weight, gradient, *state, context)` updates one slice of the weight in place.
+        direction: For optimizers that need the whole gradient: `direction(gradient, *state, context)` turns
+            the gradient in place into the direction that `descend` then subtracts, without state.
     """
 
-    state: dict[str, Form]
+    state: dict[str, TensorForm]
     descend: Callable[..., None] = descend_
     direction: Callable[..., None] | None = None
 
@@ -65,24 +68,24 @@ def adamw_(
     gradient: Float[Tensor, " n"],
     mean: Float[Tensor, " n"],
     square: Float[Tensor, " n"],
-    now: Now,
+    context: StepContext,
 ) -> None:
-    """AdamW in place on fp32 tensors; the weight has decayed already."""
-    beta1, beta2 = now.recipe.beta1, now.recipe.beta2
+    """Updates one slice in place, all fp32; weight decay was applied before."""
+    beta1, beta2 = context.recipe.beta1, context.recipe.beta2
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = square.sqrt().div_(math.sqrt(1 - beta2**now.step)).add_(now.recipe.epsilon)
-    weight.addcdiv_(mean, denominator, value=-now.learning_rate / (1 - beta1**now.step))
+    denominator = square.sqrt().div_(math.sqrt(1 - beta2**context.step)).add_(context.recipe.epsilon)
+    weight.addcdiv_(mean, denominator, value=-context.learning_rate / (1 - beta1**context.step))
 
 
 def adamw_8bit(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
-    """AdamW with state of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv 2110.02861).
+    """AdamW with 8-bit state in blocks of 256 (Dettmers et al. 2021, arXiv 2110.02861).
 
-    Small tensors, and those that are not made of whole blocks, are AdamW's.
+    Tensors that are small, or that do not divide into whole blocks, have the state of AdamW.
     """
     if shape.numel() < SMALLEST_8BIT or shape.numel() % BLOCK:
         return adamw(shape, hidden, recipe)
-    state: dict[str, Form] = {}
+    state: dict[str, TensorForm] = {}
     for key in ("exp_avg", "exp_avg_sq"):
         state[key] = shape, torch.uint8
         state[f"{key}_absmax"] = torch.Size([shape.numel() // BLOCK]), torch.float32
@@ -96,20 +99,20 @@ def adamw_8bit_(
     mean_absmax: Float[Tensor, " blocks"],
     square: UInt8[Tensor, " n"],
     square_absmax: Float[Tensor, " blocks"],
-    now: Now,
+    context: StepContext,
 ) -> None:
-    """AdamW with what the codes stand for; the weight is changed before they are rounded again."""
+    """Dequantizes the state, updates one slice, and quantizes the new state."""
     exact_mean = dequantized(mean, mean_absmax, signed=True)
     exact_square = dequantized(square, square_absmax, signed=False)
-    adamw_(weight, gradient, exact_mean, exact_square, now)
+    adamw_(weight, gradient, exact_mean, exact_square, context)
     quantize_(mean, mean_absmax, exact_mean, signed=True)
     quantize_(square, square_absmax, exact_square, signed=False)
 
 
 def adafactor(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
-    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) without first moment or a rate of its own.
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) without first moment and relative step size.
 
-    Of a matrix's squared gradients the means of rows and columns are kept; of a vector's, each.
+    The second moment of a matrix is stored as its row and column means; that of a vector in full.
     """
     if len(shape) < 2:
         return Optimizer({"exp_avg_sq": (shape, torch.float32)}, direction=adafactor_vector_)
@@ -120,36 +123,38 @@ def adafactor(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
 
 def adafactor_(
     gradient: Float[Tensor, "*stack rows columns"],
-    of_rows: Float[Tensor, "*stack rows"],
-    of_columns: Float[Tensor, "*stack columns"],
-    now: Now,
+    row_means: Float[Tensor, "*stack rows"],
+    column_means: Float[Tensor, "*stack columns"],
+    context: StepContext,
 ) -> None:
-    """The gradient divided by the root of its factored square; rows go through it a slice at a time."""
-    new = now.step**-ADAFACTOR_DECAY
+    """Divides the gradient by the root of its factored second moment, some rows at a time."""
+    new_share = context.step**-ADAFACTOR_DECAY
     rows, columns = gradient.shape[-2:]
-    stack = gradient.view(-1, rows, columns), of_rows.view(-1, rows), of_columns.view(-1, columns)
-    height = max(1, SLICE // columns)
+    stack = gradient.view(-1, rows, columns), row_means.view(-1, rows), column_means.view(-1, columns)
+    height = max(1, UPDATE_SLICE // columns)
     for matrix, row, column in zip(*stack, strict=True):
-        column.mul_(1 - new)
+        column.mul_(1 - new_share)
         for part, means in zip(matrix.split(height), row.split(height), strict=True):
             squares = part.square().add_(ADAFACTOR_EPSILON)
-            means.mul_(1 - new).add_(squares.mean(1), alpha=new)
-            column.add_(squares.sum(0), alpha=new / rows)
-            del squares  # before the next one is made
+            means.mul_(1 - new_share).add_(squares.mean(1), alpha=new_share)
+            column.add_(squares.sum(0), alpha=new_share / rows)
+            del squares  # free it before the next one is computed
         matrix.mul_((row / row.mean()).rsqrt_()[:, None]).mul_(column.rsqrt())
     _clip(gradient)
 
 
-def adafactor_vector_(gradient: Float[Tensor, " n"], square: Float[Tensor, " n"], now: Now) -> None:
-    """The gradient divided by the root of its mean square."""
-    new = now.step**-ADAFACTOR_DECAY
-    square.mul_(1 - new).add_(gradient.square().add_(ADAFACTOR_EPSILON), alpha=new)
+def adafactor_vector_(
+    gradient: Float[Tensor, " n"], square: Float[Tensor, " n"], context: StepContext
+) -> None:
+    """Divides the gradient by the root of its second moment."""
+    new_share = context.step**-ADAFACTOR_DECAY
+    square.mul_(1 - new_share).add_(gradient.square().add_(ADAFACTOR_EPSILON), alpha=new_share)
     gradient.mul_(square.rsqrt())
     _clip(gradient)
 
 
 def _clip(direction: Float[Tensor, ...]) -> None:
-    """Its root mean square is 1 at most."""
+    """Scales a direction down to a root mean square of at most 1."""
     root = torch.linalg.vector_norm(direction) / math.sqrt(direction.numel())
     direction.div_(root.clamp(min=1))
 
@@ -157,8 +162,8 @@ def _clip(direction: Float[Tensor, ...]) -> None:
 def muon(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
     """Muon (Jordan 2024, kellerjordan.github.io/posts/muon) for matrices of the layers, AdamW for the rest.
 
-    Its direction is as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), whose learning rates so fit. A
-    stack of matrices, as of experts, is taken matrix by matrix.
+    Its direction is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that the learning
+    rates of AdamW fit. A stack of matrices, as of experts, is updated matrix by matrix.
     """
     if not hidden or len(shape) not in (2, 3) or 1 in shape[-2:]:
         return adamw(shape, hidden, recipe)
@@ -166,9 +171,11 @@ def muon(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
 
 
 def muon_(
-    gradient: Float[Tensor, "*stack rows columns"], momentum: Float[Tensor, "*stack rows columns"], now: Now
+    gradient: Float[Tensor, "*stack rows columns"],
+    momentum: Float[Tensor, "*stack rows columns"],
+    context: StepContext,
 ) -> None:
-    """The orthogonal matrix nearest to the gradient with Nesterov's momentum, for each of a stack."""
+    """Replaces each gradient matrix by the orthogonal matrix nearest to its Nesterov momentum."""
     rows, columns = gradient.shape[-2:]
     stack = gradient.view(-1, rows, columns), momentum.view(-1, rows, columns)
     for matrix, mean in zip(*stack, strict=True):
@@ -178,9 +185,10 @@ def muon_(
 
 
 def orthogonal(matrix: Float[Tensor, "rows columns"]) -> BFloat16[Tensor, "rows columns"]:
-    """About the orthogonal matrix nearest to one: five steps of a Newton-Schulz iteration in bf16.
+    """Approximates the nearest orthogonal matrix by five Newton-Schulz iterations in bf16.
 
-    As torch.optim.Muon has it. The columns of a product depend on no others, so they are replaced in parts.
+    The iteration is that of torch.optim.Muon. The columns of the product are independent of each other, so
+    they are computed and replaced in slices.
     """
     a, b, c = NEWTON_SCHULZ
     result = matrix.bfloat16()
@@ -189,24 +197,27 @@ def orthogonal(matrix: Float[Tensor, "rows columns"]) -> BFloat16[Tensor, "rows 
     for _ in range(5):
         gram = wide @ wide.T
         gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        for columns in wide.split(max(1, SLICE // wide.shape[0]), 1):
+        for columns in wide.split(max(1, UPDATE_SLICE // wide.shape[0]), 1):
             columns.copy_(torch.addmm(columns, gram, columns, beta=a))
     return result
 
 
 def sgd(shape: torch.Size, hidden: bool, recipe: Recipe) -> Optimizer:
-    """Stochastic gradient descent, with momentum (as torch.optim.SGD) unless that is 0."""
+    """Stochastic gradient descent, with the momentum of torch.optim.SGD unless `momentum` is 0."""
     if not recipe.momentum:
         return Optimizer({})
     return Optimizer({"momentum": (shape, torch.float32)}, sgd_)
 
 
 def sgd_(
-    weight: Float[Tensor, " n"], gradient: Float[Tensor, " n"], momentum: Float[Tensor, " n"], now: Now
+    weight: Float[Tensor, " n"],
+    gradient: Float[Tensor, " n"],
+    momentum: Float[Tensor, " n"],
+    context: StepContext,
 ) -> None:
-    """Along the decaying sum of gradients, in place."""
-    momentum.mul_(now.recipe.momentum).add_(gradient)
-    descend_(weight, momentum, now)
+    """Adds the gradient to the decayed momentum, and descends along it."""
+    momentum.mul_(context.recipe.momentum).add_(gradient)
+    descend_(weight, momentum, context)
 
 
 OPTIMIZERS: dict[str, Callable[[torch.Size, bool, Recipe], Optimizer]] = {
@@ -219,7 +230,10 @@ OPTIMIZERS: dict[str, Callable[[torch.Size, bool, Recipe], Optimizer]] = {
 
 
 def optimizer_of(name: str, shape: torch.Size, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer for one parameter. The number of its layer is in the name of a layer's one."""
+    """The recipe's optimizer for one parameter.
+
+    A parameter inside a layer is recognised by the layer index in its name.
+    """
     hidden = any(part.isdigit() for part in name.split("."))
     return OPTIMIZERS[recipe.optimizer](shape, hidden, recipe)
 
@@ -227,9 +241,9 @@ def optimizer_of(name: str, shape: torch.Size, recipe: Recipe) -> Optimizer:
 def round_stochastically_(
     target: Float[Tensor, " n"], exact: Float[Tensor, " n"], generator: torch.Generator | None = None
 ) -> None:
-    """Writes fp32 `exact` into bf16 `target`, up or down at random, so that the mean is exact.
+    """Rounds fp32 `exact` into bf16 `target`, up or down at random, so that the mean is exact.
 
-    Random bits are added below bf16's last one and cut off (as in Zamirai et al. 2020, arXiv 2010.06192).
+    Random bits are added below the last bit of bf16 and truncated (Zamirai et al. 2020, arXiv 2010.06192).
     """
     bits = exact.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
@@ -238,11 +252,11 @@ def round_stochastically_(
 
 
 def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 1) of `steps`: a linear rise, then the schedule down to 0."""
-    rise = round(recipe.warmup * steps)
-    if step <= rise:
-        return recipe.learning_rate * step / rise
-    left = 1 - (step - rise - 1) / max(steps - rise, 1)
+    """The learning rate of step `step` (from 1) of `steps`: linear warmup, then the recipe's schedule."""
+    warmup = round(recipe.warmup * steps)
+    if step <= warmup:
+        return recipe.learning_rate * step / warmup
+    left = 1 - (step - warmup - 1) / max(steps - warmup, 1)
     if recipe.schedule == "linear":
         return recipe.learning_rate * left
     if recipe.schedule == "cosine":

@@ -1,4 +1,4 @@
-"""What a step works on: the thawed top, its micro-batches, and the three objects that stand for the world."""
+"""The inputs of a training step: the thawed top, its micro-batches, and store, scratch and monitor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from talik.model.block import EMBEDDINGS, TAIL, Block
 from talik.model.chain.chain import Chain
 from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
@@ -16,10 +17,10 @@ from talik.training.memory.store import Store
 
 @runtime_checkable
 class Monitor(Protocol):
-    """Where a step's scalars go; they stay tensors here.
+    """Receives the scalars of a step, as tensors, and the start of its phases.
 
-    `phase` says what begins, "forward", "loss", ..., and how large that for which it does is: tokens of a
-    micro-batch, parameters of a block; 0 where it is the same each time.
+    `phase(name, size)` marks the start of a phase ("forward", "loss", ...). `size` is its workload: the
+    tokens of a micro-batch or the parameters of a block; 0 if it does not vary.
     """
 
     def scalar(self, name: str, value: Float[Tensor, ""]) -> None: ...
@@ -28,23 +29,28 @@ class Monitor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A few examples, right-padded: their tokens, what the trunk hands on, and the trained rows.
+    """A few examples, right-padded.
 
-    There is no mask: the chain is causal (it was checked), so no token sees the padding to its right.
+    There is no attention mask: the chain is causal (this was checked), so that no token attends to the
+    padding on its right.
 
-    `hidden` is None where there is no trunk, because the embeddings are trained. `rows` are flat positions
-    whose next token is trained, `targets` those tokens.
+    Attributes:
+        input_ids: The tokens.
+        hidden: The hidden states that enter the first layer of the top; None if there is no trunk, because
+            the embeddings are trained.
+        positions: Flat positions (row times sequence plus column) whose next token is trained.
+        targets: These next tokens.
     """
 
     input_ids: Int[Tensor, "batch sequence"]
     hidden: Float[Tensor, "batch sequence hidden"] | None
-    rows: Int[Tensor, " trained"]
+    positions: Int[Tensor, " trained"]
     targets: Int[Tensor, " trained"]
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The three objects through which a step touches the world."""
+    """The three objects through which a step reads and writes anything outside it."""
 
     store: Store
     scratch: Scratch
@@ -53,23 +59,27 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Top:
-    """The thawed part: the chain, the cut, and each block's trained parameters, in the order they run.
+    """The thawed part of a model.
 
-    A block ("embeddings", "layer 17", "tail") has, for every parameter, the name that its gradient and state
-    go by and where it is in the model: a head that is tied to the embeddings has theirs.
+    Attributes:
+        chain: The model.
+        cut: The first layer of the top.
+        blocks: The blocks of the top in the order they run. For each, its trained parameters: the name of
+            their gradient and state, and their path in the model. The two differ for a head that is tied to
+            the embeddings: its gradient has the name of the embeddings.
     """
 
     chain: Chain
     cut: int
-    blocks: dict[str, dict[str, str]]
+    blocks: dict[Block, dict[str, str]]
 
-    def of(self, block: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """A block's trained parameters, as they are now: hollow unless the block is loaded."""
-        for name, place in self.blocks.get(block, {}).items():
-            yield name, self.chain.model.get_parameter(place)
+    def of(self, block: Block) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters of a block as they are now: hollow unless the block is loaded."""
+        for name, path in self.blocks.get(block, {}).items():
+            yield name, self.chain.model.get_parameter(path)
 
-    def away(self, block: str) -> bool:
-        """Whether a block must be loaded to read or change what is trained of it; adapters never are."""
+    def needs_loading(self, block: Block) -> bool:
+        """True if trained parameters of the block are not in memory. Adapters always are."""
         return any(parameter.is_meta for _, parameter in self.of(block))
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -79,23 +89,26 @@ class Top:
             yield from ((name, own) for name, own in self.of(block) if name not in seen)
             seen.update(self.blocks[block])
 
-    def last_block(self, name: str) -> str:
-        """The block in whose backward a parameter's gradient becomes whole."""
+    def last_block(self, name: str) -> Block:
+        """The block whose backward completes the gradient of a parameter."""
         return next(block for block, names in self.blocks.items() if name in names)
 
     @property
     def embeddings(self) -> bool:
-        """Whether the embeddings are trained, so that nothing lies below the cut."""
-        return "embeddings" in self.blocks
+        """True if the embeddings are trained, so that there is no trunk."""
+        return EMBEDDINGS in self.blocks
 
-    def groups(self) -> list[range]:
-        """The layers from the cut on, in groups that share what they do not hand on; mostly one each."""
+    def layer_spans(self) -> list[range]:
+        """The layers of the top, split into spans that must run together.
+
+        A span has several layers if they share state other than the hidden states; mostly it has one.
+        """
         count = len(self.chain.layers)
         starts = [i for i in range(self.cut, count) if self.chain.lowest_cut(i)[0] == i]
         return [range(*bounds) for bounds in zip(starts, [*starts, count][1:], strict=True)]
 
     def train_mode(self, on: bool) -> None:
-        """Dropout in the top is on while a step runs, and off otherwise; the trunk never has any."""
+        """Turns dropout in the top on or off; it is always off in the trunk."""
         self.chain.model.eval()
         for layer in self.chain.layers[self.cut :]:
             layer.train(on)
@@ -104,20 +117,27 @@ class Top:
 def make_top(chain: Chain, trained: Iterable[str], cut: int | None = None) -> Top:
     """Sorts the names of trained parameters into blocks.
 
-    The cut is the first layer with a trained parameter, or given: lower, where layers share state.
+    Args:
+        chain: The model.
+        trained: The names of the trained parameters.
+        cut: The first layer of the top; by default the lowest layer with a trained parameter. It is given
+            where it is lower, because layers share state.
     """
     parts, names = chain.parts, list(trained)
-    of = {name: parts.part(name) for name in names}
-    count = len(chain.layers)
-    if cut is None:
-        first = next((i for i in range(count) if f"layer {i}" in of.values()), count)
-        cut = 0 if "embeddings" in of.values() else first
-    blocks: dict[str, dict[str, str]] = {"embeddings": {}} if "embeddings" in of.values() else {}
-    blocks |= {f"layer {i}": {} for i in range(cut, count)}
-    blocks["tail"] = {}
+    block_of = {name: Block.of_part(parts.part(name)) for name in names}
+    blocks: dict[Block, dict[str, str]] = {EMBEDDINGS: {}} if EMBEDDINGS in block_of.values() else {}
+    cut = _lowest(block_of.values(), len(chain.layers)) if cut is None else cut
+    blocks |= {Block.layer(i): {} for i in range(cut, len(chain.layers))}
+    blocks[TAIL] = {}
     for name in names:
-        blocks[of[name] if of[name] in blocks else "tail"][name] = name
+        blocks[block_of[name] if block_of[name] in blocks else TAIL][name] = name
     table, head = f"{parts.embedding}.weight", f"{parts.head}.weight"
     if parts.tied and table in names:
-        blocks["tail"][table] = head
+        blocks[TAIL][table] = head
     return Top(chain, cut, blocks)
+
+
+def _lowest(blocks: Iterable[Block], count: int) -> int:
+    """The lowest layer among some blocks: 0 if the embeddings are among them, `count` if no layer is."""
+    found = set(blocks)
+    return 0 if EMBEDDINGS in found else min((b.index for b in found if b.index is not None), default=count)

@@ -1,9 +1,10 @@
-"""What the trunk hands on, one vector per token, unpadded, kept for every epoch and every later run.
+"""The cache of the trunk's hidden states: one unpadded vector per token, for every epoch and later runs.
 
-The unit is a group: examples of one length that went through the trunk together. A hidden state depends on
-the batch it was computed in, so a group is named by the tokens of its examples, in order, and is found again
-in whatever data holds the same group. Groups lie in shards. A shard's table is written last, so a shard
-without one was broken off; the others stay.
+The unit is a batch group: examples of equal length that went through the trunk together. A hidden state
+depends on the batch it was computed in (another kernel, another rounding), so a batch group is identified by
+the tokens of its examples, in order, and is found again in any data that contain the same batch group. Batch
+groups are stored in shards. The table of a shard is written last: a shard without a table is incomplete and
+is removed; complete shards stay.
 """
 
 from __future__ import annotations
@@ -25,11 +26,20 @@ from talik.base.errors import NoRoomError, TalikError
 from talik.base.events import Notify, Status, silent
 from talik.base.files import need_room, read_json, sync_folder, write_json
 from talik.training.trunk.cache_folder import CacheFolder, key_of, lock_of, remove
-from talik.training.trunk.cache_shard import Damaged, Group, Place, ShardWriter, States, groups_of, read_table
+from talik.training.trunk.cache_shard import (
+    BatchGroup,
+    CachedStates,
+    GroupPlace,
+    ShardDamagedError,
+    ShardWriter,
+    groups_of,
+    read_table,
+)
 
-__all__ = ["Cache", "Group", "States", "groups_of", "open_cache"]
+__all__ = ["BatchGroup", "Cache", "CachedStates", "groups_of", "open_cache"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, longest file of the file system
+# No space on the disk, quota exceeded, file larger than the file system allows.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_cache(
@@ -41,25 +51,36 @@ def open_cache(
     model: str = "",
     notify: Notify = silent,
 ) -> Cache:
-    """The cache of the trunk that these facts (values of JSON) describe, empty if there was none.
+    """Opens the cache of one trunk; creates it if there is none.
 
-    Hidden states have `width` numbers of `dtype`. `model` is what `talik cache list` shows. A cache whose
-    key.json is damaged is removed: nobody knows what is in it. TalikError if it is in use, UsageError if its
-    name is that of something else.
+    A cache whose key.json is damaged is removed, because its content is unknown.
+
+    Args:
+        root: The folder of all caches.
+        facts: Everything that the trunk's hidden states depend on, as values of JSON.
+        width: The size of a hidden state.
+        dtype: The dtype of a hidden state.
+        model: The name of the model that `talik cache list` shows.
+        notify: Receives events.
+
+    Raises:
+        TalikError: The key.json is damaged, and another process uses the cache.
+        UsageError: The folder of the cache exists and is not a cache.
     """
     covered = json.loads(json.dumps({**facts, "format": 1, "width": width, "dtype": str(dtype)}))
     folder = root / key_of(covered)
     root.mkdir(parents=True, exist_ok=True)
     about = {"model": model, "token_bytes": width * dtype.itemsize, "facts": covered}
     if not _agrees(folder):
-        notify(Status("cache", f"{folder / 'key.json'} disagrees with its folder, which is made anew"))
+        notify(Status("cache", f"{folder / 'key.json'} is damaged: the cache is removed and created again"))
         if not remove(CacheFolder(folder, folder.name, "unfinished", "", 0, 0, 0.0)):
-            raise TalikError("is in use and its key.json is damaged", where=folder, remedy="Try again later.")
+            problem = "the key.json of this cache is damaged, and another process uses the cache"
+            raise TalikError(problem, where=folder, remedy="Try again later.")
     return Cache(folder, about, width, dtype, notify)
 
 
 class Cache:
-    """The cache of one trunk, as it was when it was opened or when `writing` was entered."""
+    """The cache of one trunk. It reads the list of shards when it is opened and when `writing` is entered."""
 
     def __init__(
         self, folder: Path, about: dict[str, Any], width: int, dtype: torch.dtype, notify: Notify
@@ -67,25 +88,26 @@ class Cache:
         self.folder = folder
         self._about, self._width, self._dtype, self._notify = about, width, dtype, notify
         self._token_bytes = width * dtype.itemsize
-        self._places: dict[str, Place] = {}
-        self._look()
+        self._places: dict[str, GroupPlace] = {}
+        self._read_tables()
 
-    def missing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups that have to be computed, each once, in their order."""
+    def missing(self, groups: Sequence[BatchGroup]) -> list[BatchGroup]:
+        """The batch groups that are not in the cache, each once, in their order."""
         first = {group.digest: group for group in reversed(groups)}
         return [
             group for group in groups if group.digest not in self._places and group is first[group.digest]
         ]
 
-    def size(self, groups: Sequence[Group]) -> int:
-        """The bytes that their hidden states take."""
+    def size(self, groups: Sequence[BatchGroup]) -> int:
+        """The size of their hidden states in bytes."""
         return sum(group.tokens for group in groups) * self._token_bytes
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Nobody else writes meanwhile; first looks at what others have written, and tidies up.
+        """Holds the lock of the cache, so that no other process writes to it or removes it.
 
-        Waits for a process that is writing. Until it ends, no other process removes the cache.
+        Waits for a process that is writing. Then reads the tables again and removes damaged and incomplete
+        shards.
         """
         lock = lock_of(self.folder)
         try:
@@ -94,18 +116,24 @@ class Cache:
             self._notify(Status("cache", f"another process is writing {self.folder}: waiting for it"))
             lock.acquire()
         try:
-            finished, damaged = self._look()
-            self._tidy(finished, damaged)
+            complete, damaged = self._read_tables()
+            self._remove_unusable(complete, damaged)
             yield
         finally:
             lock.release()
 
     @contextmanager
-    def new_shard(self, groups: Sequence[Group]) -> Iterator[ShardWriter]:
-        """A shard of these groups, found once all of them are written and on the disk; only in `writing`.
+    def new_shard(self, groups: Sequence[BatchGroup]) -> Iterator[ShardWriter]:
+        """Writes a shard; only within `writing`.
 
-        `groups` as `missing` gives them, or a part. Nothing stays of a shard that was broken off. Raises
-        NoRoomError, before it begins where that can be known.
+        The shard can be used once all batch groups are written and synced to the disk. Nothing is left of a
+        shard that was interrupted by an error.
+
+        Args:
+            groups: The batch groups of the shard, from those that `missing` returns.
+
+        Raises:
+            NoRoomError: The disk is full; before anything is written if that is known then.
         """
         need_room(self.folder, self.size(groups), "the trunk's cache")
         numbers = (re.match(r"shard-(\d+)\.", path.name) for path in self.folder.iterdir())
@@ -127,46 +155,50 @@ class Cache:
             raise
         self._places |= read_table(path, self.folder.name, self._token_bytes)
 
-    def states(self, groups: Sequence[Group]) -> States:
-        """The hidden states of these groups' examples, to read in any order. TalikError if one is missing."""
+    def states(self, groups: Sequence[BatchGroup]) -> CachedStates:
+        """Opens the hidden states of these batch groups. TalikError if some are not in the cache."""
         if missing := self.missing(groups):
             raise TalikError(
                 f"{sum(group.tokens for group in missing):,} tokens are not in the trunk's cache",
                 where=self.folder,
-                remedy="Start the run again, or go on with it: talik resume RUN. They are computed again.",
+                remedy="Start the run again, or continue it: talik resume RUN. They are computed again.",
             )
-        return States([(group, self._places[group.digest]) for group in groups], self._width, self._dtype)
+        return CachedStates(
+            [(group, self._places[group.digest]) for group in groups], self._width, self._dtype
+        )
 
-    def _look(self) -> tuple[set[str], dict[str, Damaged]]:
-        """Reads all tables; returns the names of finished shards, and what is wrong with the others."""
+    def _read_tables(self) -> tuple[set[str], dict[str, ShardDamagedError]]:
+        """Reads all tables; returns the names of complete shards, and the errors of damaged ones."""
         self.folder.mkdir(exist_ok=True)
         if not (self.folder / "key.json").exists():
             write_json(self.folder / "key.json", {**self._about, "made": time.strftime("%Y-%m-%dT%H:%M:%S")})
-        with suppress(OSError):  # somebody else's folder, which may be read
+        with suppress(OSError):  # the folder may be read-only for this user
             os.utime(self.folder / "key.json")
-        self._places, finished, damaged = {}, set(), {}
+        complete: set[str] = set()
+        damaged: dict[str, ShardDamagedError] = {}
+        self._places = {}
         for path in sorted(self.folder.glob("shard-*.json")):
             try:
                 file = path.with_suffix(".bin")
                 self._places |= read_table(file, self.folder.name, self._token_bytes)
-                finished.add(path.stem)
-            except Damaged as error:
+                complete.add(path.stem)
+            except ShardDamagedError as error:
                 damaged[path.stem] = error
-        return finished, damaged
+        return complete, damaged
 
-    def _tidy(self, finished: set[str], damaged: dict[str, Damaged]) -> None:
-        """Removes what was broken off and what cannot be used."""
+    def _remove_unusable(self, complete: set[str], damaged: dict[str, ShardDamagedError]) -> None:
+        """Removes damaged and incomplete shards."""
         for name, error in damaged.items():
             where = self.folder / f"{name}.bin"
-            self._notify(Status("cache", f"{where} is damaged and removed, to be computed again: {error}"))
+            self._notify(Status("cache", f"{where} is damaged: it is removed and computed again: {error}"))
         for path in sorted(self.folder.iterdir(), reverse=True):  # tables before their shards
-            if path.name.lstrip(".").startswith("shard-") and path.stem not in finished:
-                with suppress(PermissionError):  # Windows: somebody still has it open
+            if path.name.lstrip(".").startswith("shard-") and path.stem not in complete:
+                with suppress(PermissionError):  # Windows: a process still has it open
                     path.unlink(missing_ok=True)
 
 
 def _agrees(folder: Path) -> bool:
-    """Whether the facts in a folder's key.json are those of its name; also if there is none yet."""
+    """True if the facts in key.json match the name of the folder, or if there is no key.json yet."""
     try:
         return key_of(read_json(folder / "key.json")["facts"]) == folder.name
     except FileNotFoundError:
@@ -179,5 +211,6 @@ def _full(path: Path, size: int, error: OSError) -> NoRoomError:
     return NoRoomError(
         f"the trunk's cache cannot be written: {error.strerror}; this file takes {size:,} bytes",
         where=path,
-        remedy="Make room or name another folder (cache); finished files stay: talik resume RUN goes on.",
+        remedy="Make room or choose another folder (cache). Then continue: talik resume RUN. Complete "
+        "files of the cache are used again.",
     )
