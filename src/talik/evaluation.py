@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from talik.base.errors import collect_errors
 from talik.base.events import Notify, Status, silent
-from talik.data.dataset import check_positions, read_all
+from talik.data.dataset import check_files, check_positions, read_all
 from talik.kernels.bf16_matmul import bf16_as_fp32
+from talik.machine.device import choose_device
 from talik.model.folder import open_model
 from talik.model.tokenizer import load_tokenizer
 from talik.model.weights.working_copy import SavedWeights
@@ -60,6 +62,8 @@ def evaluate(
     sources = checked_recipe(
         {"model": "-", "data": str(data) if isinstance(data, str | Path) else list(data)}
     ).data
+    there = recipe.model_copy(update={"data": sources, "eval_data": None})
+    collect_errors(partial(choose_device, plan.device), partial(check_files, there))
     loader = partial(load_tokenizer, model.path, date)
     found = read_all(recipe, sources, model.tokenizer(date), "evaluation", load=loader, notify=notify)
     notify(found)

@@ -19,11 +19,11 @@ from talik.machine.machine import HERE, Machine, described_machine, this_machine
 from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
-from talik.plan.planned import Planned
+from talik.plan.planned import Planned, Refusal
 from talik.plan.report import plan_text
 from talik.plan.search import STAY, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
-from talik.plan.ways import ways_of
+from talik.plan.ways import way_of, ways_of
 from talik.recipe.recipe import Recipe
 from talik.recipe.thaw import parse_thaw
 from talik.simulate.simulation import subject_of
@@ -151,7 +151,8 @@ def test_sizes_alone_refuse_what_stays_in_memory(
         subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(stays // 2 + LEAST_SLACK)
     )
     monkeypatch.setattr(Search, "_simulated", None)
-    assert not tight._fits(tight.first(), {}) and not tight.refused[0].simulated
+    refusal = tight.evaluate(way_of(tight.first()), tight.first())
+    assert isinstance(refusal, Refusal) and not refusal.simulated
 
 
 @pytest.mark.parametrize("inputs", ["memory", "disk"])
@@ -188,7 +189,7 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     recipe = Recipe(model=str(tmp_path), data="-", top_layers=3)
     made, gpu = examples(LONG), Target(described_machine("RTX 4090"), 8 << 30, 32 << 30, None, 1 << 30)
     search = Search(subject_of(recipe, ModelFolder(tmp_path)), made, [], gpu)
-    plans = [search.first().model_copy(update=way) for way in ways_of(search.first(), LONG)][2:]
+    plans = [way.apply(search.first()) for way in ways_of(search.first(), LONG)][2:]
     tiers = [("resident", "memory"), ("resident", "ram"), ("streamed", "ram"), ("streamed", "ram")]
     assert [(plan.top, plan.state) for plan in plans] == [*tiers, ("streamed", "disk")]
     peaks = [search.try_plan(plan).peak.bytes for plan in plans[:3]]
@@ -198,8 +199,8 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     little = replace(gpu, memory=gpu.needed(peaks[2]), ram=search.ram(plans[0]) + state)
     planned = plan_run(recipe, ModelFolder(tmp_path), made, target=little)
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
-    assert "streamed from a working copy, optimizer state and layers' inputs on disk" in plan_text(planned)
-    refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
+    assert "streamed from a working copy, optimizer state and layer inputs on disk" in plan_text(planned)
+    refused = next(r for r in planned.refused if r.way.inputs == "ram")
     assert "of host RAM" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
     enough = plan_run(recipe, ModelFolder(tmp_path), made, target=replace(little, ram=more))

@@ -13,7 +13,7 @@ import talik
 from helpers.training import assert_same, make_recipe, trained
 from talik.model.folder import ModelFolder
 from talik.plan.target import slack_of
-from talik.plan.ways import IN_RAM, ON_DISK, STREAMED, choose
+from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
@@ -24,7 +24,16 @@ def device() -> str:
     return str(torch.accelerator.current_accelerator())
 
 
-@pytest.mark.parametrize("way", [{"state": "ram"}, STREAMED, {**STREAMED, **IN_RAM}, {**STREAMED, **ON_DISK}])
+STREAMED = {"top": "streamed", "recompute": True}
+WAYS = [
+    {"state": "ram"},
+    STREAMED,
+    {**STREAMED, "state": "ram", "inputs": "ram"},
+    {**STREAMED, "state": "disk", "inputs": "disk"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", ["bf16", "bf16-sr", "fp32"])
 def test_offloading_does_not_change_the_numbers(
     build_model: Callable[..., Any], tmp_path: Path, device: str, precision: str, way: dict[str, Any]

@@ -246,7 +246,7 @@ def test_dropout_is_on_in_training_alone(build_model: Callable[..., Any], exampl
         ({"lora": "rank=four"}, "'rank=four' is not of the form rank=16,alpha=32,targets=all"),
         (
             {"lora": "rank=4", "thaw": "top.2,head", "top_layers": 5},
-            "lora puts adapters on layers.*names head",
+            "lora puts adapters on layers.*combined with head",
         ),
     ],
 )

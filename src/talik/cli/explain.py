@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from talik.base.errors import UsageError
 from talik.base.files import read_json
@@ -23,7 +24,6 @@ def command(argv: list[str]) -> None:
     parsed = parse(
         "explain", wanted, argv, "Why memory ends: in a common habit, or in a run that did not fit."
     )
-    from talik.cli.show import tables
     from talik.diagnose.habits import HABITS, habit
     from talik.diagnose.run import explain_run
     from talik.model.folder import open_model
@@ -39,11 +39,8 @@ def command(argv: list[str]) -> None:
         found = explain_run(folder)
         if parsed.json:
             console.result_json([finding.as_dict() for finding in found])
-        elif found:
-            console.result("\n\n".join(map(str, found)))
         else:
-            console.result("the run kept its promise")
-            console.result(tables.memory(read_json(folder / "results.json")["memory"]))
+            _show_run(folder, found)
     elif parsed.habit is None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
         raise UsageError(f"{parsed.target} is no run; of a model, name a habit with --habit:\n{shown}")
@@ -51,6 +48,21 @@ def command(argv: list[str]) -> None:
         model = open_model(parsed.target, weights=False)
         report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)
         console.result_json(report.as_dict()) if parsed.json else console.result(str(report))
+
+
+def _show_run(folder: Path, found: list[Any]) -> None:
+    """Prints whether a run kept its plan, what is wrong, and the memory of each phase."""
+    from talik.cli.show import tables
+    from talik.diagnose.run import verdict
+
+    results = folder / "results.json"
+    memory = read_json(results)["memory"] if results.is_file() else None
+    if memory:
+        console.result(verdict(memory))
+    for finding in found:
+        console.result(f"{finding}\n")
+    if memory:
+        console.result(tables.memory(memory))
 
 
 def _explain_refused(file: Path, as_json: bool) -> None:

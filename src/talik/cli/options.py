@@ -34,12 +34,21 @@ def parse(command: str, options: type, argv: list[str], description: str) -> Any
 
 def _explain_unknown(argv: list[str]) -> None:
     """Raises UsageError for options of Transformers that have no counterpart in a recipe."""
-    named = {
-        word.partition("=")[0].removeprefix("--").replace("-", "_"): word for word in argv if word[:2] == "--"
-    }
-    wrong = [f"{named[name].partition('=')[0]}: {why}" for name, why in EXPLAINED.items() if name in named]
+    wrong = [f"--{name.replace('_', '-')}: {why}" for name, why in EXPLAINED.items() if name in typed(argv)]
     if wrong:
         raise UsageError(numbered_list(wrong))
+
+
+def typed(argv: Sequence[str]) -> set[str]:
+    """The named options on a command line, with underscores."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
+
+
+def check_two_ways(argv: Sequence[str], top_layers: Any) -> None:
+    """Raises UsageError for --thaw with the default number of --top-layers; a recipe reports other numbers."""
+    silent = ("auto", Recipe.model_fields["top_layers"].default)
+    if {"thaw", "top_layers"} <= typed(argv) and top_layers in silent:
+        raise UsageError("--top-layers and --thaw are two ways to say what is trained: name one")
 
 
 def arg(kind: Any, help: str, *aliases: str, name: str | None = None) -> Any:

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from talik.base.errors import DoesNotFitError, UsageError, collect_errors
 from talik.base.files import parse_size
-from talik.cli.options import DATA_FIELDS, MORE_DATA, arg, options, parse, positional, recipe_fields
+from talik.cli.options import (
+    DATA_FIELDS,
+    MORE_DATA,
+    arg,
+    check_two_ways,
+    options,
+    parse,
+    positional,
+    recipe_fields,
+)
 from talik.cli.show import console
 from talik.recipe.recipe import checked_recipe
 
@@ -42,7 +51,7 @@ def command(argv: list[str]) -> None:
     from talik.plan.picture import write_picture
     from talik.plan.report import plan_text
 
-    recipe, sizes = _asked(parsed)
+    recipe, sizes = _asked(parsed, argv)
     with Watch() as watch:
         planned = plan_asked(
             recipe,
@@ -67,25 +76,24 @@ def command(argv: list[str]) -> None:
         raise DoesNotFitError(planned.problem, remedy=f"Any of these alone would make it fit: {ways}")
 
 
-def _asked(parsed: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
+def _asked(parsed: dict[str, Any], argv: list[str]) -> tuple[Any, dict[str, int | None]]:
     """The recipe and the limits in bytes; all mistakes are reported at once."""
     from talik.plan.picture import picture_kind
 
     named = [name for name in ("memory", "ram", "disk") if parsed[name]]
     fields = {name: parsed[name] for name in PLANNED if parsed[name] not in (None, "auto")}
-    recipe, _, _, *sizes = collect_errors(
+    recipe, _, _, _, *sizes = collect_errors(
         lambda: checked_recipe({"model": parsed["model"], "data": parsed["data"] or "-", **fields}),
-        partial(_check_two_ways, parsed),
+        partial(_check_machine, parsed),
+        partial(check_two_ways, argv, parsed["top_layers"]),
         lambda: picture_kind(Path(parsed["picture"])) if parsed["picture"] else None,
         *(partial(parse_size, parsed[name], f"--{name}") for name in named),
     )
     return recipe, dict(zip(named, sizes, strict=True))
 
 
-def _check_two_ways(parsed: dict[str, Any]) -> None:
-    """Raises UsageError for options that contradict each other."""
+def _check_machine(parsed: dict[str, Any]) -> None:
+    """Raises UsageError for --device next to --machine."""
 
     if parsed["machine"] and parsed["device"] != "auto":
         raise UsageError("--machine describes another computer: leave out --device")
-    if parsed["thaw"] and parsed["top_layers"] == "auto":
-        raise UsageError("--thaw and --top-layers auto are two ways to say what is trained: name one")

@@ -11,6 +11,7 @@ from talik.base.files import parse_size, quoted
 from talik.cli.options import (
     ENFORCE,
     arg,
+    check_two_ways,
     fits,
     options,
     parse,
@@ -53,8 +54,10 @@ def command(argv: list[str]) -> None:
     defaults = {name: field.default for name, field in Recipe.model_fields.items()} | shown
     given = {name: value for name, value in parsed.items() if name not in defaults or value != defaults[name]}
     given = {name: value for name, value in given.items() if (name, value) != ("data", [])}
-    recipe, limits = collect_errors(
-        lambda: checked_recipe({**written, **given}, config), lambda: _limits(plan, memory)
+    recipe, limits, _ = collect_errors(
+        lambda: checked_recipe({**written, **given}, config),
+        lambda: _limits(plan, memory),
+        lambda: check_two_ways(argv, parsed["top_layers"]),
     )
 
     from talik.cli.show.watch import Watch

@@ -151,7 +151,7 @@ class ThriftiestWay:
             search = Search(subject_of(recipe, self._model), examples, evaluated, self._target)
             first = search.first()
             way = ways_of(first, search.longest, streamed=self._streamed)[-1]
-            tried = search.try_plan(first.model_copy(update=way))
+            tried = search.try_plan(way.apply(first))
             self._peaks[key] = tried.peak.bytes
         return self._peaks[key]
 

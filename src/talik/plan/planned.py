@@ -8,6 +8,7 @@ from typing import Any
 from talik.base.files import format_bytes
 from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
+from talik.plan.ways import Way
 from talik.recipe.plan import Plan
 from talik.simulate.account import Break, Peak, Simulation
 
@@ -22,7 +23,7 @@ class Refusal:
         change: An option with which it would fit.
     """
 
-    way: dict[str, Any]
+    way: Way
     peak_bytes: int
     reason: str
     change: str | None
@@ -46,6 +47,7 @@ class Planned:
         least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
             lies
             between it and the planned peak.
+        checkpoints: The most checkpoints on disk at once: those to keep, the best one, and one being written.
         breaks: The first allocation that exceeds the memory.
         ram_missing: Bytes of host RAM that are missing.
         disk_missing: Bytes of disk that are missing.
@@ -57,6 +59,7 @@ class Planned:
     simulation: Simulation
     seconds: Seconds
     disk: dict[str, int]
+    checkpoints: int
     assumed: str | None
     refused: tuple[Refusal, ...]
     breaks: Break | None
@@ -115,7 +118,7 @@ class Planned:
             ],
             "chosen": self.plan.model_dump() if self.fits else None,
             "assumed": self.assumed,
-            "refused": [asdict(refusal) for refusal in self.refused],
+            "refused": [{**asdict(refusal), "way": refusal.way.fields()} for refusal in self.refused],
             "changes": [asdict(change) for change in self.changes],
             "disk_bytes": self.disk_bytes,
             "seconds": asdict(self.seconds),

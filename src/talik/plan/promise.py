@@ -150,13 +150,13 @@ class Promise:
         found = _ASKED.search(text)
         said = f": {text}" if text and isinstance(cause, MemoryError) else ""
         more = found and (format_bytes(int(found[1])) if found[1] else found[2])
-        asked = f": allocating {more} failed" if more else said
+        asked = f": allocating {more} failed with " if more else f"{said}; "
         promised = self._plan.promised.get(self.now)
         where = f"step {self.steps}, {self.now}" if self.steps else self.now
         had = f"{format_bytes(self._memory.phases.get(self.now, 0))} in use"
         planned = f" (planned: {format_bytes(promised)})" if promised else ""
         return DoesNotFitError(
-            f"out of memory in {where}{asked} with {had}{planned}",
+            f"out of memory in {where}{asked}{had}{planned}",
             remedy=f"See what takes it: talik explain {quoted(run)}",
         )
 

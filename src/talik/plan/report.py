@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from talik.base.files import format_bytes
 from talik.machine.machine import Machine
-from talik.plan import ways
 from talik.plan.planned import Planned
 from talik.plan.target import slack_of
+from talik.plan.ways import way_of
 from talik.recipe.recipe import Recipe
 
 WIDTH = 40  # characters of a bar for the whole budget
@@ -77,21 +77,27 @@ def _causes(planned: Planned) -> Iterator[str]:
 
 def _costs(planned: Planned) -> Iterator[str]:
     seconds = planned.seconds
-    uses = " + ".join(f"{name} {format_bytes(size)}" for name, size in planned.disk.items())
+    uses = " + ".join(_disk_use(planned, name, size) for name, size in planned.disk.items())
     yield (
         f"time about {_time(seconds.total)}: trunk {_time(seconds.trunk)}, an epoch {_time(seconds.epoch)}; "
         f"disk {format_bytes(planned.disk_bytes)} ({uses})"
     )
 
 
+def _disk_use(planned: Planned, name: str, size: int) -> str:
+    if name != "checkpoints":
+        return f"{name} {format_bytes(size)}"
+    each, count = format_bytes(size / planned.checkpoints), planned.checkpoints
+    kept = "the newest" if count == 3 else f"the {count - 2} newest"
+    return f"{count} checkpoints of {each}: {kept} (--keep {count - 2}), the best and one being written"
+
+
 def _ways(planned: Planned) -> Iterator[str]:
     plan = planned.plan
-    what = {"micro_batch_tokens", "recompute", "top", "state", "loss_chunk"}
-    chosen = ways.in_words(plan.model_dump(include=what))
-    yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {chosen}"
+    yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {way_of(plan)}"
     for refusal in planned.refused:
         helps = f"; would fit with {refusal.change}" if refusal.change else ""
-        yield f"refused: {ways.in_words(refusal.way)}: {refusal.reason}{helps}"
+        yield f"refused: {refusal.way}: {refusal.reason}{helps}"
     if planned.breaks:
         broken = planned.breaks
         where = f"{broken.phase}, {broken.block}" if broken.block else broken.phase

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from talik.base.events import Notify, Status, silent
 from talik.base.files import format_bytes
@@ -12,17 +11,17 @@ from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
-from talik.plan import ways
 from talik.plan.planned import Planned, Refusal
 from talik.plan.seconds import seconds_of, state_apart, token_bytes
 from talik.plan.target import Target, machine_here, target_of
+from talik.plan.ways import Way, first_plan, ways_of
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.account import Break, Peak, Simulation
 from talik.simulate.fake_log import Routing
 from talik.simulate.simulation import Subject, Work, simulate, subject_of
 from talik.simulate.work import assumed_examples, glimpse_of, padded_tokens, work_of
-from talik.training.run.checkpoints import checkpoint_bytes, scratch_bytes, state_bytes
+from talik.training.run.checkpoints import checkpoint_bytes, checkpoints_at_once, scratch_bytes, state_bytes
 
 STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
@@ -70,6 +69,7 @@ def plan_run(
         simulation=result,
         seconds=seconds_of(result, search.subject, plan, done.work, examples, evaluated, target.machine),
         disk=_disk(search.subject, plan, examples, evaluated),
+        checkpoints=checkpoints_at_once(recipe),
         assumed=assumed,
         refused=tuple(search.refused),
         breaks=breaks,
@@ -131,15 +131,17 @@ class Search:
     def run(self) -> Tried:
         """The first way that fits; otherwise the one with the lowest peak."""
         first = self.first()
-        every = [(first.model_copy(update=way), way) for way in ways.ways_of(first, self.longest)]
-        for plan, way in every:
-            if self._fits(plan, way):
-                return self._tried[-1]
+        every = ways_of(first, self.longest)
+        for way in every:
+            match self.evaluate(way, way.apply(first)):
+                case Refusal() as refusal:
+                    self.refused.append(refusal)
+                case fitting:
+                    return fitting
         least = min(self._tried, key=lambda tried: tried.peak.bytes, default=None)
-        thrifty, _ = every[-1]
-        if least is None or not least.whole:
-            least = self.try_plan(thrifty if least is None else least.plan)
-        return least
+        if least is None:
+            return self.try_plan(every[-1].apply(first))
+        return least if least.whole else self.try_plan(least.plan)
 
     def forget(self) -> None:
         """Drops the simulations, which take memory that the run needs."""
@@ -149,7 +151,7 @@ class Search:
         """The plan that all ways start from."""
         device = self.target.machine.device
         memory = self.target.memory
-        return ways.first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
+        return first_plan(self.subject.recipe, self.subject.chain, device, memory, self.notify)
 
     def try_plan(self, plan: Plan, *, whole: bool = True) -> Tried:
         """Simulates a plan, or only a glimpse of it if the whole is much larger.
@@ -177,34 +179,33 @@ class Search:
         self.target = self.target.now()  # planning itself also takes memory, which the run cannot use
         return Tried(plan, work, result, *self.target.account(result), whole)
 
-    def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:
-        """True if a way fits, by simulation unless a lower bound already shows that it does not; records
-        refusals.
+    def evaluate(self, way: Way, plan: Plan) -> Tried | Refusal:
+        """Simulates a way, unless a lower bound already shows that it does not fit.
 
         A streamed step has many similar parts, so a glimpse of it is simulated first.
         """
-        if (least := self._least(plan)) > self.target.most:
-            reason = f"takes {format_bytes(least)} at least"
-            self.refused.append(Refusal(way, least, reason, None, simulated=False))
-            return False
-        if not self.target.on_cpu and (ram := self.ram(plan)) > self.target.ram:
-            reason = f"takes {format_bytes(ram)} of host RAM"
-            self.refused.append(Refusal(way, least, reason, f"--ram {in_mebibytes(ram)}", simulated=False))
-            return False
-        self.notify(Status("plan", f"simulating {ways.in_words(way)}"))
+        if refusal := self._refused_by_sizes(way, plan):
+            return refusal
+        self.notify(Status("plan", f"simulating {way}"))
         tried = self.try_plan(plan, whole=plan.top == "resident")
         self._tried.append(tried)
         if not (tried.breaks or tried.whole):
             tried = self.try_plan(plan)
             self._tried.append(tried)
-        if tried.breaks:
-            self._refuse(way, tried, tried.breaks)
-        return tried.breaks is None
-
-    def _refuse(self, way: dict[str, Any], tried: Tried, broken: Break) -> None:
+        if tried.breaks is None:
+            return tried
         peak = tried.peak.bytes
         change = f"--memory {in_mebibytes(self.target.needed(peak))}" if tried.whole else None
-        self.refused.append(Refusal(way, peak, _why(broken), change, simulated=tried.whole))
+        return Refusal(way, peak, _why(tried.breaks), change, simulated=tried.whole)
+
+    def _refused_by_sizes(self, way: Way, plan: Plan) -> Refusal | None:
+        """The refusal of a way whose weights, state or offloaded tensors alone are too large."""
+        if (least := self._least(plan)) > self.target.most:
+            return Refusal(way, least, f"takes {format_bytes(least)} at least", None, simulated=False)
+        if not self.target.on_cpu and (ram := self.ram(plan)) > self.target.ram:
+            reason, change = f"takes {format_bytes(ram)} of host RAM", f"--ram {in_mebibytes(ram)}"
+            return Refusal(way, least, reason, change, simulated=False)
+        return None
 
     def _least(self, plan: Plan) -> int:
         """A lower bound for a way, in bytes: what stays in memory for all micro-batch sizes.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -14,33 +16,73 @@ from talik.model.anatomy import anatomy_of
 from talik.model.chain.chain import Chain
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
-from talik.recipe.plan import Plan
+from talik.recipe.plan import Plan, Tier
 from talik.recipe.recipe import Recipe, check_layers
 from talik.training.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of the bf16 logits of one chunk and of their gradient
 CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more exceed the CPU caches
-THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
-STREAMED = {"top": "streamed", "recompute": True}
-ON_DISK = {"state": "disk", "inputs": "disk"}
-IN_RAM = {"state": "ram", "inputs": "ram"}
-# Settings that differ between ways. They change only the order of sums.
-RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
-    *({"recompute": r, "micro_batch_tokens": tokens} for r in (False, True) for tokens in (2048, 1024, 512)),
-    {"recompute": True, **THRIFTY},
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a run saves memory. Ways differ only in the order of sums; None leaves a setting of the first plan.
+
+    `str` gives it in words, as in "micro-batches of 512 tokens, layers recomputed in the backward".
+    """
+
+    micro_batch_tokens: int
+    recompute: bool = False
+    top: Literal["resident", "streamed"] = "resident"
+    state: Tier = "memory"
+    inputs: Tier = "memory"
+    loss_chunk: int | None = None
+    hidden_bytes: int | None = None
+
+    def __str__(self) -> str:
+        offloaded = {"memory": "", "ram": " in host RAM", "disk": " on disk"}[self.state]
+        words = [f"micro-batches of {self.micro_batch_tokens:,} tokens"]
+        if self.top == "streamed":
+            words.append("trained layers streamed from a working copy")
+        elif self.recompute:
+            words.append("layers recomputed in the backward")
+        if offloaded:
+            inputs = " and layer inputs" if self.top == "streamed" else ""
+            words.append(f"optimizer state{inputs}{offloaded}")
+        if self.loss_chunk:
+            words.append(f"loss chunks of {self.loss_chunk}")
+        return ", ".join(words)
+
+    def fields(self) -> dict[str, Any]:
+        """The settings that this way changes, by the names of Plan."""
+        always = ("micro_batch_tokens", "recompute")
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in always or getattr(self, field.name) != field.default
+        }
+
+    def apply(self, plan: Plan) -> Plan:
+        """The plan carried out in this way."""
+        return plan.model_copy(update=self.fields())
+
+
+def way_of(plan: Plan) -> Way:
+    """The way of a plan."""
+    names = ("micro_batch_tokens", "recompute", "top", "state", "inputs", "loss_chunk")
+    return Way(**{name: getattr(plan, name) for name in names})
+
+
+_SMALL = Way(256, recompute=True, loss_chunk=LEAST_CHUNK, hidden_bytes=64 << 20)
+RESIDENT = (
+    *(Way(tokens, recompute=recompute) for recompute in (False, True) for tokens in (2048, 1024, 512)),
+    _SMALL,
 )
-STREAMED_WAYS: tuple[dict[str, Any], ...] = (
-    *({**STREAMED, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    *({**STREAMED, **ON_DISK, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    {**STREAMED, **ON_DISK, **THRIFTY},
-)
+STREAMED = tuple(Way(tokens, recompute=True, top="streamed") for tokens in (2048, 512))
+ON_DISK = tuple(replace(way, top="streamed", state="disk", inputs="disk") for way in (*STREAMED, _SMALL))
 # For devices with their own memory: host RAM is faster than disk.
-WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
-    *({"recompute": True, "state": "ram", "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    *({**STREAMED, **IN_RAM, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    {**STREAMED, **IN_RAM, **THRIFTY},
-    {**STREAMED, **ON_DISK, **THRIFTY},
-)
+STATE_IN_RAM = tuple(Way(tokens, recompute=True, state="ram") for tokens in (2048, 512))
+IN_RAM = tuple(replace(way, state="ram", inputs="ram") for way in ON_DISK)
 
 
 def choose(recipe: Recipe, model: ModelFolder, notify: Notify = silent) -> Plan:
@@ -124,39 +166,22 @@ def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
     return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks up positions
 
 
-def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:
-    """The changes of each way to the first plan, fastest first: recomputation is slow, files are slower.
+def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[Way]:
+    """All different ways to carry out a plan, fastest first: recomputation is slow, files are slower.
 
-    A loss chunk is never made larger; a micro-batch is never smaller than the `longest` example. Without
-    `streamed`, the
-    top stays in the device's memory in all ways.
+    Args:
+        first: The plan they start from; a loss chunk is never made larger than its own.
+        longest: Tokens of the longest example; a micro-batch is never smaller.
+        streamed: Whether to include ways in which the top is streamed or offloaded.
     """
-    more = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
-    chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}
-    every = RESIDENT_WAYS + (more if streamed else ())
-    found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in every]
-    differ = {
-        (
-            *(w.get(what) for what in ("recompute", "top", "state")),
-            "loss_chunk" in w,
-            max(longest, w["micro_batch_tokens"]),
-        ): w
-        for w in found[::-1]
-    }
-    return list(differ.values())[::-1]
-
-
-def in_words(way: dict[str, Any]) -> str:
-    """A way in words, as in "micro-batches of 512 tokens, layers recomputed in the backward"."""
-    recomputed = ", layers recomputed in the backward" if way["recompute"] else ""
-    apart = {"ram": " in host RAM", "disk": " on disk"}.get(way.get("state", "memory"), "")
-    if way.get("top") == "streamed":
-        offloaded = f", optimizer state and layer inputs{apart}" if apart else ""
-        recomputed = f", trained layers streamed from a working copy{offloaded}"
-    elif apart:
-        recomputed += f", optimizer state{apart}"
-    chunk = f", loss chunks of {way['loss_chunk']}" if "loss_chunk" in way else ""
-    return f"micro-batches of {way['micro_batch_tokens']:,} tokens{recomputed}{chunk}"
+    more = (*STREAMED, *ON_DISK) if first.device == "cpu" else (*STATE_IN_RAM, *IN_RAM, ON_DISK[-1])
+    different: dict[Way, Way] = {}
+    for way in (*RESIDENT, *(more if streamed else ())):
+        if way.loss_chunk:
+            way = replace(way, loss_chunk=min(first.loss_chunk, way.loss_chunk))
+        tokens = max(longest, way.micro_batch_tokens)
+        different.setdefault(replace(way, micro_batch_tokens=tokens), way)
+    return list(different.values())
 
 
 def _free_memory(device: torch.device) -> int:

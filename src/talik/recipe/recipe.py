@@ -182,7 +182,7 @@ class Recipe(BaseModel):
         if self.lora is not None:
             wrong += self._wrong_lora(self.lora)
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise ValueError("\n".join(wrong))
         return self
 
     def _wrong_evaluation(self) -> Iterator[str]:
@@ -251,10 +251,15 @@ def checked_recipe(given: dict[str, Any], where: object = None) -> Recipe:
 def _sentences(error: ValidationError) -> list[str]:
     """One sentence for each wrong field. pydantic reports a field of several types once for each type."""
     problems: dict[str, list[str]] = {}
+    contradictions: list[str] = []
     for problem in error.errors():
+        if not problem["loc"]:
+            contradictions += problem["msg"].removeprefix("Value error, ").splitlines()
+            continue
         field = ".".join(str(part) for part in problem["loc"] if not re.search(r"[-\[]", str(part)))
         problems.setdefault(field, []).append(_sentence(field, problem))
-    return [" or ".join([first, *(_expected(more) for more in rest)]) for first, *rest in problems.values()]
+    fields = [" or ".join([first, *map(_expected, rest)]) for first, *rest in problems.values()]
+    return fields + contradictions
 
 
 def _sentence(field: str, problem: Any) -> str:
@@ -262,8 +267,6 @@ def _sentence(field: str, problem: Any) -> str:
         return f"{field}: is missing"
     if problem["type"] == "extra_forbidden":
         return f"{field}: {why_unknown(field)}"
-    if not field:
-        return problem["msg"].removeprefix("Value error, ")
     return f"{field}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -64,10 +64,15 @@ def _state_keys(top: Top, recipe: Recipe) -> list[Key]:
     return [*last, *(key for name, own in top.parameters() for key in state_forms(name, own, recipe))]
 
 
+def checkpoints_at_once(recipe: Recipe) -> int:
+    """The most checkpoints of a run on disk: those to keep, the best one, and one being written."""
+    return recipe.keep + 2
+
+
 def checkpoint_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
     """The most bytes that the checkpoints of a run take: those to keep, the best, and one being written."""
     weights = sum(parameter.nbytes for parameter in trained.values())
-    return (weights + state_bytes(trained, recipe)) * (recipe.keep + 2)
+    return (weights + state_bytes(trained, recipe)) * checkpoints_at_once(recipe)
 
 
 def state_bytes(trained: dict[str, nn.Parameter], recipe: Recipe) -> int:
