@@ -85,8 +85,7 @@ class Talk:
     """A conversation with a model.
 
     The model reads its earlier answers as the ids it generated, as in training. If the template writes an
-    earlier
-    answer differently, the conversation is rendered again.
+    earlier answer differently, the conversation is rendered again.
 
     Attributes:
         model: The model.

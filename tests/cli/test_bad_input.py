@@ -216,8 +216,10 @@ def test_what_is_wrong_in_different_places_is_said_at_once(
 ) -> None:
     plan = ["--memory", "lots", "--ram", "1 sack", "--top-layers", "0", "--picture", "x.pdf"]
     message = refused("plan", model_folder, *plan, "--device", "cpu", "--machine", "RTX 4090")
-    assert_says(message, "5 problems:", "top_layers: 0:", "--machine", "x.pdf", "--memory: 'lots' is no size")
-    assert_says(message, "--ram: '1 sack' is no size")
+    assert_says(
+        message, "5 problems:", "top_layers: 0:", "--machine", "x.pdf", "--memory: 'lots' is not a size"
+    )
+    assert_says(message, "--ram: '1 sack' is not a size")
     options = ["--memory", "lots", "--epochs", "0"]
     assert_says(
         refused("train", model_folder, "a", "-o", "b", *options), "2 problems:", "epochs: 0:", "'lots'"

@@ -364,7 +364,7 @@ def test_sizes(text: str | int, size: int) -> None:
     "text", ["", "GB", "-1GB", "24 G", "1e9", "24GB free", "1,5GB", True, 1e30, float("nan")]
 )
 def test_no_size(text: Any) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"{text!r} is no size")) as caught:
+    with pytest.raises(UsageError, match=re.escape(f"{text!r} is not a size")) as caught:
         parse_size(text)
     assert "24GiB" in str(caught.value) and "24GB" in str(caught.value)
 

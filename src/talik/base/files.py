@@ -248,7 +248,7 @@ def parse_size(text: str | int | float, option: str | None = None) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower(), re.ASCII)
     if match is None or match[2] not in _UNITS:
         raise UsageError(
-            f"{text!r} is no size",
+            f"{text!r} is not a size",
             where=option,
             remedy="Write it as 24GiB (2^30 bytes each), 24GB (10^9) or 25769803776.",
         )

@@ -42,8 +42,7 @@ def anonymous_bytes() -> int:
     """Memory of this process that is not backed by a file: anonymous and shared anonymous pages, in bytes.
 
     Linux: RssAnon + RssShmem. Windows: the private commit charge, which is cheap to read. Elsewhere the
-    unique
-    set size (`uss` of psutil).
+    unique set size (`uss` of psutil).
     """
     if sys.platform == "linux":
         return _resident("RssAnon", "RssShmem")
@@ -87,12 +86,9 @@ def configure_allocators() -> None:
     """Configures the memory allocators so that freed memory is returned to the system.
 
     CUDA: expandable segments, unless the environment sets something else. Linux: glibc uses mmap for blocks
-    of
-    2 MiB and more that the heap has no room for, and returns them when they are freed; by default it would
-    raise
-    that threshold to 32 MiB over time (mallopt(3)). Smaller blocks stay in the heap for reuse, up to 16 MiB
-    at its
-    end, until `trim_heap` is called.
+    of 2 MiB and more that the heap has no room for, and returns them when they are freed; by default it would
+    raise that threshold to 32 MiB over time (mallopt(3)). Smaller blocks stay in the heap for reuse, up to 16
+    MiB at its end, until `trim_heap` is called.
     """
     if sys.platform != "linux":
         return
@@ -121,8 +117,7 @@ def limited_memory(most: int) -> Iterator[Callable[[], None]]:
 
     RLIMIT_DATA also counts memory that was reserved but never touched, or freed inside the heap. The yielded
     function measures that excess and raises the limit by it: call it once at the start and again between
-    phases.
-    Pages of files in memory (tmpfs) do not count.
+    phases. Pages of files in memory (tmpfs) do not count.
 
     Args:
         most: The limit in bytes.

@@ -56,7 +56,7 @@ def check_rows(recipe: Recipe, tokenizer: Any, notify: Notify = silent) -> Check
     Args:
         recipe: Names the data and the options.
         tokenizer: A tokenizer of Transformers.
-        notify: Told how far it has come.
+        notify: Gets progress events.
 
     Raises:
         DataError: There is nothing to read.
@@ -163,7 +163,7 @@ class _Checker:
             self._row(row, evaluation=evaluation)
 
     def _has_control(self, row: Made) -> bool:
-        """Whether a row holds control tokens that are refused; each place is a problem, else a note."""
+        """True if a row holds control tokens that are refused; each place is a problem, else a note."""
         found = [(name, match) for name, text in texts_of(row) if (match := self._control.search(text))]
         refused = self._recipe.control_tokens == "refuse"
         how = {"escape": "trained as ordinary text", "keep": "kept as a control token"}

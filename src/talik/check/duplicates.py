@@ -1,6 +1,6 @@
-"""Rows that are there twice: exactly, nearly, with another answer, or in training and evaluation both.
+"""Finds repeated rows: exact, near, with another answer, or in both training and evaluation data.
 
-A row is kept as hashes and signatures, at most 350 bytes of it. They are compared once all rows were seen.
+A row is stored as hashes and signatures, at most 350 bytes. They are compared after the last row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text that was read in another encoding than it was written in, proven by undoing it."""
+"""Finds text that was decoded with a wrong encoding, by undoing it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Texts as MinHash signatures, and the pairs of texts that are alike.
+"""MinHash signatures of texts, and pairs of similar texts.
 
-A signature holds the least hash of a text's pairs of consecutive words under each of HASHES functions. The
+A signature holds the least hash of a text's pairs of consecutive words for each of HASHES functions. The
 share of equal values in two signatures estimates the Jaccard similarity of the two sets of pairs (Broder, "On
-the resemblance and containment of documents", 1997). Signatures that agree in a whole band are compared, so
-the work grows with the number of texts and not with its square.
+the resemblance and containment of documents", 1997). Only signatures that agree in a whole band are compared,
+so the work grows with the number of texts and not with its square.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `talik check` found, as one HTML page that needs no other file and no network."""
+"""The result of `talik check` as one HTML page without other files."""
 
 from __future__ import annotations
 

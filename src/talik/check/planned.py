@@ -1,4 +1,4 @@
-"""What a run on the checked data would take with the usual settings."""
+"""The memory and time of a run on the checked data with default settings."""
 
 from __future__ import annotations
 

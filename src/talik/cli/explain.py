@@ -43,7 +43,7 @@ def command(argv: list[str]) -> None:
             _show_run(folder, found)
     elif parsed.habit is None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
-        raise UsageError(f"{parsed.target} is no run; of a model, name a habit with --habit:\n{shown}")
+        raise UsageError(f"{parsed.target} is not a run; of a model, name a habit with --habit:\n{shown}")
     else:
         model = open_model(parsed.target, weights=False)
         report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)

@@ -45,7 +45,7 @@ def typed(argv: Sequence[str]) -> set[str]:
 
 
 def check_two_ways(argv: Sequence[str], top_layers: Any) -> None:
-    """Raises UsageError for --thaw with the default number of --top-layers; a recipe reports other numbers."""
+    """Raises UsageError for --thaw with the default of --top-layers; a recipe reports other numbers."""
     silent = ("auto", Recipe.model_fields["top_layers"].default)
     if {"thaw", "top_layers"} <= typed(argv) and top_layers in silent:
         raise UsageError("--top-layers and --thaw are two ways to say what is trained: name one")

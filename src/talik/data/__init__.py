@@ -1,1 +1,1 @@
-"""The data: from a file of rows to batches of token ids with their masks."""
+"""The data: from files of rows to batches of token ids with their masks."""

@@ -1,7 +1,7 @@
-"""Which examples go into which step, in which order, and as which tensors.
+"""Chooses which examples go into which step, in which order, and builds the tensors.
 
-Everything here is a function of its arguments alone, so a position in the data is two integers and a run that
-goes on continues with the examples it would have had.
+Every result depends only on the arguments, so a position in the data is two integers, and a resumed run
+continues with the same examples.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from talik.base.files import fingerprint
 from talik.data.examples import IGNORED, Example
 
-OVERHEAD = 64  # tokens that could be computed in the time that a batch takes beside its tokens
+OVERHEAD = 64  # fixed cost of a batch, in tokens
 
 
 class Batch(TypedDict):
-    """What a causal LM of Transformers takes, padded on the right."""
+    """The arguments of a causal LM of Transformers, padded on the right."""
 
     input_ids: Int64[Tensor, "batch sequence"]
     attention_mask: Int64[Tensor, "batch sequence"]
@@ -50,11 +50,12 @@ def micro_batches(
     micro_batch_tokens: int,
     alike: Callable[[int], Hashable] = lambda length: None,
 ) -> list[list[int]]:
-    """A step's examples by ascending length, in batches of at most `micro_batch_tokens` tokens with padding.
+    """The examples of a step by ascending length, in batches of at most `micro_batch_tokens` tokens with
+    padding.
 
-    Only examples for whose lengths `alike` gives the same share a batch (`Chain.rope_group`). Of all ways to
-    cut that order, the one with the fewest tokens, padding and OVERHEAD for each batch included. A longer
-    example is a batch of its own.
+    Only examples whose lengths have equal values of `alike` share a batch (`Chain.rope_group`). Among all
+    ways to cut the order into batches, this is the one with the fewest tokens, counting padding and OVERHEAD
+    per batch. An example that is longer is a batch of its own.
     """
     order = sorted(indices, key=lambda i: (lengths[i], i))
     together = itertools.groupby(order, key=lambda i: alike(lengths[i]))
@@ -62,8 +63,8 @@ def micro_batches(
 
 
 def _cheapest(order: list[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """The way with the fewest tokens to cut examples of ascending length into batches."""
-    cost, begins = [0], [0]  # the cheapest way to cut the first n examples, and where its last batch begins
+    """The cut of examples of ascending length into batches with the fewest tokens."""
+    cost, begins = [0], [0]  # the cheapest cut of the first n examples, and the start of its last batch
     for stop, index in enumerate(order, start=1):
         longest = lengths[index]
         most = max(1, micro_batch_tokens // longest)
@@ -80,10 +81,10 @@ def _cheapest(order: list[int], lengths: Sequence[int], micro_batch_tokens: int)
 
 
 def equal_length_groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups of examples of one length, ascending, in the order of the data.
+    """Groups of examples of equal length, ascending, in the order of the data.
 
-    At most `batch_tokens` tokens each, or one longer example. Nothing is padded, so which kernel runs, and
-    with it every bit of a hidden state, depends on these groups alone.
+    At most `batch_tokens` tokens each, or one longer example. Nothing is padded, so the kernels, and with
+    them every bit of a hidden state, depend only on these groups.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     alike = itertools.groupby(order, key=lambda i: lengths[i])
@@ -91,7 +92,7 @@ def equal_length_groups(lengths: Sequence[int], batch_tokens: int) -> list[list[
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Examples as one batch. Padding is known by position, never by id: `pad_id` may also end a turn."""
+    """Builds a batch of examples. Padding is known by position, not by id: `pad_id` may also end a turn."""
     shape = (len(examples), max(example.length for example in examples))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -118,5 +119,5 @@ def _fill(order: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> li
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """63 bits that differ for (1, 2) and (2, 1), which a sum would not."""
+    """63 bits that differ for (1, 2) and (2, 1), unlike those of a sum."""
     return int(fingerprint(str(seed), str(epoch)), 16) >> 65

@@ -1,4 +1,4 @@
-"""Rows of any format -> JSON lines of messages."""
+"""Converts rows of any format to JSON lines of messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEEKED = 100
 
 @dataclass(slots=True)
 class Converted:
-    """How many rows were written, and how many were left out."""
+    """The numbers of rows that were written and left out."""
 
     rows: int = 0
     left_out: int = 0

@@ -1,4 +1,4 @@
-"""The data of a run: sources of rows -> examples, with what was recognised and counted."""
+"""The data of a run: reads sources of rows and makes examples."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_all(
 
 
 def check_files(recipe: Recipe) -> None:
-    """DataError for data that are not there: what can be said before anything is read."""
+    """Raises DataError for missing data, before anything is read."""
     sources = (*recipe.data, *(recipe.eval_data or ()))
     collect_errors(*(partial(check_data, source.path) for source in sources))
 
@@ -62,13 +62,13 @@ def check_files(recipe: Recipe) -> None:
 def read_sets(
     recipe: Recipe, tokenizer: Any, *, load: Callable[[], Any] | None = None, notify: Notify = silent
 ) -> tuple[Data, Data | None]:
-    """The examples that a recipe trains on, and those to evaluate on: other rows, or questions held out.
+    """The examples that a recipe trains on, and those to evaluate on (other rows, or held-out questions).
 
     Args:
-        recipe: Names the sources and the options.
+        recipe: The sources and the options.
         tokenizer: A tokenizer of Transformers.
-        load: Loads it in another process.
-        notify: Told what is going on.
+        load: Loads the tokenizer in another process.
+        notify: Gets the events.
     """
     read = partial(Prepared.of, recipe, tokenizer=tokenizer, load=load, notify=notify)
     made = read(recipe.data)
@@ -94,9 +94,9 @@ def read_sets(
 
 
 def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> Any:
-    """The indices of examples as often as the weights of their sources say; parts of rows are drawn.
+    """The indices of examples, repeated by the weights of their sources; fractions are drawn.
 
-    Source after source, and all examples of one that are used again after all of them.
+    Source after source; the repetitions of a source follow its first pass.
     """
     if all(source.weight == 1 for source in sources):
         return indices
@@ -115,18 +115,18 @@ def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> An
 
 
 def examples_fingerprint(*sets: Data | None) -> str:
-    """Names the examples of some sets: every token and which are trained, in order."""
+    """A hash of the examples of some sets: every token, which are trained, and the order."""
     return examples_digest([data.examples for data in sets if data])
 
 
 def preview(data: Data, tokenizer: Any, count: int = 3) -> list[Any]:
-    """The first `count` examples with their masks, and a histogram of the lengths, as texts of rich."""
+    """The first `count` examples with their masks, and a histogram of the lengths, as rich texts."""
     shown: list[Any] = [preview_text(example, tokenizer) for example in data.examples[:count]]
     return [*shown, length_histogram(lengths_of(data.examples))]
 
 
 def check_positions(config: Any, *sets: Data | None) -> None:
-    """UsageError if an example is longer than the model of this config has positions."""
+    """Raises UsageError if an example is longer than the model of this config has positions."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(max(lengths_of(data.examples)) for data in sets if data)
     if limit and longest > limit:
@@ -137,7 +137,7 @@ def check_positions(config: Any, *sets: Data | None) -> None:
 
 
 def keep_facts(folder: Path, *sets: Data | None) -> None:
-    """Keeps with a run the facts about its chat template, and the rows that were left out."""
+    """Writes the facts about the chat template and the rejected rows to the run folder."""
     found = [data for data in sets if data is not None]
     facts = found[0].report.facts
     write_json(folder / "template.json", facts.as_dict() if facts else {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from talik.data.reading.rows import Place
 
-IGNORED = -100  # the label that losses of Transformers leave out
+IGNORED = -100  # the label that losses of Transformers ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,17 @@ class Example:
 
     @property
     def length(self) -> int:
-        """How many tokens."""
+        """The number of tokens."""
         return len(self.input_ids)
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the loss counts; never the first one, which nothing predicts."""
+        """The number of tokens in the loss; the first one never counts, because nothing predicts it."""
         return sum(span.stop - span.start for span in self.spans if span.trained)
 
     @property
     def labels(self) -> list[int]:
-        """The token id where trained, -100 where masked, in the token's own position: the loss shifts."""
+        """The token ids at trained positions, -100 at masked ones; not shifted, as in Transformers."""
         labels = [IGNORED] * self.length
         for span in self.spans:
             if span.trained:
@@ -48,7 +48,7 @@ class Example:
 
 
 def spans_of(mask: bytearray) -> tuple[Span, ...]:
-    """The spans of a mask of one byte a token: 1 trained, 0 not."""
+    """The spans of a mask with one byte per token: 1 trained, 0 masked."""
     spans, at = [], 0
     while at < len(mask):
         stop = mask.find(1 - mask[at], at)

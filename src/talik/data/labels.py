@@ -1,7 +1,6 @@
-"""Conversations and documents -> examples: token ids and their masks, from one tokenisation of the whole
-text.
+"""Makes examples of conversations and documents: token ids and masks, from one tokenisation of the text.
 
-A token is trained if and only if it covers a character of a trained answer, its end of turn included. Masks
+A token is trained if and only if it covers a character of a trained answer, including its end of turn. Masks
 come from character ranges, never from token ids: a pad token that also ends a turn is trained there.
 """
 
@@ -29,7 +28,7 @@ CHUNK = 512
 
 @dataclass(slots=True)
 class Labelled:
-    """Examples made of some rows, the counts, problems of other rows, and examples that are too long."""
+    """Examples of some rows, the counts, the problems of other rows, and the examples that are too long."""
 
     examples: list[Example]
     report: Report
@@ -45,7 +44,7 @@ class _Made:
 
 
 class Labeller:
-    """Makes examples by a tokenizer's chat template, whose facts are found once."""
+    """Makes examples by a tokenizer's chat template."""
 
     def __init__(self, template: Template, options: LabelOptions) -> None:
         if options.max_length < 2:
@@ -160,7 +159,7 @@ def make_examples(
     Args:
         conversations: Conversations and documents.
         tokenizer: A tokenizer of Transformers.
-        progress: Told how many rows are done.
+        progress: Called with the number of rows done.
         options: The fields of LabelOptions.
 
     Raises:
@@ -195,7 +194,9 @@ def _boundaries(rendered: Rendered) -> list[int]:
 
 
 def _token_range(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, int, bool]:
-    """The tokens that cover a character of `start:stop`, and whether one covers a character around it too."""
+    """The tokens that cover a character of `start:stop`, and whether one of them also covers a character
+    outside.
+    """
     first = bisect_right(offsets, start, key=lambda token: token[1])
     last = bisect_left(offsets, stop, key=lambda token: token[0])
     if first >= last:
@@ -204,7 +205,7 @@ def _token_range(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> t
 
 
 def _too_long(made: _Made, max_length: int) -> str | None:
-    """What a cut at `max_length` would lose, or None if nothing that is trained."""
+    """The kind of loss of a cut at `max_length`; None if no trained token would be lost."""
     trained = [span for span in made.example.spans if span.trained]
     if trained[-1].stop <= max_length:
         return None
@@ -232,7 +233,7 @@ def _fit(
 def refuse_too_long(
     over: Sequence[tuple[Place, str]], examples: int, report: Report, options: LabelOptions
 ) -> None:
-    """DataError for examples over the greatest length, if they are to be refused or if none is left."""
+    """Raises DataError for too long examples, if they are to be refused or if none is left."""
     if over and options.too_long == "refuse":
         refuse(
             over, f"Raise max_length to {report.longest:,}, or let long rows be dropped or cut (too_long)."

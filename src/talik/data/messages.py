@@ -1,7 +1,7 @@
-"""What a row becomes: a conversation, or a document.
+"""The result of converting a row: a conversation or a document.
 
-Formats (`formats`) make them, templates (`template`, `labels`) turn them into tokens; nothing after the
-formats knows what the row looked like.
+Formats create them, templates and labels turn them into tokens; nothing after the formats depends on the
+format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the assistant makes: `arguments` is a JSON value, an object as a rule, never its text."""
+    """A call by the assistant; `arguments` is a JSON value, usually an object, not its text."""
 
     name: str
     arguments: Any
@@ -31,7 +31,7 @@ class Message:
     Attributes:
         role: One of ROLES.
         content: Its text; "" only where an assistant only calls tools.
-        reasoning: What the assistant thinks before it answers; "" where it does not.
+        reasoning: What the assistant thinks before it answers; "" if it does not.
         tool_calls: The calls that the assistant makes in this turn, after `content`.
         name: The tool whose result this is, or the name of who speaks.
         call_id: The id of the call whose result this is.
@@ -62,7 +62,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text without turns: every token of it is trained."""
+    """Plain text without turns; every token is trained."""
 
     text: str
     place: Place

@@ -1,6 +1,6 @@
-"""Examples with their masks, as text and as HTML. Builds, never prints.
+"""Examples with their masks, as text and HTML.
 
-Shows what the model will read, token by token, and which tokens are trained, also without colour.
+Shows the tokens that the model reads and which of them are trained, also without colour.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rich.text import Text
 
 from talik.data.examples import Example
 
-LONGEST_CHARACTER = 8  # tokens that one character, or a few that share tokens, may take
-BETWEEN = "\u00b7"  # in the code pages of Windows consoles, too
+LONGEST_CHARACTER = 8  # most tokens of one character, or of a few that share tokens
+BETWEEN = "\u00b7"  # also in code pages of Windows consoles
 GUTTER = {True: "+ ", False: "  "}
-STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}  # in turn, so that every token stands out
-JOINERS = "\u200c\u200d"  # parts of words in Persian, and of emoji
+STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}  # alternate between tokens
+JOINERS = "\u200c\u200d"  # inside Persian words and emoji
 BINS = 10
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
@@ -39,7 +39,7 @@ tokens of one character.</p>
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One token, or the tokens that only together are whole characters."""
+    """One token, or tokens that together form whole characters."""
 
     text: str
     ids: tuple[int, ...]
@@ -47,9 +47,9 @@ class _Piece:
 
 
 def preview_text(example: Example, tokenizer: Any) -> Text:
-    """The example for a terminal: lines that start with "+" are trained, as in a diff; the rest is masked.
+    """An example for a terminal: lines with "+" are trained, as in a diff; the others are masked.
 
-    A middle dot stands between two tokens; nothing but the signs tells trained from masked without colour.
+    A middle dot separates two tokens. Only the signs mark trained tokens if there is no colour.
     """
     text = Text(f"{_header(example)}; lines marked + are trained, {BETWEEN} is between tokens\n", style="")
     at_start, before = True, False
@@ -69,7 +69,7 @@ def preview_text(example: Example, tokenizer: Any) -> Text:
 
 
 def preview_html(examples: Sequence[Example], tokenizer: Any) -> str:
-    """The examples as one HTML page that needs no other file; resting on a token shows its id."""
+    """The examples as one HTML page without other files; hovering over a token shows its id."""
     return PAGE.format(sections=sections(examples, tokenizer))
 
 
@@ -79,7 +79,7 @@ def sections(examples: Sequence[Example], tokenizer: Any) -> str:
 
 
 def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
-    """How many examples there are of which length, as bars at most `width` wide, and the percentiles."""
+    """The number of examples by length, as bars at most `width` wide, and percentiles."""
     if not lengths:
         return "no examples"
     ordered = sorted(lengths)
@@ -96,7 +96,7 @@ def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
 
 
 def length_ranges(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """At most BINS ranges of lengths: the first and the last length of each, and how many examples it has."""
+    """At most BINS ranges of lengths: first and last length, and the number of examples."""
     if not lengths:
         return []
     step = -(-max(lengths) // BINS)
@@ -120,7 +120,9 @@ def _section(example: Example, tokenizer: Any) -> str:
 
 
 def _pieces(example: Example, tokenizer: Any) -> Iterator[_Piece]:
-    """Whole characters are decoded together with the piece before, which keeps the spaces between words."""
+    """Decodes tokens to whole characters, together with the previous piece, which keeps spaces between
+    words.
+    """
     ids = list(example.input_ids)
     trained = [
         flag for span in example.spans for flag in itertools.repeat(span.trained, span.stop - span.start)
@@ -143,7 +145,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Line breaks as \\n and a line break; what has no shape of its own, and the backslash, as escapes."""
+    """Line breaks as \\n and a line break; invisible characters and the backslash as escapes."""
     shown = []
     for character in text:
         escaped = character.encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""Counts of what became of the rows, and the options that decide it."""
+"""Counts of what happened to the rows, and the options of labelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("prompt cut", "answer cut", "end lost")
 
 @dataclass(slots=True)
 class Counted:
-    """How many, and the places of the first ten."""
+    """A number, and the places of the first ten."""
 
     count: int = 0
     places: list[Place] = field(default_factory=list)

@@ -68,7 +68,7 @@ def _outside(ids: Tensor, labels: Any, model: nn.Module) -> Iterator[Finding]:
         wrong["labels"] = ((labels < 0) & (labels != IGNORED)) | (labels >= rows)
     for key, places in wrong.items():
         if count := int(places.sum()):
-            what = f"{key} hold {count:,} numbers that are no token: the model has {rows:,} tokens."
+            what = f"{key} hold {count:,} numbers that are not tokens: the model has {rows:,} tokens."
             line = f"{key}[{key} < 0] = {IGNORED}  # what the loss leaves out" if key == "labels" else ""
             fix = line or "model.resize_token_embeddings(len(tokenizer))"
             yield Finding("outside-vocabulary", what, key, count, "tokens", fix)

@@ -85,7 +85,7 @@ def explain(
         remedy = "Pass what goes into model(**batch): tensors of (batch, sequence)."
         raise UsageError("the batch has no tensor input_ids", remedy=remedy)
     if not hasattr(model, "config"):
-        raise SourceError(f"{type(model).__name__} is no model of Transformers")
+        raise SourceError(f"{type(model).__name__} is not a model of Transformers")
     parts_of(model)
     loop, assumed = _simulated(model, squeezed(batch))
     found = [*batch_findings(model, batch, tokenizer), *offload_findings(model, loop)]

@@ -1,8 +1,7 @@
 """Common mistakes of training loops, each simulated on a model and compared with the correct loop.
 
 Mistakes that cost memory run on fake tensors, so weights are not needed. Mistakes of labels are shown on one
-question
-and answer, with the model's tokenizer.
+question and answer, with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -147,8 +146,7 @@ def habit(
     """Simulates a mistake of HABITS on a model, and the correct loop.
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
-    them
-    trained; only config.json is read. Labels: the tokenizer is needed.
+    them trained; only config.json is read. Labels: the tokenizer is needed.
 
     Args:
         name: A key of HABITS.

@@ -1,8 +1,7 @@
 """Runs the plain loop on fake tensors: `model(**batch).loss.backward()` and AdamW.
 
 The model is not changed and nothing is allocated for it: its parameters are replaced by fakes, and offloaded
-weights are
-copied in for the forward of their module, as accelerate does.
+weights are copied in for the forward of their module, as accelerate does.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
 
 
 def verdict(memory: dict[str, dict[str, int]]) -> str:
-    """Whether a run stayed within its planned peak and the slack, in one sentence."""
+    """One sentence: whether a run stayed within its planned peak and the slack."""
     planned, (phase, measured) = _peaks(memory)
     if not planned:
         return f"the run had no planned memory; it took {format_bytes(measured)} ({phase})"

@@ -89,7 +89,7 @@ def _trains_end(row: _Row, ends: set[int]) -> bool:
 
 
 def _endless(rows: list[_Row], ends: set[int], tokenizer: Any) -> Finding:
-    """True if every row trains an answer and no row trains its end."""
+    """The finding for rows that all train an answer but never its end."""
     name = tokenizer.convert_ids_to_tokens(min(ends)) if ends else "an end token"
     written = any(token in ends for row in rows for token in row.ids[_last_trained(row) + 1 :])
     if written:

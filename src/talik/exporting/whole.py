@@ -69,8 +69,7 @@ def export(run: str | Path, out: str | Path, *, adapter: bool = False, notify: N
     """Exports the result of a run as a plain Transformers folder. The base model is not changed.
 
     Adapters are merged into the weights, or written as a PEFT folder. The export is verified by names, shapes
-    and
-    bytes, and by its logits against the tuned model if there is memory for it.
+    and bytes, and by its logits against the tuned model if there is memory for it.
 
     Args:
         run: The run folder.

@@ -98,8 +98,7 @@ def grouped_mm(
     Args:
         one: (rows, inner).
         other: (groups, inner, columns). Rows up to offs[0] are multiplied by the first matrix, and so on;
-            rows
-            after the last group become 0.
+            rows after the last group become 0.
         offs: (groups,) int32, the end of each group of rows.
     """
     if (one.dim(), other.dim()) != (2, 3) or offs is None or bias is not None or out_dtype is not None:

@@ -23,8 +23,7 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
     """The 256 numbers of the codes, ascending: from -1 to 1 if signed, else from 0 to 1.
 
     Seven powers of ten; between two of them equally spaced numbers, twice as many as in the range below. The
-    same
-    as bitsandbytes (functional.create_dynamic_map).
+    same as bitsandbytes (functional.create_dynamic_map).
     """
     positive: list[float] = []
     for power in range(7):
@@ -55,8 +54,7 @@ def quantize_(
     """Quantizes fp32 `exact` to the nearest codes and the magnitudes of the blocks; `exact` is overwritten.
 
     Numbers with the same upper bits have at most one midpoint among them, so the code is looked up and
-    increased
-    by one above that midpoint. On a CPU this is many times faster than a search (torch.bucketize).
+    increased by one above that midpoint. On a CPU this is many times faster than a search (torch.bucketize).
     """
     blocks = exact.view(-1, BLOCK)
     absmax.copy_(torch.maximum(blocks.amax(1), -blocks.amin(1)))

@@ -184,7 +184,7 @@ def _read(path: Path) -> Description:
         raise UsageError(f"is not YAML in UTF-8: {error}", where=path, remedy=REMEDY) from None
     except OSError as error:
         table = f"GPUs that are known by name: {', '.join(GPUS)}.\n  {REMEDY}"
-        problem = f"is no GPU of the table, and no file that can be read: {error.strerror}"
+        problem = f"is neither a GPU of the table nor a readable file: {error.strerror}"
         raise UsageError(problem, where=path, remedy=table) from None
     if not isinstance(fields, dict):
         raise UsageError("holds no fields", where=path, remedy=REMEDY)

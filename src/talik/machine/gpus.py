@@ -1,9 +1,8 @@
 """GPUs that can be planned for without having one: the numbers of their datasheets, with sources.
 
 Rates are dense (without sparsity); bf16 rates are those of tensor cores that accumulate in fp32. They are
-peaks:
-measured matrix products reach 70 to 98 % of them. Memory is the value shown by nvidia-smi, which is below the
-nominal one if error correction takes a part.
+peaks: measured matrix products reach 70 to 98 % of them. Memory is the value shown by nvidia-smi, which is
+below the nominal one if error correction takes a part.
 """
 
 from __future__ import annotations

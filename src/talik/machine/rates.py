@@ -41,8 +41,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> f
     """FLOP/s of a product of square matrices, the best of several.
 
     `size` rows, or fewer (128, 256, ...) if these already take long enough to measure: a processor with 1
-    GFLOP/s
-    also answers within a second.
+    GFLOP/s also answers within a second.
     """
     rows = min(128, size)
     while True:

@@ -1,8 +1,7 @@
 """Adapters of PEFT on the layers of a model: without storage at first, allocated before anything runs.
 
 An adapted linear layer is a layer of PEFT that holds the original one as `base_layer`. The rest of Talik
-knows
-the model's tensors by the names they have without adapters (`base_tensors`).
+knows the model's tensors by the names they have without adapters (`base_tensors`).
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
 
 
 def _place(parent: type, child: str, layers: str) -> str | None:
-    """Whether `parent.forward` uses `child` before or after the loop over `layers`; None if it shows neither.
+    """Where `parent.forward` uses `child`: "before" or "after" the loop over `layers`; None if unknown.
 
     A method that uses `child` stands for it: Gemma 3n normalises the inputs per layer in a method of its own.
     """

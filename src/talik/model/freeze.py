@@ -18,10 +18,8 @@ def freeze(model: PreTrainedModel, thaw: str) -> dict[str, nn.Parameter]:
     """Freezes everything except what `thaw` names: "top.5,norm", "layers.20-27,head", "all".
 
     A head that shares its matrix with the embeddings gets a copy if it is trained without them; with them,
-    the
-    shared matrix is trained in both roles. The hook by which gradient checkpointing makes frozen layers part
-    of the
-    graph is removed.
+    the shared matrix is trained in both roles. The hook by which gradient checkpointing makes frozen layers
+    part of the graph is removed.
 
     Returns:
         The trained parameters by their full names.

@@ -39,8 +39,7 @@ def load_tokenizer(folder: Path, date: str | None = None) -> Any:
     Args:
         folder: The model's folder.
         date: Date and time (ISO 8601) that the chat template writes in place of today's; templates ask for it
-            by
-            `strftime_now("%d %b %Y")`.
+            by `strftime_now("%d %b %Y")`.
 
     Raises:
         SourceError: chat_template.json holds no template.

@@ -34,8 +34,7 @@ def smallest_changes(
     ...
 
     Each change is made by itself and simulated in the way that takes the least memory. If host RAM or disk
-    are too small,
-    the changes say how much is needed.
+    are too small, the changes say how much is needed.
     """
     target, others = planned.target, _other_memory(planned)
     if planned.breaks is None:
@@ -166,8 +165,7 @@ class ThriftiestWay:
         """The largest number of the highest layers of `wanted` that fit; 0 if not even one fits.
 
         The number is guessed from the difference between two and three layers, then corrected by simulation:
-        the last layer
-        takes less than the others, because it is run at trained positions only.
+        the last layer takes less than the others, because it is run at trained positions only.
         """
 
         def peak(layers: int) -> int:

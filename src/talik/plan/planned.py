@@ -45,8 +45,7 @@ class Planned:
 
     Attributes:
         least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
-            lies
-            between it and the planned peak.
+            lies between it and the planned peak.
         checkpoints: The most checkpoints on disk at once: those to keep, the best one, and one being written.
         breaks: The first allocation that exceeds the memory.
         ram_missing: Bytes of host RAM that are missing.

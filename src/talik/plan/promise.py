@@ -71,10 +71,8 @@ class Promise:
         """Releases free memory if the coming phase might need more than planned.
 
         Memory that is kept is reused without being mapped again, which saves an eighth of a step of a small
-        model
-        (docs/log.md). The need of a phase is known from earlier ones of a similar size (within a power of
-        two); before the
-        first one, everything is released.
+        model (docs/log.md). The need of a phase is known from earlier ones of a similar size (within a power
+        of two); before the first one, everything is released.
         """
         if self._device.type != "cpu":  # on a device, the plan is about its own memory
             return

@@ -116,8 +116,7 @@ class Search:
         """Bytes of host RAM that a way takes on an accelerator, about.
 
         The program, buffers for transfers to the device, and offloaded tensors. Pinned memory for two layers
-        is rounded up
-        to powers of two (ATen/core/CachingHostAllocator.h).
+        is rounded up to powers of two (ATen/core/CachingHostAllocator.h).
         """
         chain = self.subject.chain
         layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in chain.layers)

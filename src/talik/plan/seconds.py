@@ -44,8 +44,7 @@ def seconds_of(
     """Seconds of the simulated phases, each scaled from its tokens to all tokens.
 
     A phase takes its FLOPs over the rate of matrix products, plus the bytes moved by other operators over the
-    rate of
-    copies. A streamed trunk waits for the disk if that is slower.
+    rate of copies. A streamed trunk waits for the disk if that is slower.
     """
     recipe, rates = subject.recipe, machine.rates
     rate = rates.matmul["fp32" if machine.without_bf16 else PRECISIONS[recipe.precision]]

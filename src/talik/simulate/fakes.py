@@ -80,8 +80,7 @@ class FakeCache:
     """A cache that stores nothing.
 
     Only some of the groups that a run holds at once are simulated. The hidden states of the others are
-    counted as
-    `others` times those of the simulated ones, up to `most` bytes in all.
+    counted as `others` times those of the simulated ones, up to `most` bytes in all.
     """
 
     def __init__(self, log: Log, others: float = 0.0, most: int = 0) -> None:
@@ -132,14 +131,12 @@ class MarkedScratch(TieredScratch):
     """A scratch that records the cause of its tensors by their names. Tensors in files take no memory.
 
     All fake tensors live on the CPU (fake CUDA has no backward). Host-RAM tensors are put on `meta` instead,
-    so that
-    code without a copy to the device fails here, as it would on a GPU.
+    so that code without a copy to the device fails here, as it would on a GPU.
 
     Attributes:
         waiting: By layer, shape and dtype of the layer inputs of micro-batches that are pending. They are
-            allocated
-            with those of the first computed micro-batch, and freed when the inputs of a lower layer are
-            freed.
+            allocated with those of the first computed micro-batch, and freed when the inputs of a lower layer
+            are freed.
     """
 
     def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:

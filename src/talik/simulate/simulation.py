@@ -1,8 +1,7 @@
 """Runs the real training code on fake tensors, to find its memory before a weight is loaded.
 
 The same functions as in a run are called: the store loads blocks, the trunk runs, steps go forward and
-backward,
-the update, the evaluation. Only files, threads and values are missing.
+backward, the update, the evaluation. Only files, threads and values are missing.
 """
 
 from __future__ import annotations

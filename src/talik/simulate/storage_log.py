@@ -1,8 +1,7 @@
 """Records when the memory of every tensor is allocated and freed while code runs.
 
 A StorageLog sees every PyTorch operator. A storage is born when it first appears in a result, and dies with
-the last
-tensor that views it. Its cause is assigned later, when its use is known.
+the last tensor that views it. Its cause is assigned later, when its use is known.
 """
 
 from __future__ import annotations

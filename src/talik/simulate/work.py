@@ -38,8 +38,7 @@ def work_of(
     """The two groups with the longest examples, and one to three steps.
 
     The steps are those with the largest micro-batch, the longest example, and the largest loss, if they
-    differ. The same
-    step a second time takes as much as the first (docs/log.md).
+    differ. The same step a second time takes as much as the first (docs/log.md).
     """
     both = Joined(examples, evaluated)
     lengths = both.lengths

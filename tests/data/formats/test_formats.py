@@ -160,7 +160,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         chat(USER, turn(A, "", tool_calls=[{"name": "f", "arguments": "{"}])),
-        "tool_calls[0].arguments' is no JSON",
+        "tool_calls[0].arguments' is not JSON",
     ),
     (
         chat(turn(U, "q", tool_calls=[{"name": "f"}]), turn()),
@@ -185,7 +185,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (chat(USER, turn("tool", "r"), turn()), "message 2 is the result of a tool, and no call comes before it"),
     ({**chat(USER, turn()), "images": ["a.png"]}, "the row has images (field 'images')"),
     ({**chat(USER, turn()), "label": False}, "field 'label' says whether the answer is good"),
-    ({**chat(USER, turn()), "tools": "[{"}, "field 'tools' is no JSON"),
+    ({**chat(USER, turn()), "tools": "[{"}, "field 'tools' is not JSON"),
     ({**chat(USER, turn()), "tools": [{"description": "d"}]}, "must define a function with a 'name'"),
     ({**chat(USER, turn()), "sytem": "s"}, "field 'sytem' is not read; 'system' may be meant"),
     ({**chat(turn(S, "s"), USER, turn()), "system": "t"}, "field 'system' and the first message differ"),

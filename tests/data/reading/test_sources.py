@@ -140,7 +140,7 @@ HARD = [
     ('{"a" : [{"b":1,"b" :2}]}', "the key 'b' is given twice"),
     ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
     ('{"a": ' + "1" * 5000 + "}", "a number has too many digits"),
-    ('{"a": NaN}', "NaN is no JSON"),
+    ('{"a": NaN}', "NaN is not JSON"),
     ('{"a": 1} {"b": 2}', "Extra data"),
 ]
 
@@ -231,9 +231,9 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
         ("rowz.jsonl", r"there is no such file\n  In .* there is: rows.jsonl"),
         ("*.parquet", "no file matches"),
         ("empty", "this folder has no data files"),
-        ("hf:", "is no name of a data set"),
-        ("hf:only-a-name", "is no name of a data set"),
-        ("modelscope:a/b:c:d:e", "is no name of a data set"),
+        ("hf:", "is not the name of a data set"),
+        ("hf:only-a-name", "is not the name of a data set"),
+        ("modelscope:a/b:c:d:e", "is not the name of a data set"),
         ("x" * 5000, "cannot be used"),
         ("a\0b", "cannot be used"),
     ],

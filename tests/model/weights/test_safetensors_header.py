@@ -270,8 +270,8 @@ def test_a_tensor_is_read_into_memory_of_its_own_size_only(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (b"null", "is no JSON object"),
-        (b"[1]", "is no JSON object"),
+        (b"null", "is not a JSON object"),
+        (b"[1]", "is not a JSON object"),
         (b"{", "cannot be read"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "'a' does not have exactly dtype"),
@@ -287,7 +287,7 @@ def test_a_header_that_is_none(header: bytes, said: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("data", [b"", b"\0" * 4, b"\xff" * 8 + b"{}", (10**6).to_bytes(8, "little") + b"{}"])
 def test_a_length_that_no_header_has(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
-    with pytest.raises(SourceError, match="is no safetensors file"):
+    with pytest.raises(SourceError, match="is not a safetensors file"):
         read_header(tmp_path / "file")
 
 

@@ -1,1 +1,1 @@
-"""Rows of every known data format -> messages."""
+"""Converts rows of every known data format to messages."""

@@ -76,7 +76,7 @@ def parsed(field: str, value: Any) -> Any:
     """A value that may be written as JSON text.
 
     Raises:
-        RowError: The text is no JSON.
+        RowError: The text is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -85,5 +85,5 @@ def parsed(field: str, value: Any) -> Any:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise RowError(
-            "broken JSON", f"field '{field}' is no JSON ({reason}): {describe(value)}", field
+            "broken JSON", f"field '{field}' is not JSON ({reason}): {describe(value)}", field
         ) from None

@@ -139,7 +139,7 @@ class Converter:
 
 
 def _is_near(name: str, known: str) -> bool:
-    """Whether a name looks like a typing error of a known one."""
+    """True if a name looks like a typing error of a known one."""
     alike = difflib.SequenceMatcher(None, name, known).ratio()
     return name != known and abs(len(name) - len(known)) <= 2 and alike >= 0.8
 
@@ -243,7 +243,7 @@ def conversations(
 
 
 def refuse_mixed(rows: Iterable[Row], converter: Converter) -> None:
-    """DataError for rows of several formats in one file."""
+    """Raises DataError for rows of several formats in one file."""
     first: dict[str, Row] = {}
     for row in rows:
         name = other_format(row, converter)

@@ -24,7 +24,7 @@ PARTS = {
 
 
 def check_media(fields: Mapping[str, Any]) -> None:
-    """RowError for a row with a column of pictures, video or sound that is not empty."""
+    """Raises RowError for a row with a column of pictures, video or sound that is not empty."""
     for name, value in fields.items():
         kind = COLUMNS.get(name.lower())
         if kind is not None and value not in (None, "", [], {}):

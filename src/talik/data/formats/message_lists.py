@@ -46,7 +46,7 @@ def read_messages(field: str, value: Any) -> tuple[list[Message], Tools]:
     """The messages of a list, and the tools that are defined in it.
 
     Raises:
-        RowError: An item is no message.
+        RowError: An item is not a message.
     """
     if not isinstance(value, list) or not value:
         problem = f"field '{field}' must be a list of messages, it is {describe(value)}"

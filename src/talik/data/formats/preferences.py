@@ -14,7 +14,7 @@ REMEDY = "Keep only the good answers, as rows with 'prompt' and 'completion' (wi
 
 
 def check_preferences(fields: Mapping[str, Any], needs: Sequence[str]) -> None:
-    """Checks that a row is no preference.
+    """Checks that a row is not a preference.
 
     Args:
         fields: The row.

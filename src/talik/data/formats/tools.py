@@ -17,7 +17,7 @@ def read_tools(field: str, value: Any) -> Tools:
     """Definitions of tools: a list or its JSON text; bare functions are wrapped.
 
     Raises:
-        RowError: One of them is no definition.
+        RowError: One of them is not a definition.
     """
     if value in (None, "", [], "[]"):
         return ()
@@ -44,7 +44,7 @@ def read_calls(field: str, value: Any) -> tuple[ToolCall, ...]:
     """Calls of tools: one or a list, as objects or their JSON text.
 
     Raises:
-        RowError: One of them is no call.
+        RowError: One of them is not a call.
     """
     found = parsed(field, value)
     if not isinstance(found, list):

@@ -1,1 +1,1 @@
-"""Rows of all sources -> tokenized examples, on all cores, kept on disk."""
+"""Turns the rows of all sources into tokenized examples, on all cores, and keeps them on disk."""

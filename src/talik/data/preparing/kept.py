@@ -1,4 +1,4 @@
-"""Prepared examples in files: found again by later runs, and gone on with where a start was broken off."""
+"""Prepared examples in files, which later runs reuse and an interrupted start continues."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from talik.data.reading.rows import Place, Problem
 from talik.data.report import Counted, Report
 from talik.data.templates.facts import Facts
 
-PART_BYTES = 32 << 20  # bytes of token ids, or of rejected rows, of a part
-VERSION = 2  # of how examples are made and kept: others are not found again
+PART_BYTES = 32 << 20  # bytes of token ids or rejected rows in a part
+VERSION = 2  # version of the examples and their files
 
 
 class Told:
@@ -39,7 +39,7 @@ class Told:
 
     Args:
         size: Bytes of all files; 0 where that says nothing about how far it has come.
-        notify: Who is told.
+        notify: Gets the events.
         done: Bytes that were prepared before.
     """
 
@@ -68,7 +68,7 @@ def in_files(
     size: int,
     notify: Notify,
 ) -> Outcome:
-    """Prepares into files that later runs find again, and goes on where an earlier start was broken off."""
+    """Prepares into files that later runs reuse; continues an interrupted preparation."""
     facts = {
         "version": VERSION,
         "kept": [item.name for kind in (Report, Facts) for item in fields(kind)],
@@ -102,7 +102,7 @@ def work_of(files: Sequence[FileOptions]) -> Iterator[Chunk]:
 
 
 def tokenizer_state(tokenizer: Any) -> str:
-    """Names a tokenizer and its template: the same for the same ids."""
+    """Identifies a tokenizer and its template."""
     backend = (
         tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
     )
@@ -148,7 +148,9 @@ def _write_part(
 
 
 def _known(folder: Path, files: Sequence[FileOptions], notify: Notify) -> tuple[Outcome, int]:
-    """The results that are kept, and how many chunks they are of; nothing stays from a damaged part on."""
+    """The results that are kept, and the number of their chunks; a damaged part and all later ones are
+    dropped.
+    """
     whole, done = Outcome(), 0
     for broken_off in folder.glob(".part-*"):
         broken_off.unlink()
@@ -164,7 +166,7 @@ def _known(folder: Path, files: Sequence[FileOptions], notify: Notify) -> tuple[
             whole.add(outcome)
             done += about["chunks"]
         except (Damaged, LookupError, TypeError, ValueError) as error:
-            if file.with_suffix(".json").is_file():  # else it was broken off
+            if file.with_suffix(".json").is_file():  # otherwise it was interrupted
                 notify(Status("data", f"{file} {error}: it is prepared again, with all that follows"))
             _remove(folder, names[number:])
             break

@@ -41,9 +41,9 @@ def state_of(file: DataFile) -> list[Any]:
 
 @contextmanager
 def held_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Notify) -> Iterator[Path]:
-    """The folder for these facts and files, which no other process writes meanwhile.
+    """Locks the folder for these facts and files while the context is entered.
 
-    Folders whose files have changed since are removed: nobody finds them again.
+    Folders whose files have changed since are deleted, because nothing will use them again.
     """
     root, known = data_root(), {"facts": json.loads(json.dumps(facts)), "files": list(states)}
     folder = root / _key_of(known)
@@ -74,7 +74,7 @@ def remove_outdated(root: Path) -> list[Path]:
 
 
 def _is_outdated(folder: Path) -> bool:
-    """Whether it is a folder of ours of which some file is there in another state."""
+    """True if it is a folder of ours of which some file is there in another state."""
     try:
         known = read_json(folder / "data.json")
         if _key_of(known) != folder.name:
@@ -99,9 +99,9 @@ def _removed(folder: Path) -> bool:
         return False
     try:
         shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)  # at once: nobody finds half of it
+        folder.rename(gone)  # renamed first, so that it disappears at once
         shutil.rmtree(gone, ignore_errors=True)
-    except OSError:  # Windows: somebody has one of its files open
+    except OSError:  # Windows: one of its files is open
         return False
     finally:
         lock.release()

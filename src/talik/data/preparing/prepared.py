@@ -228,7 +228,7 @@ def _left_out(outcome: Outcome, recipe: Recipe) -> tuple[Counter[str], int]:
 
 
 def _check(outcome: Outcome, recipe: Recipe, files: Sequence[FileOptions]) -> None:
-    """DataError for what a recipe does not want to pass: bad rows, long rows, nothing left."""
+    """Raises DataError for what a recipe does not want to pass: bad rows, long rows, nothing left."""
     bad, media = _left_out(outcome, recipe)
     if bad and recipe.bad_rows == "refuse":
         raise _bad_rows([problem for problem in outcome.problems if problem.kind in bad], bad)

@@ -1,6 +1,7 @@
-"""A process that prepares chunks for another one: they come in by standard input, outcomes go out.
+"""A process that prepares chunks for another one: chunks arrive on standard input, outcomes leave on standard
+output.
 
-It ends when its input does: when the other process has nothing more for it, or is gone.
+It ends with its input, when the other process has finished or died.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import Any
 
 def main() -> None:
     """Reads how to load the tokenizer and how to prepare, then answers each chunk with its outcome."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and that ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, which ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Transformers loads tokenizers without torch if there is none, with a warning; torch takes 200 MB.
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     inward, outward = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a line that some library prints must not get between the outcomes
+    os.dup2(2, 1)  # output of libraries must not mix with the outcomes
     try:
         from talik.base.system import release_free_memory
         from talik.data.preparing.prepare import Preparer
 
         load, options = pickle.load(inward)
         preparer = Preparer(load(), options)
-        release_free_memory()  # what reading a tokenizer leaves is more than what it is
+        release_free_memory()  # loading a tokenizer leaves more free memory than the tokenizer takes
         while True:
             _answer(outward, preparer.prepare(pickle.load(inward)))
     except (EOFError, BrokenPipeError):

@@ -1,1 +1,1 @@
-"""Files and data sets of hubs -> rows."""
+"""Reads files and data sets of hubs as rows."""

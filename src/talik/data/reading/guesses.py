@@ -1,4 +1,4 @@
-"""What a file that is no data looks like, said only where it is so, with the way to convert it."""
+"""Recognises files that are not data, and says how to convert them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def not_utf8(block: bytes, at: int, start: Place, offset: int) -> DataError:
 
     Args:
         block: Whole lines of the file.
-        at: The first byte of it that is no UTF-8.
+        at: The first byte of it that is not UTF-8.
         start: The place of the block's first line.
         offset: Where that byte is in the file.
     """

@@ -18,7 +18,7 @@ LINES_REMEDY = "JSON lines need one whole object on each line; a list of objects
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class _Reader:
         self.at = at
 
     def peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
+        """The next character that is not blank; "" at the end."""
         self.skip()
         return self._text[self.at : self.at + 1]
 

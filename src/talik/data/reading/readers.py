@@ -1,8 +1,8 @@
-"""A data file -> rows, each with the line where it starts. The content says which kind of file it is.
+"""Reads the rows of a data file, each with its line. The content decides the kind of the file.
 
-JSON, JSON lines, CSV, TSV, Parquet, Arrow, plain text, and all of them compressed (gz, zst, xz). Reading
-holds one piece of the file at a time. A row that cannot be read is a problem with its place, and reading goes
-on; a file that cannot be read is an error.
+JSON, JSON lines, CSV, TSV, Parquet, Arrow and plain text, compressed or not (gz, zst, xz). Only a piece of
+the file is in memory at a time. A row that cannot be read is a problem with its place, and reading continues;
+a file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def suffix_of(path: Path) -> str:
 
 
 def _lines_or_document(file: DataFile, suffix: str, head: bytes) -> str:
-    """Whether a file that starts with an object has one on each line."""
+    """The kind of a file that starts with an object: one object per line, or one document."""
     lines = ((number, line) for number, line in TextStream(file).lines() if line is None or line.strip())
     first = next(lines)[1]
     try:

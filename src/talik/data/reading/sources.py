@@ -1,6 +1,6 @@
-"""A DATA argument -> the files that rows are read from.
+"""Finds the files of a DATA argument.
 
-A file, a folder, a glob, `-` for standard input, a data set of a hub as `hf:ORG/NAME[:CONFIG][:SPLIT]` or
+A file, a folder, a glob, `-` for standard input, or a data set of a hub as `hf:ORG/NAME[:CONFIG][:SPLIT]` or
 `modelscope:ORG/NAME[:SPLIT]`.
 """
 
@@ -46,7 +46,7 @@ def check_data(data: str) -> None:
             remedy = (
                 f"Write it as {prefix}:ORG/NAME, {prefix}:ORG/NAME:SPLIT or {prefix}:ORG/NAME:CONFIG:SPLIT."
             )
-            raise DataError("is no name of a data set", where=data, remedy=remedy)
+            raise DataError("is not the name of a data set", where=data, remedy=remedy)
     elif data != INPUT:
         _local(data, lambda line: None)
 

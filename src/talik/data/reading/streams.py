@@ -161,7 +161,7 @@ class TextStream:
             raise not_utf8(block, error.start, self.place(number), self._first_wrong_byte()) from None
 
     def _first_wrong_byte(self) -> int:
-        """Where the first byte is that is no UTF-8."""
+        """Where the first byte is that is not UTF-8."""
         at, before, rest = 0, 0, b""
         with opened(self.file) as stream:
             while raw := stream.read(_READ):

@@ -31,7 +31,7 @@ def control_tokens(template: Template, facts: Facts) -> re.Pattern[str]:
 
 
 def check_control_tokens(row: Conversation | Document, control: re.Pattern[str]) -> None:
-    """RowError for the first control token in a text of the row."""
+    """Raises RowError for the first control token in a text of the row."""
     for name, text in texts_of(row):
         if found := control.search(text):
             problem = f"{name} holds the control token {found[0]!r} at character {found.start() + 1:,}"

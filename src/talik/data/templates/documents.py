@@ -1,4 +1,4 @@
-"""Plain text -> token ids: begin token, text, end token."""
+"""Encodes plain text: begin token, text, end token."""
 
 from __future__ import annotations
 

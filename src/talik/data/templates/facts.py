@@ -214,7 +214,7 @@ def _system(template: Template, whole: str) -> tuple[str, str]:
 
 
 def _reasoning(template: Template) -> str:
-    """Whether the template writes an answer's reasoning, in the last answer and in an earlier one."""
+    """What the template does with reasoning, in the last answer and in an earlier one."""
     answer = Message("assistant", A1, reasoning="talikr1")
     last = _text(template, [Message("user", Q1), answer])
     earlier = _text(template, [Message("user", Q1), answer, Message("user", Q2)], prompt=True)
@@ -225,7 +225,7 @@ def _reasoning(template: Template) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """What stops an answer while it is generated: token ids, and texts where an end is no token."""
+    """What stops an answer while it is generated: token ids, and texts if an end is not a token."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]

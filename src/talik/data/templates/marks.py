@@ -13,7 +13,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def has_marks(template: Template, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the template marks answers."""
+    """True if the template marks answers."""
     return _MARKS.search(template.source(tools)) is not None
 
 

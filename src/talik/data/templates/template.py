@@ -1,7 +1,7 @@
-"""The chat template: a conversation -> text, as the model will be asked at inference.
+"""The chat template: renders a conversation to text, as at inference.
 
-The template is only ever asked for text, so any template works. `facts` asks a template what it does, `turns`
-finds what the model is asked to write.
+Only text is asked of the template, so any template works. `facts` finds out what a template does, `turns`
+finds what the model has to write.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Chat = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template, or the plain one where it has none.
+    """A tokenizer's chat template, or the plain one if it has none.
 
     Attributes:
         tokenizer: A tokenizer of Transformers.
@@ -157,7 +157,7 @@ def template_of(tokenizer: Any) -> Template:
     """The template to render with, of a tokenizer of Transformers.
 
     Raises:
-        UsageError: The template is no template of Jinja, or the tokenizer cannot encode text.
+        UsageError: The template is not a template of Jinja, or the tokenizer cannot encode text.
     """
     encoder = encoder_of(tokenizer)
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
@@ -176,13 +176,13 @@ def date_of(tokenizer: Any) -> str | None:
 
 
 def asks_for_today(tokenizer: Any) -> bool:
-    """Whether the tokenizer's template writes today's date."""
+    """True if the tokenizer's template writes today's date."""
     texts = tokenizer.chat_template or ""
     return any("strftime_now" in text for text in (texts.values() if isinstance(texts, dict) else [texts]))
 
 
 def _check(template: Template) -> None:
-    """UsageError for a template that Jinja cannot parse: its own fault, not that of any row."""
+    """Raises UsageError for a template that Jinja cannot parse: its own fault, not that of any row."""
     for tools in ((), ({"type": "function", "function": {"name": "f"}},)):
         error = template.apply([{"role": "user", "content": "?"}], tools)
         if isinstance(error, jinja2.TemplateSyntaxError):

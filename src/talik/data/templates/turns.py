@@ -1,10 +1,9 @@
-"""A conversation -> the texts of its examples, with the characters of every answer that is trained.
+"""Renders a conversation to the texts of its examples, with the characters of every trained answer.
 
-For each trained turn the template is asked twice: for the prompt, as at inference, and for the conversation
-up to the answer. The model learns to write all that follows the prompt, up to and including the end of the
-turn. Turns share an example as long as each later prompt begins with the text before it; where a template
-writes an earlier answer in another way (without its reasoning, say), the next turn begins an example of its
-own.
+For each trained turn the template is called twice: for the prompt, as at inference, and for the conversation
+up to the answer. The model learns everything after the prompt up to and including the end of the turn. Turns
+share an example as long as each later prompt begins with the text so far. If a template writes an earlier
+answer differently (without its reasoning, for example), the next turn starts a new example.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ NO_END = "no end token"
 class Answer:
     """The characters `start:stop` of an answer; from `content_stop` on they are its end of turn.
 
-    `reasoning_stop`: up to there the answer is reasoning; `start` where it has none.
+    `reasoning_stop`: up to there the answer is reasoning; `start` if it has none.
     """
 
     start: int

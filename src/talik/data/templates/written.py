@@ -1,4 +1,4 @@
-"""Checks that a chat template writes all of a row: text that it drops is text that nobody learns."""
+"""Checks that a chat template writes all of a row, because text that it drops is not learned."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_written(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
 
 
 def is_in(part: str, text: str) -> bool:
-    """Whether a text holds a part: as it is, without blanks around it or between, or as JSON writes it."""
+    """True if a text holds a part: as it is, without blanks around it or between, or as JSON writes it."""
     part = part.strip()
     if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
         return True

@@ -1,12 +1,9 @@
 """A model as a chain of blocks, each run by the model's own code: embed -> layer 0 .. L-1 -> tail.
 
 The *skeleton forward* is the model's own forward with every layer replaced by a recorder that notes the
-arguments
-of the layer (masks, positions, rotary tables) and returns the hidden states unchanged. Any layer can then be
-run
-by itself, in any order. The *tail* is the model's own forward with the last layer replaced by a stub that
-returns
-given hidden states, so final norms, soft-capping and scaling are the model's own.
+arguments of the layer (masks, positions, rotary tables) and returns the hidden states unchanged. Any layer
+can then be run by itself, in any order. The *tail* is the model's own forward with the last layer replaced by
+a stub that returns given hidden states, so final norms, soft-capping and scaling are the model's own.
 """
 
 from __future__ import annotations
@@ -43,8 +40,7 @@ class Call:
     """The arguments of one layer, without the hidden states.
 
     `left` is shared by all calls of a skeleton: by layer and place, results that a layer passes to the next
-    one and
-    that are not vectors per token (such as the indices of keys that sparse attention has selected).
+    one and that are not vectors per token (such as the indices of keys that sparse attention has selected).
     """
 
     args: tuple[Any, ...]
@@ -61,8 +57,7 @@ class Skeleton:
     """The embedded tokens of one batch, and the arguments of every layer.
 
     Layers that share state (`Chain.lowest_cut`) leave it in the calls: run them in order, once, before
-    running any
-    again.
+    running any again.
     """
 
     embedded: Float[Tensor, "batch sequence width"]
@@ -80,13 +75,11 @@ class Chain:
 
     Attributes:
         calls_need_embeddings: The arguments of layers contain values of the embedded tokens (Gemma 3n's
-            inputs
-            per layer), so embeddings are looked up even for a skeleton without them.
+            inputs per layer), so embeddings are looked up even for a skeleton without them.
 
     Raises:
         ChainError: The layers are not called once each, in order, each with the result of the previous one,
-            or
-            the model is not causal.
+            or the model is not causal.
         UsageError: The config asks for something that no chain can compute.
     """
 
@@ -125,8 +118,7 @@ class Chain:
         """The highest possible cut up to `wanted`, and why it is not `wanted`.
 
         Layers that share state cannot be separated by the cut. Cuts with `lowest_cut(cut) == cut` also bound
-        the spans
-        of layers whose gradients flow into each other outside the hidden states.
+        the spans of layers whose gradients flow into each other outside the hidden states.
         """
         cut, reason = wanted, None
         while over := [(giver, taker) for giver, taker in self._facts.links if giver < cut <= taker]:

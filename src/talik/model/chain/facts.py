@@ -120,7 +120,7 @@ def _forms(one: Seen, other: Seen) -> tuple[Form, ...]:
         if hidden is None:
             shapes = " and ".join(str(tuple(first_of(out).shape)) for out in pair)
             problem = (
-                f"what goes into layer {index} is no vector per token: {shapes} for two batches of {SIZES}"
+                f"the input of layer {index} is not a vector per token: {shapes} for two batches of {SIZES}"
             )
             raise ChainError(problem)
         extras = [_extra(place, *pair) for place in sorted(one.slots.get(index, ()))]

@@ -31,7 +31,7 @@ class Piece:
 
     @property
     def plain(self) -> bool:
-        """Whether it is (batch, sequence, width) already."""
+        """True if it is (batch, sequence, width) already."""
         return (self.batch, self.sequence, len(self.rest)) == (0, 1, 1)
 
     @property
@@ -69,7 +69,7 @@ class Form:
 
     @property
     def plain(self) -> bool:
-        """Whether it is one tensor (batch, sequence, width)."""
+        """True if it is one tensor (batch, sequence, width)."""
         return len(self.pieces) == 1 and self.pieces[0].plain
 
     @property

@@ -1,8 +1,7 @@
 """Runs the last layer only at the positions that are needed.
 
 The tail needs trained positions only. Attention needs the keys and values of every token; the MLP, the
-projection
-before it and other modules that work on each token separately do not.
+projection before it and other modules that work on each token separately do not.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ def find_alone(layer: nn.Module, run: Callable[[], Tensor]) -> tuple[str, ...]:
     """Names of the outermost modules with a matrix that work on each token separately, for that token only.
 
     Found by trying. `run` is a forward of the layer over a few tokens with the output (batch, sequence,
-    width). If a
-    module is run at some positions only, the output must stay the same there; if it is run at the others
-    only, the
-    output must change there. The second condition excludes the indexer of sparse attention, which has no
-    effect as
-    long as there are few tokens.
+    width). If a module is run at some positions only, the output must stay the same there; if it is run at
+    the others only, the output must change there. The second condition excludes the indexer of sparse
+    attention, which has no effect as long as there are few tokens.
     """
     whole = run()
     every = torch.arange(whole[..., 0].numel(), device=whole.device)

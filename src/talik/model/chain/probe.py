@@ -1,9 +1,8 @@
 """Finds out how a model calls its layers, by watching its own forward on a few tokens. No weights are needed.
 
 Every parameter is replaced by a stand-in that takes no memory, and a product with it by a selection of the
-input's
-columns. Shapes, dtypes and the dependencies between tokens are those of the model, and only these are used.
-Attention, masks and rotary tables run for real.
+input's columns. Shapes, dtypes and the dependencies between tokens are those of the model, and only these are
+used. Attention, masks and rotary tables run for real.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class Seen:
         slots: For every layer, the places of the previous result that are among its arguments.
         used: The slots that the layer computes with.
         links: Pairs (source, user) of layers: the second computes with a tensor of the first that is not in
-            its
-            result.
+            its result.
         problem: The first thing that a chain cannot do.
         alone: Modules of the last layer that work on each token separately (`positions`).
     """

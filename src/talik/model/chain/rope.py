@@ -30,8 +30,7 @@ def rope_group(model: nn.Module, length: int) -> tuple[int, ...]:
     batch.
 
     Empty for most models. For each table that depends on the length: "longrope": which of its two sets is
-    used;
-    "dynamic": the length, if it exceeds the original maximum length.
+    used; "dynamic": the length, if it exceeds the original maximum length.
     """
     found = []
     for _, _, kind, limit in _ropes(model):

@@ -28,12 +28,9 @@ def verify_chain(
     """The largest absolute difference between the model's own forward and the chain; 0.0 is correct.
 
     Runs every layer, below the cut with the calls of one skeleton and from the cut on with those of a fresh
-    one; the
-    tail; and every layer again in reverse order. The cut is the first layer with a trained parameter (the
-    middle if all
-    or none are trained), moved to a possible cut. Shapes and kernels are the same on both sides. Positions
-    with
-    `attention_mask` 0 are ignored; a difference that is not a number counts as inf.
+    one; the tail; and every layer again in reverse order. The cut is the first layer with a trained parameter
+    (the middle if all or none are trained), moved to a possible cut. Shapes and kernels are the same on both
+    sides. Positions with `attention_mask` 0 are ignored; a difference that is not a number counts as inf.
 
     Raises:
         ChainError: The logits of a token depend on a later token.
@@ -55,8 +52,7 @@ def verify_layers(
     """`verify_chain` for a model whose layers are not all loaded: each is loaded once, none runs in reverse.
 
     `around(i)` is entered before layer i runs in the model's own forward, and left after the chain's layer
-    has been
-    compared with it.
+    has been compared with it.
     """
     check = _Check(chain, input_ids, attention_mask)
     check.forward(around, keep=False)

@@ -80,8 +80,7 @@ def _read_gguf(file: Path, folder: Path) -> Any:
 @contextlib.contextmanager
 def _reading_once() -> Iterator[None]:
     """Makes Transformers parse the header of a GGUF file once, not three times, and build its table of names
-    once,
-    not for every module: this halves the time of a conversion.
+    once, not for every module: this halves the time of a conversion.
     """
     import gguf
     from transformers.utils import logging

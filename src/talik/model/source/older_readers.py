@@ -2,8 +2,7 @@
 
 Transformers 5 moved the rotary embedding's numbers into `rope_parameters`, renamed `torch_dtype`, and has new
 tokenizer classes. Readers that do not know these use their defaults (a base of 10,000) without a warning, so
-the
-former keys are written in addition.
+the former keys are written in addition.
 """
 
 from __future__ import annotations

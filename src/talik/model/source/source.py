@@ -3,8 +3,8 @@
     find_model("Qwen/Qwen2.5-7B-Instruct").folder
 
 The folder has been checked and can be loaded; errors say what was looked for, where, and what to run. No
-pickle
-file is read, no code of a model is run, and only the hub libraries' caches and Talik's home are written.
+pickle file is read, no code of a model is run, and only the hub libraries' caches and Talik's home are
+written.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def find_model(
 
     Args:
         model: A folder, a GGUF file, `modelscope:Org/Name`, or `Org/Name` on the Hugging Face Hub; tried in
-            this
-            order.
+            this order.
         revision: Branch, tag or commit of a hub model.
         weights: Whether weights are needed; otherwise config.json and tokenizer are enough.
         offline: Use only files that have been downloaded.
@@ -163,7 +162,7 @@ def _check_generation_config(folder: Path) -> None:
         return
     try:
         if not isinstance(files.read_json(file), dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # fields are checked by various code
         remedy = "Correct the field, or remove the file: it only holds defaults for generating text."

@@ -1,8 +1,7 @@
 """Maps tensors of a checkpoint to tensors of a model, by Transformers' own conversion mapping.
 
 Most only have another name; some are merged or split (experts, fused projections). Names, patterns and
-operations
-are those of `transformers.conversion_mapping` and `core_model_loading`.
+operations are those of `transformers.conversion_mapping` and `core_model_loading`.
 """
 
 from __future__ import annotations
@@ -119,8 +118,7 @@ def in_checkpoint(
     """The trained tensors with the names in the checkpoint, in the dtypes of their training.
 
     Checkpoints saved from the bare model (GPT-2, Bloom) lack its prefix. A tied matrix is written under each
-    of its
-    names that the checkpoint has; different values would be loaded as two matrices.
+    of its names that the checkpoint has; different values would be loaded as two matrices.
     """
     prefix = f"{model.base_model_prefix}."
 

@@ -1,8 +1,7 @@
 """Hollow models: built from the config, with parameters that have no storage.
 
 Non-persistent buffers (such as rotary tables), which no checkpoint holds, are computed. Weights are loaded
-later,
-block by block.
+later, block by block.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ def hollow_model(
     """Builds the causal LM of a local folder in eval mode, with parameters and persistent buffers on `meta`.
 
     Everything else is equal to `from_pretrained(folder, dtype=dtype)`: dtypes (including parts that the
-    model's class
-    keeps in fp32) and buffers.
+    model's class keeps in fp32) and buffers.
 
     Args:
         folder: The folder of the model.

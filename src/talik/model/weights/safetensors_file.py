@@ -1,8 +1,7 @@
 """Reads and writes safetensors files by byte range.
 
 The format: 8 bytes (little endian) with the length of a JSON header, the header with dtype, shape and byte
-range of
-every tensor, then the bytes (https://github.com/huggingface/safetensors).
+range of every tensor, then the bytes (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations

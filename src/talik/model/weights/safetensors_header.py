@@ -1,14 +1,10 @@
 """Checks the header of a safetensors file by the rules of the format, before anything after it is used.
 
 The file: 8 bytes (little endian) with the length of the header; the header, a JSON object with dtype, shape
-and byte
-range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are unique, a
-range is as
-long as shape and dtype require, and ranges follow each other without gaps up to the end of the file.
-Everything that
-the format's own library refuses is refused, and also duplicate names, of which it uses the last, and unknown
-fields,
-which it ignores.
+and byte range of every tensor; the bytes (https://github.com/huggingface/safetensors#format). Names are
+unique, a range is as long as shape and dtype require, and ranges follow each other without gaps up to the end
+of the file. Everything that the format's own library refuses is refused, and also duplicate names, of which
+it uses the last, and unknown fields, which it ignores.
 """
 
 from __future__ import annotations
@@ -44,7 +40,7 @@ def read_ranges(file: Path) -> dict[str, Range]:
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(LONGEST, size - 8):
-            problem = f"is no safetensors file: it has {size:,} bytes and names a header of {length:,}"
+            problem = f"is not a safetensors file: it has {size:,} bytes and names a header of {length:,}"
             raise SourceError(problem, where=file, remedy=_REMEDY)
         header = _parsed(stream.read(length), file)
     _check_metadata(header.pop("__metadata__", {}), file)
@@ -71,9 +67,9 @@ def _parsed(raw: bytes, file: Path) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise _broken(f"its header cannot be read ({reason})", file) from None
     if not isinstance(header, dict):
-        raise _broken("its header is no JSON object", file)
+        raise _broken("its header is not a JSON object", file)
     if (halves := next((name for name in header if not _is_text(name)), None)) is not None:
-        raise _wrong(halves, "has a name that is no Unicode text", file)
+        raise _wrong(halves, "has a name that is not Unicode text", file)
     return header
 
 
@@ -89,7 +85,7 @@ def _is_text(name: str) -> bool:
 
 def _check_metadata(metadata: Any, file: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken("its __metadata__ is no object of texts", file)
+        raise _broken("its __metadata__ is not an object of strings", file)
 
 
 def _range(name: str, entry: Any, file: Path) -> Range:
@@ -100,7 +96,7 @@ def _range(name: str, entry: Any, file: Path) -> Range:
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise _wrong(name, f"has the dtype {str(dtype)[:40]!r}, which is not known", file)
     if not _counts(shape):
-        raise _wrong(name, f"has the shape {str(shape)[:80]}, which is no list of sizes", file)
+        raise _wrong(name, f"has the shape {str(shape)[:80]}, which is not a list of sizes", file)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _wrong(name, f"has the byte range {str(offsets)[:80]}, which is not a byte range", file)
     if any(size >= 2**63 for size in accumulate(filter(None, shape), mul, initial=ITEM_SIZES[dtype])):

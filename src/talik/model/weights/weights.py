@@ -28,8 +28,7 @@ class Weights:
     """Reads blocks of a checkpoint into a hollow model: "embeddings", "layer 17", "tail" and "rest".
 
     "embeddings" is the table of the input tokens, "tail" the final norm and the head, "rest" everything else
-    outside the
-    layers (learned positions, norms of the embeddings; usually empty).
+    outside the layers (learned positions, norms of the embeddings; usually empty).
 
     Args:
         model: The hollow model.

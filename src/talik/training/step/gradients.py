@@ -2,10 +2,10 @@
 
 The life of one gradient, as tensors of the scratch:
 
-1. `make_gradients` creates `gradient/NAME` in fp32 before the backward of its block.
-2. Within `accumulated`, the backward of each micro-batch adds to it.
-3. `Updates.block_done` takes it over when its block is done. Normally the parameter is updated at once.
-4. It is stashed as `pending/NAME` if it is not complete (a tied matrix gets another part from a lower block)
+1. `make_gradients` creates `gradient/NAME` in fp32 before the backward of its block. 2. Within `accumulated`,
+the backward of each micro-batch adds to it. 3. `Updates.block_done` takes it over when its block is done.
+Normally the parameter is updated at once. 4. It is stashed as `pending/NAME` if it is not complete (a tied
+matrix gets another part from a lower block)
    or if the norm of all gradients is needed first (exact clipping). It is restored for the next part, or in
    `Updates.finish`.
 5. `update` drops it.
