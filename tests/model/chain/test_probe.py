@@ -178,14 +178,16 @@ def test_the_names_of_functions_that_write() -> None:
 class Decoder(nn.Module):
     """An embedding and two layers."""
 
-    def __init__(self, writes: bool = False) -> None:
+    def __init__(self, writes: bool = False, reads: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(16, 4)
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.writes = writes
+        self.writes, self.reads = writes, reads
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
         hidden = self.embed(input_ids)
+        if self.reads and hidden.sum() == 0.5:
+            return hidden
         for layer in self.layers:
             hidden = layer(hidden)
         if self.writes:
@@ -212,3 +214,9 @@ def test_a_model_that_changes_its_weights_is_refused_before_the_change() -> None
     model = Decoder(writes=True)
     with pytest.raises(ChainError, match="its forward changes its own weights"):
         watch(model, list(model.layers), model.embed, torch.arange(10).view(2, 5))
+
+
+def test_a_value_of_embedded_tokens_that_the_forward_reads_is_recorded() -> None:
+    ids = torch.arange(10).view(2, 5)
+    seen = [watch(model, list(model.layers), model.embed, ids) for model in (Decoder(), Decoder(reads=True))]
+    assert [one.calls_need_embeddings for one in seen] == [False, True]
