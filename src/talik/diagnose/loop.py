@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talik.model.anatomy import Parts, parts_of
-from talik.model.chain.probe import tensors_in
+from talik.model.chain.forms import tensors_in
 from talik.simulate.account import Simulation, account, levels
 from talik.simulate.fake_log import fake_world
 from talik.simulate.storage_log import Storage, StorageLog

@@ -115,6 +115,18 @@ def first_of(out: Any) -> Tensor:
     return first
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dicts and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "keys") and hasattr(value, "values"):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
 def take_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -28,7 +28,7 @@ from talik.data.examples import Example
 from talik.kernels.bf16_matmul import fp32_in_use
 from talik.model.block import EMBEDDINGS, Block
 from talik.model.chain.chain import Call, Chain
-from talik.model.chain.probe import tensors_in
+from talik.model.chain.forms import tensors_in
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.training.loading import RunModel
