@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from talik import __version__
+from helpers.commands import Talik
 from talik.base.errors import DoesNotFitError, RecipeError, TalikError, UsageError
 from talik.cli.main import COMMANDS, HELP, main
 from talik.evaluation import evaluate
@@ -26,36 +27,6 @@ from talik.recipe.recipe_file import read_fields
 
 SMALL = ["--top-layers", "2", "--precision", "fp32", "--epochs", "1", "--batch-tokens", "300"]
 QUESTION = "What is 2 plus 3?"
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def value(self) -> Any:
-        """What it printed for programs."""
-        return json.loads(self.out)
-
-
-Talik = Callable[..., Done]
-
-
-@pytest.fixture
-def talik(capsys: pytest.CaptureFixture[str]) -> Talik:
-    """Runs `talik ARGUMENTS` in this process."""
-
-    def run(*argv: object) -> Done:
-        capsys.readouterr()
-        code = main([str(part) for part in argv])
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return run
 
 
 # Help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from talik.base.files import read_json
 from talik.cli.main import main
 from talik.model.folder import ModelFolder
 from talik.plan.promise import Promise
+from talik.plan.target import slack_of
 from talik.plan.ways import choose
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, checked_recipe
@@ -101,6 +103,19 @@ def test_a_refused_run_leaves_its_reason_and_a_free_folder(
     monkeypatch.chdir(Path(refused["recipe"]["data"]).parent)
     assert talik.train(recipe, folder, plan=choose(recipe, ModelFolder(Path(recipe.model)))).steps == 3
     assert not (folder / "refused.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a limit")
+def test_a_run_under_its_own_limit_ends_and_stays_within_it(recipe: Recipe, tmp_path: Path) -> None:
+    """RLIMIT_DATA in a process of its own: the measured peak is at most the planned one and the slack."""
+    options = "--top-layers 2 --precision fp32 --batch-tokens 300 --steps 3 --enforce --json"
+    place = ["-o", str(tmp_path / "run"), *options.split()]
+    command = [sys.executable, "-m", "talik.cli", "train", recipe.model, recipe.data[0].path, *place]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(done.stdout)["memory"].values()
+    planned, measured = (max(row.get(use, 0) for row in memory) for use in ("promised", "measured"))
+    assert planned > 0 and measured <= planned + slack_of(planned)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a limit to break")
