@@ -134,9 +134,11 @@ def _part_of_piece(model: torch.nn.Module, name: str, layers: str) -> str:
 
 
 def _place(parent: type, child: str, layers: str) -> str | None:
-    """Whether `parent.forward` uses `child` before or after the loop over `layers`; None if it shows neither.
+    """Returns "before" or "after": the place of `child` in `parent.forward`, relative to the layers' loop.
 
-    A method that uses `child` stands for it: Gemma 3n normalises the inputs per layer in a method of its own.
+    None if the source is not available, or shows no use or no loop. A method that uses `child` stands for it:
+    Gemma 3n normalises the inputs per layer in a method of its own. Hooks on a forward do not give the same
+    for every model (docs/decisions/anatomy-by-source.md).
     """
     try:
         source = inspect.getsource(parent.forward)  # pyright: ignore[reportAttributeAccessIssue]
