@@ -32,7 +32,7 @@ from talik.model.chain.verify import verify_chain
 from talik.model.freeze import freeze
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "model"))
+sys.path.insert(0, str(ROOT / "tests"))
 from helpers.loading_check import loaded_differently  # noqa: E402  # pyright: ignore[reportMissingImports]
 from helpers.tiny_models import tiny_model  # noqa: E402  # pyright: ignore[reportMissingImports]
 

@@ -7,8 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.commands import Done, Talik
 from talik import __version__
-from helpers.commands import Talik
 from talik.base.errors import DoesNotFitError, RecipeError, TalikError, UsageError
-from talik.cli.main import COMMANDS, HELP, main
+from talik.cli.main import COMMANDS, HELP
 from talik.evaluation import evaluate
 from talik.recipe.aliases import ALIASES
 from talik.recipe.recipe import Recipe, checked_recipe

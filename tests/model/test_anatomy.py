@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from helpers.tiny_models import tiny_model
 from helpers.weightless import tiny
 from talik.base.errors import SourceError
 from talik.model.anatomy import Parts, anatomy_of, parts_of
@@ -60,6 +61,21 @@ def test_the_parts_of_a_family(family: str) -> None:
         assert {parts.part(f"{layers}.{index}.{name}") for name, _ in layer.named_parameters()} == {
             f"layer {index}"
         }
+
+
+@pytest.mark.filterwarnings("ignore")  # of Transformers, while it builds models
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("gemma3n_text", "per_layer_model_projection per_layer_projection_norm altup_projections.0"),
+        ("gemma4_assistant", "per_layer_model_projection per_layer_projection_norm"),  # tokens do not suffice
+        ("rembert", "embedding_hidden_mapping_in"),
+    ],
+)
+def test_modules_that_run_before_the_layers_count_as_embeddings(name: str, before: str) -> None:
+    parts = parts_of(tiny_model(name))
+    parent = parts.layers.rpartition(".")[0]
+    assert under(parent, before) <= set(parts.names("embeddings"))
 
 
 def test_a_part_is_found_by_the_longest_name() -> None:

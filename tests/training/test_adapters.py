@@ -34,7 +34,7 @@ from talik.recipe.lora import Lora, parse_lora
 from talik.recipe.recipe import Recipe, checked_recipe
 from talik.training.loading import load_whole_model, open_run_model
 from talik.training.run.checkpoints import latest_checkpoint
-from talik.training.step.optim import learning_rate_at
+from talik.training.run.schedule import learning_rate_at
 from talik.training.step.top import Top, make_top
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own

@@ -137,6 +137,7 @@ def _place(parent: type, child: str, layers: str) -> str | None:
     """Where `parent.forward` uses `child`: "before" or "after" the loop over `layers`; None if unknown.
 
     A method that uses `child` stands for it: Gemma 3n normalises the inputs per layer in a method of its own.
+    Hooks on a forward do not give the same for every model (docs/decisions/anatomy-by-source.md).
     """
     try:
         source = inspect.getsource(parent.forward)  # pyright: ignore[reportAttributeAccessIssue]

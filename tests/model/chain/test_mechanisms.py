@@ -118,7 +118,7 @@ def test_gradients_flow_through_shared_keys() -> None:
         ("inkling2_text", {}, "its tail needs"),
         ("reformer", {}, "its tail needs"),
         ("rwkv", {}, "its forward changes its own weights"),
-        ("prophetnet", {}, "is no vector per token"),
+        ("prophetnet", {}, "is not a vector per token"),
         ("mllama", {}, "it does not call layers 3"),
         ("xlnet", {}, "it is not a causal decoder"),
         ("bert", {"is_decoder": False}, "it is not a causal decoder"),

@@ -32,7 +32,7 @@ from talik.recipe.recipe import Recipe
 from talik.run import Result
 from talik.training import loading
 from talik.training.run.checkpoints import checkpoint_bytes, checkpoints, latest_checkpoint
-from talik.training.step.optim import learning_rate_at
+from talik.training.run.schedule import learning_rate_at
 from talik.training.step.top import Top, make_top
 from talik.training.trunk import trunk
 

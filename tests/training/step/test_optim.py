@@ -16,9 +16,10 @@ from talik.base.errors import RecipeError
 from talik.recipe.recipe import READ_BY, Recipe, checked_recipe
 from talik.training.memory.keys import gradient as gradient_key
 from talik.training.memory.keys import master
+from talik.training.run.schedule import learning_rate_at
 from talik.training.step import optim as optim_module
 from talik.training.step import update as update_module
-from talik.training.step.optim import OPTIMIZERS, learning_rate_at, optimizer_of, round_stochastically_
+from talik.training.step.optim import OPTIMIZERS, optimizer_of, round_stochastically_
 from talik.training.step.update import (
     InPlace,
     MasterRounding,

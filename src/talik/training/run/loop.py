@@ -33,7 +33,7 @@ from talik.training.memory.scratch import Scratch
 from talik.training.memory.store import Store
 from talik.training.run.checkpoints import RunState, save_checkpoint
 from talik.training.run.feed import run_step
-from talik.training.step.optim import learning_rate_at
+from talik.training.run.schedule import learning_rate_at
 from talik.training.step.top import Top, World
 from talik.training.trunk.interfaces import HiddenStates
 

@@ -249,16 +249,3 @@ def round_stochastically_(
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = ((bits + noise) & -65536).view(torch.float32)
     target.copy_(rounded)
-
-
-def learning_rate_at(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 1) of `steps`: linear warmup, then the recipe's schedule."""
-    warmup = round(recipe.warmup * steps)
-    if step <= warmup:
-        return recipe.learning_rate * step / warmup
-    left = 1 - (step - warmup - 1) / max(steps - warmup, 1)
-    if recipe.schedule == "linear":
-        return recipe.learning_rate * left
-    if recipe.schedule == "cosine":
-        return recipe.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    return recipe.learning_rate
