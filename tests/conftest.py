@@ -59,7 +59,7 @@ def measured_in_no_time() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="module")
 def simulated_once() -> Iterator[None]:
     """Of runs that are planned, those that are the same are simulated once."""
     known: dict[str, Simulation] = {}

@@ -29,6 +29,8 @@ from talik.recipe.thaw import parse_thaw
 from talik.simulate.simulation import subject_of
 from talik.training.run.checkpoints import state_bytes
 
+pytestmark = pytest.mark.usefixtures("simulated_once")
+
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512, "head_dim": 64}
 WIDE |= {"max_position_embeddings": 4096}
 

@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path) -> Generator[BinaryIO]:
     """Opens a binary file that appears under `path` only once it is complete and synced to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -103,7 +103,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def finished_folder(path: Path) -> Iterator[Path]:
+def finished_folder(path: Path) -> Generator[Path]:
     """Makes a folder that appears under `path` only once everything in it is synced to disk.
 
     It is built next to `path` under a name that only this process uses, and removed if an error is raised.

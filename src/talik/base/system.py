@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psutil
@@ -112,7 +112,7 @@ def trim_heap() -> None:
 
 
 @contextlib.contextmanager
-def limited_memory(most: int) -> Iterator[Callable[[], None]]:
+def limited_memory(most: int) -> Generator[Callable[[], None]]:
     """Limits the anonymous memory of this process while the context is entered. Linux only (RLIMIT_DATA).
 
     RLIMIT_DATA also counts memory that was reserved but never touched, or freed inside the heap. The yielded
@@ -208,7 +208,7 @@ def reserve(file: int, size: int) -> None:
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt() -> Generator[Callable[[], bool]]:
     """Defers the first Ctrl-C: it makes the yielded function return True. A second one interrupts at once.
 
     Signals within one second count as one, because a terminal and a parent process may both send it.

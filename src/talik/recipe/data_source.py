@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
@@ -33,7 +33,8 @@ def _as_sources(value: Any) -> Any:
     if isinstance(value, str | DataSource):
         value = [value]
     if isinstance(value, list | tuple):
-        return tuple({"path": item} if isinstance(item, str) else item for item in value)
+        items = cast(Sequence[Any], value)
+        return tuple({"path": item} if isinstance(item, str) else item for item in items)
     return value
 
 

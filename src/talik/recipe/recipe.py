@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -169,7 +169,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, given: Any) -> Any:
-        return own_names(given) if isinstance(given, dict) else given
+        return own_names(cast(dict[str, Any], given)) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -45,7 +45,8 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise RecipeError(f"is not YAML in UTF-8: {error}", where=path, remedy=_AS_YAML) from None
     if not isinstance(fields, dict):
         raise RecipeError("holds no fields", where=path, remedy=_AS_YAML)
-    return own_names({str(name): value for name, value in fields.items()})
+    named = cast(dict[Any, Any], fields)
+    return own_names({str(name): value for name, value in named.items()})
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
