@@ -1,7 +1,8 @@
 """Development in one file: makes .venv, installs what a command needs at exact versions, and runs it.
 
     python3 dev.py demo          fine-tune a small model on real questions, in minutes
-    python3 dev.py test [...]    the tests; arguments go to pytest; --quick leaves out the slow ones
+    python3 dev.py test [...]    the tests; arguments go to pytest; --quick leaves out the slow ones,
+                                 --coverage counts the lines that they run
     python3 dev.py check         format, lint, types, and the one-way imports
     python3 dev.py format        put the format right
     python3 dev.py bench NAME    a benchmark of benchmarks/; without NAME, the names
@@ -95,6 +96,8 @@ def test(arguments: list[str]) -> int:
     """Runs pytest, on two processes unless the arguments say otherwise."""
     if "--quick" in arguments:
         arguments = ["-m", "not slow", *(argument for argument in arguments if argument != "--quick")]
+    if "--coverage" in arguments:
+        arguments = ["--cov", *(argument for argument in arguments if argument != "--coverage")]
     if not any(argument.startswith("-n") for argument in arguments):
         arguments = ["-n", "2", *arguments]
     return run(PYTHON, "-m", "pytest", *arguments)
