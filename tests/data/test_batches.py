@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from talik.data.batches import OVERHEAD, collate, equal_length_groups, micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
@@ -145,3 +147,31 @@ def test_only_what_may_share_a_batch_does() -> None:
     lengths = [5, 30, 6, 31, 7]
     apart = micro_batches(range(5), lengths, 1000, lambda length: length if length > 10 else 0)
     assert [sorted(batch) for batch in apart] == [[0, 2, 4], [1], [3]]
+
+
+LENGTH_LISTS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+LIMITS = st.integers(1, 400)
+
+
+@given(LENGTH_LISTS, LIMITS, st.integers(0, 2**31), st.integers(0, 5), st.sampled_from(["seed", "file"]))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_steps_of_any_lengths(lengths: list[int], limit: int, seed: int, epoch: int, shuffle: str) -> None:
+    """Every example once; a step is within the limit or one example, and the next one did not fit."""
+    steps = steps_of_epoch(lengths, limit, seed, epoch, shuffle)
+    assert sorted(flat(steps)) == list(range(len(lengths)))
+    assert shuffle == "seed" or flat(steps) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in step) for step in steps]
+    assert all(len(step) == 1 or size <= limit for step, size in zip(steps, tokens, strict=True))
+    assert all(size + lengths[after[0]] > limit for size, after in zip(tokens, steps[1:], strict=False))
+
+
+@given(LENGTH_LISTS, LIMITS, st.integers(0, 300), st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_micro_batches_of_any_step(lengths: list[int], limit: int, apart: int, data: st.DataObject) -> None:
+    """Each index of the step once, padded tokens within the limit, and no batch across a rotary group."""
+    step = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True))
+    batches = micro_batches(step, lengths, limit, lambda length: length > apart)
+    assert flat(batches) == sorted(step, key=lambda i: (lengths[i], i))
+    assert all(len({lengths[i] > apart for i in batch}) == 1 for batch in batches)
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= limit for b in batches)
+    assert micro_batches(data.draw(st.permutations(step)), lengths, limit, lambda n: n > apart) == batches

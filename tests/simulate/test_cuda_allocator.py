@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from talik.simulate.cuda import allocator
 from talik.simulate.cuda.allocator import (
@@ -18,6 +20,7 @@ from talik.simulate.cuda.allocator import (
     Block,
     ExpandableAllocator,
     Replayed,
+    follow,
     least_capacity,
     replay,
 )
@@ -237,3 +240,65 @@ def _check(allocator: Allocator, live: list[Block]) -> None:
         assert pool.free == sorted(free)
         mapped += sum(block.size for block in blocks if block.mapped)
     assert mapped == allocator.reserved
+
+
+# Sizes at the limits of the rules, and any others; False kills a storage that lives, chosen by the number.
+EDGES = [512, MIB - 1, MIB, MIB + 1, 2 * MIB, 10 * MIB - 1, 10 * MIB, 20 * MIB, 20 * MIB + 1, 40 * MIB]
+SIZES = st.one_of(st.integers(1, 45 * MIB), st.sampled_from(EDGES))
+ACTIONS = st.lists(st.tuples(st.booleans(), SIZES), min_size=1, max_size=60)
+
+
+def _events(actions: list[tuple[bool, int]]) -> list[tuple[int, int]]:
+    """Births and deaths of storages, each of which dies at most once."""
+    live: list[int] = []
+    events: list[tuple[int, int]] = []
+    for key, (born, size) in enumerate(actions):
+        if born or not live:
+            events.append((key, size))
+            live.append(key)
+        else:
+            events.append((live.pop(size % len(live)), 0))
+    return events
+
+
+@BOTH
+@given(ACTIONS, st.one_of(st.none(), st.integers(1, 12)))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_what_holds_for_any_events(
+    expandable: bool, actions: list[tuple[bool, int]], grids: int | None
+) -> None:
+    """Live blocks do not overlap, and reserved >= allocated >= live bytes; also on a device that is full."""
+    capacity = None if grids is None else grids * GRID
+    allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
+    live: dict[int, tuple[Block, int]] = {}
+    most = 0
+    for key, size in _events(actions):
+        if not size:
+            if key in live:
+                allocator.free(live.pop(key)[0])
+        elif (block := allocator.allocate(size)) is not None:
+            assert block.size >= size and block.address >= 0
+            live[key] = (block, size)
+        _check(allocator, [block for block, _ in live.values()])
+        assert capacity is None or allocator.reserved <= capacity
+        alive = sum(size for _, size in live.values())
+        most = max(most, alive)
+        assert allocator.reserved >= allocator.allocated >= alive
+    assert allocator.peak_reserved >= allocator.peak_allocated >= most
+
+
+@BOTH
+@given(ACTIONS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_replay_without_a_limit_and_on_the_least_device(
+    expandable: bool, actions: list[tuple[bool, int]]
+) -> None:
+    events = _events(actions)
+    allocator = (ExpandableAllocator if expandable else Allocator)(None)
+    assert list(follow(events, allocator)) == list(range(len(events)))
+    unlimited = replay(events, expandable=expandable)
+    assert unlimited == Replayed(allocator.peak_allocated, allocator.peak_reserved, None)
+    least = least_capacity(events, expandable=expandable)
+    within = replay(events, capacity=least, expandable=expandable)
+    assert within.failed is None and within.peak_reserved <= least
+    assert replay(events, capacity=least - GRID, expandable=expandable).failed is not None

@@ -11,6 +11,7 @@ from talik.base.errors import UsageError
 
 FORMS = "all, layers.20-27, layers.3, top.5, norm, head or embeddings"
 PARTS = ("norm", "head", "embeddings")
+EVERY_PART = frozenset({*PARTS, "other"})  # "other" has no term of its own: only "all" includes it
 _TERM = re.compile(r"all|norm|head|embeddings|layers\.(?P<first>\d+)(-(?P<last>\d+))?|top\.(?P<top>[1-9]\d*)")
 
 
@@ -40,6 +41,8 @@ class Thawed:
 
     def __str__(self) -> str:
         kept = len(self.layers)
+        if kept == self.count and self.parts == EVERY_PART:
+            return "all"
         if kept and self.layers == tuple(range(self.count - kept, self.count)):
             layers = [f"top.{kept}"]
         else:
@@ -76,7 +79,7 @@ def parse_thaw(line: str, count: int) -> Thawed:
     for term, found in _terms(line):
         if term == "all":
             layers |= set(range(count))
-            parts |= {*PARTS, "other"}
+            parts |= EVERY_PART
         elif term in PARTS:
             parts.add(term)
         elif top := int(found["top"] or 0):

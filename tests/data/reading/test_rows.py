@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from talik.base.errors import DataError
 from talik.data.reading.readers import read_rows
@@ -148,3 +152,94 @@ def test_many_rows_of_a_list_are_read_with_their_lines(tmp_path: Path) -> None:
     assert [row.fields for row in rows] == made
     lines = path.read_text(encoding="utf-8").split("\n")
     assert all(f'"n": "{row.fields["n"]}"' in lines[row.place.line] for row in rows)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+VALUES = st.one_of(TEXT, st.integers(-(10**12), 10**12), st.booleans(), st.none(), st.lists(TEXT, max_size=3))
+OBJECTS = st.lists(st.dictionaries(TEXT, VALUES, min_size=1, max_size=4), min_size=1, max_size=6)
+# A field of a table: any text without control characters, and with quotes, delimiters and line breaks.
+CELL = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.sampled_from('",;\n')), max_size=12
+)
+BLANK = st.lists(st.integers(0, 2), min_size=8, max_size=8)  # blank lines before each row and at the end
+END = st.sampled_from(["\n", "\r\n"])
+
+
+def _read(
+    folder: pytest.TempPathFactory, text: str, end: str, name: str
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file and their lines; the text is written with the given line ends."""
+    rows = read_rows(write(folder.getbasetemp(), text.replace("\n", end), name))
+    return [row.fields for row in rows], [row.place.line for row in rows]
+
+
+@pytest.mark.parametrize("start", ['{"version": 1,\n"data": [', '{"data": ['])
+@pytest.mark.parametrize("between", [",\n", "\n,\n"])
+def test_objects_at_the_start_of_a_line_do_not_make_json_lines_of_a_document(
+    start: str, between: str, tmp_path: Path
+) -> None:
+    rows = read_rows(write(tmp_path, f'{start}\n{{"a": 1}}{between}{{"a": 2}}\n]}}'))
+    assert [row.fields for row in rows] == [{"a": 1}, {"a": 2}]
+
+
+def test_json_lines_with_a_broken_first_line_are_still_json_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"a": 1,\n{"a": 2}\n{"a": 3}\n')
+    with pytest.raises(DataError, match=r"JSON lines need one whole object"):
+        read_rows(path)
+
+
+@given(OBJECTS, BLANK, END, st.booleans())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_json_lines_are_read_with_their_lines(
+    tmp_path_factory: pytest.TempPathFactory,
+    objects: list[dict[str, Any]],
+    blank: list[int],
+    end: str,
+    escaped: bool,
+) -> None:
+    text, lines = "", []
+    for made, before in zip(objects, blank, strict=False):
+        text += "\n" * before
+        lines.append(text.count("\n") + 1)
+        text += json.dumps(made, ensure_ascii=escaped) + "\n"
+    assert _read(tmp_path_factory, text + "\n" * blank[-1], end, "any.jsonl") == (objects, lines)
+
+
+@given(OBJECTS, BLANK, END, st.sampled_from([None, 0, 2]), st.booleans())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_json_list_is_read_with_its_lines(
+    tmp_path_factory: pytest.TempPathFactory,
+    objects: list[dict[str, Any]],
+    blank: list[int],
+    end: str,
+    indent: int | None,
+    under_data: bool,
+) -> None:
+    text, lines = '{"version": [1],\n"data": [' if under_data else "[", []
+    for number, (made, before) in enumerate(zip(objects, blank, strict=False)):
+        text += ("," if number else "") + "\n" * before
+        lines.append(text.count("\n") + 1)
+        text += json.dumps(made, ensure_ascii=False, indent=indent)
+    text += "]}" if under_data else "]"
+    assert _read(tmp_path_factory, text + "\n" * blank[-1], end, "any.json") == (objects, lines)
+
+
+@given(st.lists(st.tuples(CELL, CELL), min_size=1, max_size=6), BLANK, END, st.sampled_from(",\t;"))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_any_table_is_read_with_its_lines(
+    tmp_path_factory: pytest.TempPathFactory,
+    cells: list[tuple[str, str]],
+    blank: list[int],
+    end: str,
+    delimiter: str,
+) -> None:
+    out, lines = io.StringIO(), []
+    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
+    out.write("\n" * blank[-1])
+    writer.writerow(("question", "answer"))
+    for row, before in zip(cells, blank, strict=False):
+        out.write("\n" * before)
+        lines.append(out.getvalue().count("\n") + 1)
+        writer.writerow(row)
+    expected = [{"question": question, "answer": answer} for question, answer in cells]
+    assert _read(tmp_path_factory, out.getvalue(), end, "any.csv") == (expected, lines)

@@ -26,6 +26,8 @@ _COMPRESSED = (".gz", ".zst", ".xz")
 _HEADER = re.compile(
     rb"[\w-]{1,40}([,;\t])[\w-]{1,40}(\1[\w-]{1,40})*\r?\n"
 )  # names of columns, and no prose
+# A line that starts with an object, as in JSON lines; inside a document, one only follows "[", "," or ":".
+_SECOND_OBJECT = re.compile(rb"[^\s\[,:]\s*[\r\n]\{")
 
 
 def rows_of(file: DataFile | Path | str) -> Iterator[Row | Problem]:
@@ -129,7 +131,7 @@ def _lines_or_document(file: DataFile, suffix: str, head: bytes) -> str:
         only = next(lines, None) is None
         has_list = only and isinstance(parse(first or "", 0)[0].get("data"), list)
         return "json" if has_list else "jsonl"
-    return "jsonl" if suffix in LINES or b"\n{" in head.replace(b"\r", b"\n")[1:] else "json"
+    return "jsonl" if suffix in LINES or _SECOND_OBJECT.search(head) else "json"
 
 
 def _text(file: DataFile) -> Iterator[Row | Problem]:
