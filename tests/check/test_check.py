@@ -12,9 +12,9 @@ import pytest
 
 from helpers.made_rows import NOTES, PLANTED, clean_rows, turns
 from talik.check.checker import check_rows
-from talik.check.page import check_page
+from talik.check.report_html import check_page
+from talik.check.report_text import check_text
 from talik.check.result import LISTED, Check
-from talik.check.text import check_text
 from talik.cli.main import main
 from talik.recipe.recipe import checked_recipe as recipe_of
 

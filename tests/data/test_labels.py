@@ -18,8 +18,8 @@ from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
 from talik.data.reading.rows import Place, Row
 from talik.data.report import TooLong, TrainOn
-from talik.data.templates.facts import Stops, stops_of
 from talik.data.templates.template import plain_template
+from talik.data.templates.template_facts import Stops, stops_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "labels"
 SYSTEM = {"role": "system", "content": "Be brief."}

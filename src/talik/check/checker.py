@@ -16,20 +16,20 @@ from talik.base.events import Notify, Progress, Status, silent
 from talik.check.duplicates import Duplicates
 from talik.check.result import Check
 from talik.check.statistics import lost_at
-from talik.check.texts import FOREIGN_MARKS, text_problems, texts_with_roles
+from talik.check.text_checks import FOREIGN_MARKS, text_problems, texts_with_roles
 from talik.data.examples import Example, cut
 from talik.data.formats.formats import Converter, RowOptions, converter_of, other_format
 from talik.data.formats.media import MEDIA
 from talik.data.labels import Labelled, Labeller
 from talik.data.messages import Conversation, Document
-from talik.data.preparing.prepared import label_options
-from talik.data.reading.readers import rows_of
+from talik.data.preparing.prepared_data import label_options
+from talik.data.reading.file_rows import rows_of
 from talik.data.reading.rows import Place, Problem, Row, RowError
 from talik.data.reading.sources import find_data
 from talik.data.reading.streams import DataFile
+from talik.data.templates.content_checks import NOT_WRITTEN
 from talik.data.templates.control_tokens import CONTROL_TOKEN, control_tokens, texts_of
 from talik.data.templates.template import template_of
-from talik.data.templates.written import NOT_WRITTEN
 from talik.recipe.data_source import DataSource
 from talik.recipe.recipe import Recipe
 

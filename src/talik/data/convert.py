@@ -14,7 +14,7 @@ from talik.base.events import Notify, Status
 from talik.base.files import atomic
 from talik.data.formats.formats import RowOptions, converter_of, other_format, to_row
 from talik.data.formats.media import MEDIA
-from talik.data.reading.readers import rows_of
+from talik.data.reading.file_rows import rows_of
 from talik.data.reading.rows import SHOWN, Problem, Row, RowError, refuse
 from talik.data.reading.sources import find_data
 from talik.data.reading.streams import DataFile

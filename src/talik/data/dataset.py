@@ -14,8 +14,8 @@ from talik.base.errors import DataError, UsageError, collect_errors
 from talik.base.events import Notify, silent
 from talik.base.files import atomic, write_json
 from talik.data.preparing.held_out import draws_limit
-from talik.data.preparing.prepared import Data, Prepared
-from talik.data.preparing.store import examples_digest, lengths_of
+from talik.data.preparing.prepared_data import Data, Prepared
+from talik.data.preparing.stored_examples import examples_digest, lengths_of
 from talik.data.preview import length_histogram, preview_text
 from talik.data.reading.sources import check_data
 from talik.recipe.data_source import DataSource

@@ -20,8 +20,8 @@ from talik.data.report import LabelOptions, Report, TooLong
 from talik.data.templates.control_tokens import check_control_tokens, control_tokens, quote, unquoted
 from talik.data.templates.documents import document_ids
 from talik.data.templates.encoding import Encoded, Text
-from talik.data.templates.facts import facts_of
 from talik.data.templates.template import Template, template_of
+from talik.data.templates.template_facts import facts_of
 from talik.data.templates.turns import NOTHING_TO_TRAIN, Answer, Rendered, known_roles, render
 
 CHUNK = 512

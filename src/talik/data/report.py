@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from talik.data.reading.rows import SHOWN, Place
-from talik.data.templates.facts import Facts
+from talik.data.templates.template_facts import Facts
 
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["drop", "cut", "refuse"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from talik.data.batches import micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
-from talik.data.preparing.store import Joined, lengths_at, lengths_of
+from talik.data.preparing.stored_examples import Joined, lengths_at, lengths_of
 from talik.data.reading.rows import Place
 from talik.model.chain.chain import Chain
 from talik.recipe.plan import Plan

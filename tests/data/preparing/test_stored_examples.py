@@ -11,7 +11,13 @@ import pytest
 
 from talik.data.examples import Example, Span
 from talik.data.preparing.parts import Damaged, joined, packed, read_part, write_part
-from talik.data.preparing.store import StoredExamples, examples_digest, ids_of, lengths_of, not_longer
+from talik.data.preparing.stored_examples import (
+    StoredExamples,
+    examples_digest,
+    ids_of,
+    lengths_of,
+    not_longer,
+)
 from talik.data.reading.rows import Place
 
 FILES = [("one.jsonl", "line"), ("two.parquet", "row")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from talik.base.errors import DataError
-from talik.data.reading.readers import read_rows
+from talik.data.reading.file_rows import read_rows
 from talik.data.reading.rows import Place, refuse
 
 
@@ -97,7 +97,7 @@ REFUSED = [
     ("bom.json", b'\xef\xbb\xbf[{"a":\n "\xff"}]', 2, "byte 0xff at offset 12"),
     ("utf16.json", '[{"a": "b"}]'.encode("utf-16"), 1, "UTF-16"),
     ("rows.xlsx", b"PK\x03\x04 and more", None, "an Excel or zip file"),
-    ("rows.parquet", b"PAR1\x00\x00", None, "a Parquet file"),
+    ("rows.parquet", b"PAR1\x00\x00", None, "the Parquet file cannot be read"),
     ("twice.csv", b"a,b,a\n1,2,3\n", 1, "two columns have the name 'a'"),
     ("unnamed.csv", b"a,,b\n1,2,3\n", 1, "no name"),
     ("many.csv", b"a,b\n1,2\n1,2,3\n", 3, "3 fields where the header has 2"),

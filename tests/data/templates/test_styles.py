@@ -18,8 +18,8 @@ from talik.data.examples import Example
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message, ToolCall
 from talik.data.reading.rows import Place
-from talik.data.templates.facts import facts_of, stops_of
 from talik.data.templates.template import template_of
+from talik.data.templates.template_facts import facts_of, stops_of
 from talik.model.tokenizer import fix_date
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "styles"

@@ -22,8 +22,8 @@ from talik.data.messages import Conversation, Document
 from talik.data.preparing.held_out import question_draw, row_draw
 from talik.data.preparing.parts import Part, packed
 from talik.data.preparing.workers import in_order
+from talik.data.reading.file_rows import kind_of, rows_of
 from talik.data.reading.json_rows import row_of_line
-from talik.data.reading.readers import kind_of, rows_of
 from talik.data.reading.rows import SHOWN, Place, Problem, Row, RowError
 from talik.data.reading.streams import LONGEST_ROW, DataFile, TextStream
 from talik.data.report import LabelOptions, Report

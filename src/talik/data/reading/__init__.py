@@ -1,1 +1,1 @@
-"""Files and data sets of hubs -> rows."""
+"""Reads rows from local files and from data sets on hubs."""

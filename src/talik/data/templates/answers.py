@@ -8,9 +8,9 @@ from typing import Any
 
 from talik.data.messages import Message
 from talik.data.reading.rows import RowError
-from talik.data.templates.facts import Facts, common_prefix
+from talik.data.templates.content_checks import NOT_WRITTEN, not_found, thought_of
 from talik.data.templates.template import PRIVATE_USE, Chat, Template, as_json
-from talik.data.templates.written import NOT_WRITTEN, not_found, thought_of
+from talik.data.templates.template_facts import Facts, common_prefix
 
 _OPENED = re.compile(r"<(think\w*|thought|reasoning)>\s*\Z|\[(THINK)\]\s*\Z")  # a prompt that opens a thought
 _EMPTY = re.compile(r"\s*<think>\s*</think>\s*")

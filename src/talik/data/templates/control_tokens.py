@@ -13,8 +13,8 @@ from typing import Any
 
 from talik.data.messages import Conversation, Document, Message, ToolCall
 from talik.data.reading.rows import RowError
-from talik.data.templates.facts import Facts
 from talik.data.templates.template import Template, any_of
+from talik.data.templates.template_facts import Facts
 from talik.data.templates.turns import Answer, Rendered
 
 _OPEN, _CLOSE = "\uf8fe", "\uf8ff"  # private use: around a quoted token while the template renders it

@@ -1,7 +1,7 @@
 """The chat template: a conversation -> text, as the model will be asked at inference.
 
-The template is only ever asked for text, so any template works. `facts` asks a template what it does, `turns`
-finds what the model is asked to write.
+Only the rendered text is used, so any template works. `template_facts` finds out what a template does, and `turns`
+finds the text that the model learns to write.
 """
 
 from __future__ import annotations

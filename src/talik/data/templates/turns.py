@@ -16,10 +16,10 @@ from typing import Any
 from talik.data.messages import Conversation, Message
 from talik.data.reading.rows import RowError
 from talik.data.templates.answers import aligned, end_in, reasoning_stop, with_thought
-from talik.data.templates.facts import Facts, common_prefix
-from talik.data.templates.marks import has_marks, marked_answer
+from talik.data.templates.content_checks import NOT_WRITTEN, check_answer, check_written
+from talik.data.templates.generation_marks import has_marks, marked_answer
 from talik.data.templates.template import Chat, Template
-from talik.data.templates.written import NOT_WRITTEN, check_answer, check_written
+from talik.data.templates.template_facts import Facts, common_prefix
 
 TEMPLATE_REFUSES = "refused by the chat template"
 NOTHING_TO_TRAIN = "nothing to train"

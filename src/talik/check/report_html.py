@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from talik.check.report_text import cuts, known_in_words, numbers, summary
 from talik.check.result import Check, Group
-from talik.check.text import cuts, known_in_words, numbers, summary
 from talik.data.preview import length_ranges, sections
 from talik.data.reading.rows import visible
 

@@ -15,7 +15,7 @@ from talik.data.examples import Example
 from talik.data.formats.formats import RowOptions
 from talik.data.formats.media import MEDIA
 from talik.data.labels import refuse_too_long
-from talik.data.preparing.kept import Told, in_files, work_of
+from talik.data.preparing.cache import Told, in_files, work_of
 from talik.data.preparing.parts import joined
 from talik.data.preparing.prepare import (
     OTHER_FORMAT,
@@ -26,8 +26,8 @@ from talik.data.preparing.prepare import (
     file_options,
     prepare_all,
 )
-from talik.data.preparing.store import StoredExamples
-from talik.data.reading.readers import READING, remedy_for
+from talik.data.preparing.stored_examples import StoredExamples
+from talik.data.reading.file_rows import READING_PROBLEMS, remedy_for
 from talik.data.reading.rows import SHOWN, Problem
 from talik.data.reading.sources import INPUT, find_data
 from talik.data.reading.streams import DataFile
@@ -250,6 +250,6 @@ def _bad_rows(problems: list[Problem], kinds: Counter[str]) -> DataError:
     if len(kinds) > 1:
         lines.append("; ".join(f"{kind}: {number:,}" for kind, number in kinds.most_common()))
     remedy = f"Correct these rows or take them out of the file; {_SKIP}"
-    if problems[0].kind in READING:
+    if problems[0].kind in READING_PROBLEMS:
         remedy = f"{remedy_for(problems)} {_SKIP}"
     return DataError("\n".join(lines), where=problems[0].place, remedy=REMEDIES.get(problems[0].kind, remedy))

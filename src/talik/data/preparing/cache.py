@@ -14,7 +14,7 @@ from talik.base.errors import DataError
 from talik.base.events import Notify, Progress, Status
 from talik.base.files import atomic, fingerprint, read_json, write_json
 from talik.base.system import release_free_memory
-from talik.data.preparing.kept_folders import held_folder, state_of
+from talik.data.preparing.cache_folders import held_folder, state_of
 from talik.data.preparing.parts import Damaged, joined, read_part, write_part
 from talik.data.preparing.prepare import (
     Chunk,
@@ -28,7 +28,7 @@ from talik.data.preparing.prepare import (
 from talik.data.preparing.workers import worker_count
 from talik.data.reading.rows import Place, Problem
 from talik.data.report import Counted, Report
-from talik.data.templates.facts import Facts
+from talik.data.templates.template_facts import Facts
 
 PART_BYTES = 32 << 20  # bytes of token ids, or of rejected rows, of a part
 VERSION = 2  # of how examples are made and kept: others are not found again
