@@ -166,7 +166,7 @@ def test_the_command_exits_with_1_where_there_are_problems(
     assert run(clean, *options) == 0 and "no problem" in capsys.readouterr().out
     assert run(broken, *options) == 1
     text = capsys.readouterr().out
-    assert f"{broken}:101: " in text and "-> Write one whole object on each line." in text
+    assert f"{broken}:101: " in text and "-> Write one complete object on each line." in text
     assert text.index("problem: ") < text.index("note: ")
     assert run("nothing.jsonl", *options) == 2 and "there is no such file" in capsys.readouterr().err
 

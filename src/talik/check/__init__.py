@@ -1,1 +1,1 @@
-"""`talik check`: everything about a data set before an hour is spent on it."""
+"""`talik check`: finds problems of a data set before it is trained on."""

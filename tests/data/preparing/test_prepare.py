@@ -156,8 +156,8 @@ def test_a_start_that_was_broken_off_goes_on(
     done.append(0)
     said: list[str] = []
     assert_same(read(str(rows), folder, said), in_memory(str(rows), folder))
-    assert any("goes on after" in line for line in said)
-    of = prepare.file_options(as_file(rows), 0, 0, prepare.RowOptions(), None)
+    assert any("continues after" in line for line in said)
+    of = prepare.InputFile(as_file(rows), 0, 0, "messages", prepare.RowOptions())
     assert len(done) - 1 == len(list(prepare.chunks(of))) - 7
     assert not list(data_root().glob("*/.part-*"))
 
@@ -222,7 +222,7 @@ def test_rows_with_media_are_left_out_or_refused(rows: Path, folder: Path) -> No
 
 def test_a_worker_that_dies_is_an_error_in_words(rows: Path, folder: Path) -> None:
     worker = Worker(partial(os._exit, 3), None)
-    with pytest.raises(TalikError, match=r"has ended with exit code 3[\s\S]*goes on"):
+    with pytest.raises(TalikError, match=r"has ended with exit code 3[\s\S]*continues"):
         worker.prepare(None)
     worker.end()
 
@@ -248,7 +248,7 @@ from talik.recipe.recipe import checked_recipe
 prepared_data.LARGE, prepare.CHUNK_BYTES, cache.worker_count = 0, 500, lambda: 2
 recipe = checked_recipe({"model": "-", "data": sys.argv[2], "bad_rows": "skip"})
 load = partial(load_tokenizer, Path(sys.argv[1]))
-cache.Told.__call__ = lambda *_: input()  # after the first chunk it waits
+cache.PreparationProgress.__call__ = lambda *_: input()  # after the first chunk it waits
 read_all(recipe, recipe.data, load(), "training", load=load)
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from talik.data.examples import Example, Span
-from talik.data.preparing.parts import Damaged, joined, packed, read_part, write_part
+from talik.data.preparing.parts import PartDamagedError, joined, packed, read_part, write_part
 from talik.data.preparing.stored_examples import (
     StoredExamples,
     examples_digest,
@@ -122,5 +122,5 @@ def test_a_damaged_part_is_named(damage: str, tmp_path: Path) -> None:
         table.write_bytes(table.read_bytes()[:-40])
     else:
         (table if damage == "no table" else data).unlink()
-    with pytest.raises(Damaged):
+    with pytest.raises(PartDamagedError):
         read_part(file)

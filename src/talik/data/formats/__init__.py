@@ -1,1 +1,1 @@
-"""Rows of every known data format -> messages."""
+"""Converts rows of the known data formats to messages."""

@@ -1,1 +1,1 @@
-"""Rows of all sources -> tokenized examples, on all cores, kept on disk."""
+"""Makes tokenized examples of the rows of all sources, with all cores, and keeps them on disk."""

@@ -1,8 +1,8 @@
 """Reads the rows of a data file, each with the line where it starts.
 
 The kind of file is recognised by its content: JSON, JSON lines, CSV, TSV, Parquet, Arrow or plain text, each
-also compressed (gz, zst, xz). One piece of the file is held at a time. A row that cannot be read becomes a `Problem`,
-and reading continues; a file that cannot be read raises a `DataError`.
+also compressed (gz, zst, xz). One piece of the file is held at a time. A row that cannot be read becomes a
+`Problem`, and reading continues; a file that cannot be read raises a `DataError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from talik.base.errors import DataError
 from talik.data.reading.json_rows import BROKEN, LINES_REMEDY, json_document, json_lines, parse
-from talik.data.reading.rows import Place, Problem, Row, is_list, refuse
+from talik.data.reading.rows import Place, Problem, Row, is_list, is_object, refuse
 from talik.data.reading.streams import DataFile, TextStream, as_file, head_of
 from talik.data.reading.tables import arrow_rows, csv_rows, parquet_rows
 from talik.data.reading.unreadable_files import check_head
@@ -142,10 +142,11 @@ def _lines_or_document(file: DataFile, suffix: str, head: bytes) -> str:
         value, end = parse(line)
         complete = not line[end:].strip()
     except (ValueError, RecursionError):
-        value, complete = {}, False
+        value, complete = None, False
     if complete:
         is_only_line = next(lines, None) is None
-        return "json" if is_only_line and is_list(value.get("data")) else "jsonl"
+        has_list = is_object(value) and is_list(value.get("data"))
+        return "json" if is_only_line and has_list else "jsonl"
     return "jsonl" if suffix in LINES or b"\n{" in head.replace(b"\r", b"\n")[1:] else "json"
 
 

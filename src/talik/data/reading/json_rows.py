@@ -107,7 +107,7 @@ def json_lines(stream: TextStream) -> Iterator[Row | Problem]:
 
 
 def json_document(stream: TextStream) -> Iterator[Row | Problem]:
-    """Yields the rows of a JSON file: a list of objects, an object with that list under "data", or one object."""
+    """Yields the rows of a JSON file: a list of objects, an object with a list "data", or one object."""
     reader = _Reader(stream)
     if reader.peek() == "[":
         yield from _list(reader, end_of_file=True)

@@ -52,7 +52,7 @@ class Problem:
 
 
 class RowError(ValueError):
-    """A row cannot be used. Holds the attributes of `Problem` except the place, which the caller adds with `at`."""
+    """A row cannot be used. It has the attributes of `Problem` except the place, which `at` adds."""
 
     def __init__(self, kind: str, text: str, field: str | None = None, remedy: str | None = None) -> None:
         self.kind, self.text, self.field, self.remedy = kind, text, field, remedy
@@ -99,13 +99,13 @@ def describe(value: Any) -> str:
         str: "a string",
         list: "a list",
     }
-    kind: Any = type(value)
-    kind = kinds.get(kind, "an object" if is_object(value) else f"a {kind.__name__}")
+    other = "an object" if is_object(value) else f"a {value.__class__.__name__}"
+    kind = next((kind for of, kind in kinds.items() if value.__class__ is of), other)
     return f"{kind} ({_shown(value)})"
 
 
 def _shown(value: Any) -> str:
-    """Returns a value as JSON, or else as its Python repr, cut to 60 characters, with control characters escaped."""
+    """Returns a value as JSON or as its repr, cut to 60 characters, with control characters escaped."""
     if isinstance(value, str) and len(value) > 100:
         value = value[:100]  # more than is shown
     try:

@@ -1,7 +1,7 @@
 """Finds the data files that a DATA argument names.
 
-The argument is a file, a folder, a glob, `-` for standard input, or a data set on a hub as `hf:ORG/NAME[:CONFIG][:SPLIT]` or
-`modelscope:ORG/NAME[:SPLIT]`.
+The argument is a file, a folder, a glob, `-` for standard input, or a data set on a hub as
+`hf:ORG/NAME[:CONFIG][:SPLIT]` or `modelscope:ORG/NAME[:SPLIT]`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _check_there(path: Path) -> None:
 
 
 def _of_folder(folder: Path, say: Say) -> list[Path]:
-    """Returns the data files of a folder: those saved by `datasets`, else all files of rows, else all text files."""
+    """Returns the data files of a folder: those of `datasets`, else all with rows, else all text files."""
     if (folder / "dataset_dict.json").is_file():
         folder = _split_of(folder, say)
     if saved := _saved(folder):

@@ -1,1 +1,1 @@
-"""Messages -> text by the model's chat template, with the answers' characters."""
+"""Renders messages to text with the model's chat template, and finds the characters of the answers."""
