@@ -191,7 +191,7 @@ class _Checker:
             self._done.examples.append(cut(example, SHOWN_TOKENS))
 
     def _length(self, example: Example) -> None:
-        """Adds a problem if a cut at the greatest length loses trained tokens; documents are split instead."""
+        """Adds a problem if a cut at the greatest length loses trained tokens; documents are split."""
         limit = self._recipe.max_length
         if example.length <= limit or (len(example.spans) == 2 and example.spans[0].stop == 1):
             return
