@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from talik.base.errors import DataError, UsageError
 from talik.data.formats.formats import FORMATS, conversations, converter_of, to_row
 from talik.data.messages import Conversation, Document, Message, ToolCall
-from talik.data.reading.rows import Place, Row
+from talik.data.reading.rows import Place, Row, RowError
 
 
 def rows_of(*fields: dict[str, Any]) -> list[Row]:
@@ -120,6 +120,36 @@ def test_named_fields() -> None:
     name, (conversation,) = conversations(rows_of({"问": "q", "答": "a", "output": 5}), "问", "答")
     assert name == "fields" and isinstance(conversation, Conversation)
     assert conversation.messages == (Message(U, "q"), Message(A, "a"))
+
+
+def test_named_fields_may_have_capitals() -> None:
+    _, (conversation,) = conversations(rows_of({"Frage": "q", "Antwort": "a"}), "Frage", "Antwort")
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages == (Message(U, "q"), Message(A, "a"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"image": "x.png"}, {"chosen": "a", "rejected": "b"}])
+def test_another_format_is_named_before_anything_else_is_checked(extra: dict[str, Any]) -> None:
+    """A row of another format is refused for that, with media and preferences, too."""
+    good, other = rows_of({"input": "q", "output": "a"}, {"prompt": "q", "completion": "a", **extra})
+    converter = converter_of([good])
+    with pytest.raises(
+        RowError, match="the row has the format 'prompt-completion', and its file 'input-output'"
+    ):
+        converter.convert(other)
+
+
+def test_media_and_preferences_are_named_before_missing_fields() -> None:
+    """A row without the needed fields and of no other format."""
+    converter = converter_of(rows_of({"input": "q", "output": "a"}))
+    both = {"input": "q", "image": "x.png", "chosen": "a", "rejected": "b"}
+    kinds: list[str] = []
+    for taken_out in ((), ("image",), ("image", "chosen")):
+        (row,) = rows_of({name: value for name, value in both.items() if name not in taken_out})
+        with pytest.raises(RowError) as caught:
+            converter.convert(row)
+        kinds.append(caught.value.kind)
+    assert kinds == ["media", "preferences", "missing field"]
 
 
 def turn(role: Any = A, content: Any = "a", **more: Any) -> dict[str, Any]:
