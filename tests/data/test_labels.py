@@ -1,4 +1,4 @@
-"""Labels: golden files, what holds for any conversation on any template, and what is refused."""
+"""Labels: golden files, properties of any conversation on any template, and refused rows."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -47,7 +47,7 @@ def steps_of_epoch(
         return _fill(range(len(lengths)), lengths, batch_tokens)
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
     permutation: Any = torch.randperm(len(lengths), generator=generator)
-    order: list[int] = cast(Any, permutation).tolist()
+    order: list[int] = permutation.tolist()
     return _fill(order, lengths, batch_tokens)
 
 

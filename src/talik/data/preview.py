@@ -19,10 +19,8 @@ from talik.data.examples import Example
 LONGEST_CHARACTER = 8  # the most tokens of one character, or of a few characters that share tokens
 BETWEEN = "\u00b7"  # the code pages of Windows consoles have it, too
 GUTTER = {True: "+ ", False: "  "}
-STYLES = {
-    True: ("bold green", "bold cyan"),
-    False: ("dim", ""),
-}  # alternating, so that tokens can be told apart
+# The styles alternate, so that tokens can be told apart.
+STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}
 JOINERS = "\u200c\u200d"  # they occur in Persian words and in emoji
 BINS = 10
 PAGE = """<!DOCTYPE html>

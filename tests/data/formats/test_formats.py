@@ -1,4 +1,4 @@
-"""Data formats: one golden sample each, and every row that does not hold what its format needs."""
+"""Data formats: a golden sample of each, and rows that lack what their format needs."""
 
 from __future__ import annotations
 

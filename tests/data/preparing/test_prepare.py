@@ -1,4 +1,4 @@
-"""Rows become the same examples in memory and in files, by one process or several, broken off or not."""
+"""Preparation gives equal examples in memory and in files, with one or several processes, interrupted or not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is large, and made of many small chunks and parts, prepared in this process."""
+    """Treats every file as large, with many small chunks and parts, and prepares in this process."""
     monkeypatch.setattr(prepared_data, "LARGE", 0)
     monkeypatch.setattr(prepare, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(cache, "PART_BYTES", 8000)

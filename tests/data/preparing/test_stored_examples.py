@@ -1,4 +1,4 @@
-"""Examples in arrays: the same ones as objects give, in memory and from files, and never half of them."""
+"""Examples in arrays: equal to the objects, in memory and from files; damaged files are refused."""
 
 from __future__ import annotations
 

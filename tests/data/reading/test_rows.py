@@ -1,4 +1,4 @@
-"""Files of rows: what is read, with its lines; and what is refused, with place and remedy."""
+"""Files of rows: the rows with their lines, and the errors with place and remedy."""
 
 from __future__ import annotations
 

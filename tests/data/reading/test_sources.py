@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file and of argument, and what is said of the others."""
+"""Sources of rows: every kind of file and of argument, and the errors for all others."""
 
 from __future__ import annotations
 

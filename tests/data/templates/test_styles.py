@@ -1,4 +1,4 @@
-"""Every style of chat template against a reference of its own: prompts, answers and masks."""
+"""Every style of chat template against an independent reference: prompts, answers and masks."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
 
 
 class Reference:
-    """The examples of a case, by rendering each prompt and writing each answer by hand."""
+    """The expected examples of a case, from each rendered prompt and each answer written by hand."""
 
     def __init__(self, name: str, case: str) -> None:
         self.tokenizer, style = tokenizer_of(name), STYLES[name]
@@ -226,7 +226,7 @@ GOLDENS = {
 
 
 def golden(name: str, found: str, request: pytest.FixtureRequest) -> str:
-    """The golden text of a name; the found one becomes it where the tests are run to write it."""
+    """The golden text of a name; with --update-golden the found text is written first."""
     file = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
         file.write_text(found, encoding="utf-8")

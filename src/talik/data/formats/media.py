@@ -24,10 +24,10 @@ PARTS = {
 
 
 def check_media(fields: Mapping[str, Any]) -> None:
-    """Checks that no column of images, video or audio holds something.
+    """Checks that all columns of images, video and audio are empty.
 
     Raises:
-        RowError: Such a column is not empty.
+        RowError: One of them is not empty.
     """
     for name, value in fields.items():
         kind = COLUMNS.get(name.lower())
