@@ -46,7 +46,7 @@ REMEDIES = {
     NOT_WRITTEN: "Move the text into a message that the template writes.",
     OTHER_FORMAT: "Put it into a file of its own.",
     "broken JSON": "Write one complete object on each line.",
-    "wrong number of fields": "Put quotes around a field that contains the delimiter, a quote or a line break.",
+    "wrong number of fields": "Put quotes around a field that contains a delimiter, quote or line break.",
     "preferences": "Keep only the good answers, in a format with one answer.",
 }
 Made = Conversation | Document

@@ -1,4 +1,4 @@
-"""Preparation gives equal examples in memory and in files, with one or several processes, interrupted or not."""
+"""Preparation gives equal examples in memory and in files, by any number of processes, interrupted or not."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def remedy_for(problems: list[Problem]) -> str:
     if problems[0].kind == BROKEN:
         return LINES_REMEDY
     if problems[0].kind == "wrong number of fields":
-        return "Put quotes around a field that contains the delimiter, a quote or a line break."
+        return "Put quotes around a field that contains a delimiter, quote or line break."
     return 'Write each row as {"field": "text", ...}.'
 
 
