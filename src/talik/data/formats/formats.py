@@ -264,7 +264,7 @@ def conversations(
             problems.append(error.at(row.place))
     if problems:
         found = [(problem.place, problem.text) for problem in problems]
-        refuse(found, "Correct these rows or take them out of the file.")
+        refuse(found, "Correct these rows or remove them from the file.")
     return converter.name, made
 
 
