@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, TextIteratorStreamer
 from talik.base.errors import UsageError
 from talik.base.events import Notify, Status, silent
 from talik.base.files import read_json
-from talik.data.templates.facts import facts_of, stops_of
 from talik.data.templates.template import Template, template_of
+from talik.data.templates.template_facts import facts_of, stops_of
 from talik.kernels.bf16_matmul import bf16_as_fp32
 from talik.machine.device import choose_device
 from talik.model.folder import open_model

@@ -12,9 +12,9 @@ import pytest
 
 from helpers.made_rows import NOTES, PLANTED, clean_rows, turns
 from talik.check.checker import check_rows
-from talik.check.page import check_page
+from talik.check.report_html import check_page
+from talik.check.report_text import check_text
 from talik.check.result import LISTED, Check
-from talik.check.text import check_text
 from talik.cli.main import main
 from talik.recipe.recipe import checked_recipe as recipe_of
 
@@ -166,7 +166,7 @@ def test_the_command_exits_with_1_where_there_are_problems(
     assert run(clean, *options) == 0 and "no problem" in capsys.readouterr().out
     assert run(broken, *options) == 1
     text = capsys.readouterr().out
-    assert f"{broken}:101: " in text and "-> Write one whole object on each line." in text
+    assert f"{broken}:101: " in text and "-> Write one complete object on each line." in text
     assert text.index("problem: ") < text.index("note: ")
     assert run("nothing.jsonl", *options) == 2 and "there is no such file" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.made_rows import ask, turns
 from talik.cli.main import main
 from talik.data.formats.formats import conversations
-from talik.data.reading.readers import read_rows
+from talik.data.reading.file_rows import read_rows
 
 
 def run(*arguments: object) -> int:

@@ -22,7 +22,7 @@ def asked(line: int, question: str, answer: str, file: str = "a", system: str = 
 def found(
     rows: Sequence[Made], others: Sequence[Made] = (), share: float = 0
 ) -> list[tuple[str, str, int, str]]:
-    """Severity, kind and line of all that is found, and the other place in it."""
+    """Severity, kind and line of all findings, and the other place in each."""
     seen = Duplicates(held_out=share)
     seen.learn(rows)
     for row in rows:

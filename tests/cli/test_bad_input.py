@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[str | bytes | None, list[str], list[str]]] = {
     "broken.jsonl": (
         GOOD * 316 + '{"input": "a", "output": }\n' + GOOD * 9,
         [],
-        ["broken.jsonl:317: broken JSON at column 26", "one whole object on each line"],
+        ["broken.jsonl:317: broken JSON at column 26", "one complete object on each line"],
     ),
     "broken.json": ('[{"input": "a",\n"output": "b"},\n}]', [], ["broken.json:3: broken JSON at column 1"]),
     "columns.csv": (CSV, BY_NAME, ["columns.csv:2: field 'reply' is missing", "'frage', 'antwort'"]),

@@ -1,4 +1,4 @@
-"""Against TRL: the same ids and, for its training templates, the same masks."""
+"""Comparison with TRL: equal ids and, for its training templates, equal masks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def talks(count: int) -> list[Conversation]:
 
 
 def trl_masks(tokenizer: Any, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """What TRL's SFTTrainer asks the tokenizer for with assistant_only_loss."""
+    """Tokenises as TRL's SFTTrainer does with assistant_only_loss."""
     chat = [{"role": m.role, "content": m.content} for m in conversation.messages]
     made = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     return made["input_ids"], made["assistant_masks"]

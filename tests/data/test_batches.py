@@ -1,4 +1,4 @@
-"""Order, grouping and tensors: every example once, limits kept, the same for the same integers."""
+"""Order, grouping and tensors: every example once, within the limits, equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_micro_batches_hold_a_step_by_length() -> None:
 
 
 def test_micro_batches_are_the_cheapest_cut() -> None:
-    """Against every way to cut twelve sorted examples."""
+    """Comparison with all ways to cut twelve sorted examples."""
     lengths = sorted(DICE.sample(range(1, 200), 12))
 
     def cost(batches: list[list[int]]) -> int:
@@ -143,7 +143,7 @@ def test_a_single_question_is_trained_on(rows: list[Conversation]) -> None:
 
 
 def test_only_what_may_share_a_batch_does() -> None:
-    """Examples beyond a length, whose rotary tables are others, go by themselves."""
+    """Examples over a length with other rotary tables are in separate batches."""
     lengths = [5, 30, 6, 31, 7]
     apart = micro_batches(range(5), lengths, 1000, lambda length: length if length > 10 else 0)
     assert [sorted(batch) for batch in apart] == [[0, 2, 4], [1], [3]]

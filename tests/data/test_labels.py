@@ -1,4 +1,4 @@
-"""Labels: golden files, what holds for any conversation on any template, and what is refused."""
+"""Labels: golden files, properties of any conversation on any template, and refused rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message
 from talik.data.reading.rows import Place, Row
 from talik.data.report import TooLong, TrainOn
-from talik.data.templates.facts import Stops, stops_of
 from talik.data.templates.template import plain_template
+from talik.data.templates.template_facts import Stops, stops_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "labels"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -357,8 +357,10 @@ def test_control_tokens_in_a_text_are_refused_over_all_rows(chatml: Any) -> None
     with pytest.raises(DataError) as caught:
         make_examples(bad, chatml)
     message = str(caught.value)
-    assert "rows.json:3: message 2 (assistant) holds the control token '<|im_end|>' at character 3" in message
-    assert "rows.json:5: message 1 (user) holds" in message and "2 rows in all" in message
+    assert (
+        "rows.json:3: message 2 (assistant) contains the control token '<|im_end|>' at character 3" in message
+    )
+    assert "rows.json:5: message 1 (user) contains" in message and "2 rows in all" in message
 
 
 def test_what_the_template_refuses_is_refused_with_its_place() -> None:

@@ -1,4 +1,4 @@
-"""Previews: every token, its mask without colour, whole characters, nothing that a terminal obeys."""
+"""Previews: every token, its mask without colour, complete characters, no control sequences."""
 
 from __future__ import annotations
 

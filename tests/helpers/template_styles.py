@@ -201,7 +201,7 @@ IM = "<|im_start|> <|im_end|>"
 ROLES = "<|user|> <|assistant|> <|system|> <|observation|>"
 
 CALLS = ("one call", "two calls", "nested arguments", "call beside text", "call last", "reasoning and a call")
-NO_TOOLS = dict.fromkeys((*CALLS, "tools not called"), "does not write the definitions of tools")
+NO_TOOLS = dict.fromkeys((*CALLS, "tools not called"), "does not write tool definitions")
 CALLS_DROPPED = dict.fromkeys(
     (*CALLS, "call without tools"), "does not write the call of 'weather' in message"
 )

@@ -1,1 +1,1 @@
-"""`talik check`: finds problems of a data set before a training."""
+"""`talik check`: finds problems of a data set before it is trained on."""

@@ -1,4 +1,4 @@
-"""All checks of a data set, in one reading after a look at a sample.
+"""Runs all checks of a data set: reads a sample, and then all rows once.
 
 check_rows(recipe, tokenizer).problems
 """
@@ -16,58 +16,60 @@ from talik.base.events import Notify, Progress, Status, silent
 from talik.check.duplicates import Duplicates
 from talik.check.result import Check
 from talik.check.statistics import lost_at
-from talik.check.texts import FOREIGN_MARKS, text_problems, texts_with_roles
+from talik.check.text_checks import FOREIGN_MARKS, text_problems, texts_with_roles
 from talik.data.examples import Example, cut
-from talik.data.formats.formats import Converter, RowOptions, converter_of, other_format
+from talik.data.formats.file_format import file_converter, row_options
+from talik.data.formats.formats import OTHER_FORMAT, Converter
 from talik.data.formats.media import MEDIA
 from talik.data.labels import Labelled, Labeller
 from talik.data.messages import Conversation, Document
-from talik.data.preparing.prepared import label_options
-from talik.data.reading.readers import rows_of
+from talik.data.preparing.prepared_data import label_options
+from talik.data.reading.file_rows import rows_of
 from talik.data.reading.rows import Place, Problem, Row, RowError
 from talik.data.reading.sources import find_data
 from talik.data.reading.streams import DataFile
+from talik.data.templates.content_checks import NOT_WRITTEN
 from talik.data.templates.control_tokens import CONTROL_TOKEN, control_tokens, texts_of
 from talik.data.templates.template import template_of
-from talik.data.templates.written import NOT_WRITTEN
 from talik.recipe.data_source import DataSource
 from talik.recipe.recipe import Recipe
 
-CHUNK, PEEKED = 512, 100
+CHUNK = 512  # rows that are checked at a time
 SHOWN_EXAMPLES, SHOWN_TOKENS = 20, 1000
-LEARNT = 2000  # rows of a sample that shows which words all rows share
-TOKENISED = 2000  # rows whose texts are tokenised once more, by script
+SAMPLE_ROWS = 2000  # rows of the sample that shows which word pairs many rows share
+TOKENISED_ROWS = 2000  # rows whose texts are tokenised separately, to measure each script
 UNLIMITED = 2**31 - 1
 OTHER_ROWS = "Correct the row, or leave such rows out with --bad-rows skip."
 REMEDIES = {
     MEDIA: "Leave such rows out with --drop-media.",
-    CONTROL_TOKEN: "Take it out, or train it as ordinary text with --control-tokens escape.",
+    CONTROL_TOKEN: "Remove it, or train it as ordinary text with --control-tokens escape.",
     NOT_WRITTEN: "Move the text into a message that the template writes.",
-    "broken JSON": "Write one whole object on each line.",
-    "wrong number of fields": "Put quotes around a field that holds the delimiter, a quote or a line break.",
-    "preferences": "Keep the good answers alone, in a format with one answer.",
+    OTHER_FORMAT: "Put it into a file of its own.",
+    "broken JSON": "Write one complete object on each line.",
+    "wrong number of fields": "Put quotes around a field that contains a delimiter, quote or line break.",
+    "preferences": "Keep only the good answers, in a format with one answer.",
 }
 Made = Conversation | Document
 
 
 def check_rows(recipe: Recipe, tokenizer: Any, notify: Notify = silent) -> Check:
-    """Checks all rows of a recipe's data, and of the data to evaluate on against them.
+    """Checks all rows of a recipe's training and evaluation data.
 
     Args:
         recipe: Names the data and the options.
         tokenizer: A tokenizer of Transformers.
-        notify: Gets progress events.
+        notify: Gets events about the progress.
 
     Raises:
-        DataError: There is nothing to read.
-        UsageError: The chat template or an option cannot be used.
+        DataError: A source does not exist.
+        UsageError: The chat template or an option is not valid.
     """
     return _Checker(recipe, tokenizer, notify).run()
 
 
 @dataclass(slots=True)
 class _Source:
-    """A source of rows and its files; `left`: rows that its limit leaves."""
+    """A source and its files; `left` is the number of rows that its limit still allows."""
 
     of: DataSource
     files: list[DataFile]
@@ -76,9 +78,11 @@ class _Source:
 
 
 class _Checker:
+    """Reads the rows of all files and collects findings about them."""
+
     def __init__(self, recipe: Recipe, tokenizer: Any, notify: Notify) -> None:
         self._recipe, self._tokenizer, self._notify = recipe, tokenizer, notify
-        options = replace(label_options(recipe), max_length=UNLIMITED)  # lengths are compared here
+        options = replace(label_options(recipe), max_length=UNLIMITED)  # `_length` checks lengths
         self._labeller = Labeller(template_of(tokenizer), options)
         self._control = control_tokens(self._labeller.template, self._labeller.facts)
         self._seen = Duplicates(recipe.seed, 0.0 if recipe.eval_data else recipe.held_out)
@@ -88,6 +92,7 @@ class _Checker:
         self._mixed: dict[tuple[str, str], list[Place]] = {}
 
     def run(self) -> Check:
+        """Runs all checks."""
         sources = self._sources()
         self._seen.learn(self._sample(sources))
         for source in sources:
@@ -108,7 +113,7 @@ class _Checker:
         return [_Source(of, find_data(of.path, say), evaluation, of.limit) for of, evaluation in given]
 
     def _sample(self, sources: Sequence[_Source]) -> list[Made]:
-        """Rows drawn from all files to train on."""
+        """Draws a sample from all rows of the training data (reservoir sampling)."""
         draw, drawn, count = random.Random(0), list[tuple[Row, Converter]](), 0
         for source in sources:
             for file in source.files if not source.evaluation else ():
@@ -116,15 +121,15 @@ class _Checker:
                     converter = self._converter(file, source.of)
                     for row in rows_of(file):
                         count += 1
-                        at = count - 1 if count <= LEARNT else draw.randrange(count)
-                        if isinstance(row, Row) and at < LEARNT:
+                        at = count - 1 if count <= SAMPLE_ROWS else draw.randrange(count)
+                        if isinstance(row, Row) and at < SAMPLE_ROWS:
                             drawn[at : at + 1] = [(row, converter)]
-                except DataError:  # told when the file is checked
+                except DataError:  # reported when the file is checked
                     continue
         return [made for row, converter in drawn for made in _converted(row, converter)]
 
     def _file(self, file: DataFile, source: _Source) -> None:
-        """Checks the rows of one file; what ends its reading is a problem of the file."""
+        """Checks the rows of one file; an error that ends its reading becomes a problem of the file."""
         try:
             converter = self._converter(file, source.of)
             converter.unread.clear()
@@ -139,10 +144,7 @@ class _Checker:
             self._add(place, None, "unreadable file", error.problem, error.remedy or OTHER_ROWS)
 
     def _converter(self, file: DataFile, source: DataSource) -> Converter:
-        first = [row for row in islice(rows_of(file), PEEKED) if isinstance(row, Row)]
-        own = RowOptions(source.input_field, source.output_field, source.format)
-        of_recipe = RowOptions(self._recipe.input_field, self._recipe.output_field, self._recipe.format)
-        return converter_of(first, of_recipe if own == RowOptions() else own)
+        return file_converter(file, row_options(source, self._recipe))
 
     def _chunk(self, rows: Sequence[Row | Problem], converter: Converter, *, evaluation: bool) -> None:
         made: list[Made] = []
@@ -150,9 +152,6 @@ class _Checker:
             self._done.rows += 1
             if isinstance(row, Problem):
                 self._problem(row)
-            elif (other := other_format(row, converter)) is not None:
-                text = f"the row has the format '{other}', and the file '{converter.name}'"
-                self._add(row.place, None, "another format", text, "Put it into a file of its own.")
             else:
                 try:
                     made.append(converter.convert(row))
@@ -163,17 +162,17 @@ class _Checker:
             self._row(row, evaluation=evaluation)
 
     def _has_control(self, row: Made) -> bool:
-        """True if a row holds control tokens that are refused; each place is a problem, else a note."""
+        """Adds a finding for each text with control tokens; True if the row is refused because of them."""
         found = [(name, match) for name, text in texts_of(row) if (match := self._control.search(text))]
         refused = self._recipe.control_tokens == "refuse"
-        how = {"escape": "trained as ordinary text", "keep": "kept as a control token"}
+        how = {"escape": "trained as ordinary text", "keep": "trained as a control token"}
         for name, match in found:
-            text = f"holds the control token {match[0]!r} at character {match.start() + 1:,}"
+            text = f"contains the control token {match[0]!r} at character {match.start() + 1:,}"
             if refused:
                 self._add(row.place, name, CONTROL_TOKEN, text, REMEDIES[CONTROL_TOKEN])
             else:
                 text += f", which is {how[self._recipe.control_tokens]}"
-                remedy = "Nothing, if the text talks about control tokens."
+                remedy = "Nothing, if the text is about control tokens."
                 self._add(row.place, name, CONTROL_TOKEN, text, remedy, "note")
         return refused and bool(found)
 
@@ -185,14 +184,14 @@ class _Checker:
             self._length(example)
             if self._unknown is not None and self._unknown in example.input_ids:
                 count = example.input_ids.count(self._unknown)
-                text = f"the tokenizer has no tokens for parts of the text: {count:,} are unknown"
-                remedy = "Replace these characters, or choose a model that knows them."
+                text = f"the tokenizer cannot encode parts of the text: {count:,} tokens are unknown"
+                remedy = "Replace these characters, or use a model whose tokenizer has them."
                 self._add(example.place, None, "unknown tokens", text, remedy)
         for example in labelled.examples[: SHOWN_EXAMPLES - len(self._done.examples)]:
             self._done.examples.append(cut(example, SHOWN_TOKENS))
 
     def _length(self, example: Example) -> None:
-        """A problem if an example loses trained tokens at the greatest length; documents are split."""
+        """Adds a problem if a cut at the greatest length loses trained tokens; documents are split."""
         limit = self._recipe.max_length
         if example.length <= limit or (len(example.spans) == 2 and example.spans[0].stop == 1):
             return
@@ -200,7 +199,7 @@ class _Checker:
             does = {"drop": "dropped", "cut": "cut" if lost != "prompt cut" else "dropped"}
             what = does.get(self._recipe.too_long, "refused")
             text = f"{example.length:,} tokens, over --max-length {limit:,}: the example is {what} ({lost})"
-            remedy = "Raise --max-length, or shorten the row: the numbers say what each length loses."
+            remedy = "Raise --max-length, or shorten the row. The statistics show the loss at each length."
             self._add(example.place, None, "too long", text, remedy)
 
     def _row(self, row: Made, *, evaluation: bool) -> None:
@@ -211,12 +210,12 @@ class _Checker:
         scripts = self._done.statistics.add_row(row)
         if len(places := self._mixed.setdefault(scripts, [])) < CHUNK:
             places.append(row.place)
-        if self._tokenised < TOKENISED:
+        if self._tokenised < TOKENISED_ROWS:
             self._tokenised += 1
             self._done.statistics.add_tokens([text for _, text in texts_of(row)], self._tokenizer)
 
     def _other_scripts(self) -> None:
-        """Notes on answers in another script than their questions, where few rows are so."""
+        """Adds a note for each answer in another script than its question, if few rows are like that."""
         for (asked, said), places in self._mixed.items():
             if (
                 asked != said
@@ -225,7 +224,7 @@ class _Checker:
             ):
                 for place in places:
                     text = f"the question is in {asked} letters and the answer in {said}"
-                    remedy = "Look at the row: few rows of the data are like this."
+                    remedy = "Check the row: few rows of the data are like this."
                     self._add(place, None, "answer in another script", text, remedy, "note")
 
     def _foreign_marks(self, row: Made) -> None:
@@ -233,8 +232,8 @@ class _Checker:
         for name, text, _ in texts_with_roles(row):
             marks = (mark for mark in FOREIGN_MARKS.finditer(text) if not self._control.fullmatch(mark[0]))
             if (found := next(marks, None)) is not None:
-                text = f"holds {found[0]!r}, a mark of another model's template"
-                remedy = "Split the text into messages; if it talks about templates: --control-tokens escape."
+                text = f"contains {found[0]!r}, a mark of another model's template"
+                remedy = "Split the text into messages. If it is about templates: --control-tokens escape."
                 self._add(row.place, name, "marks of another template", text, remedy, severity)
 
     def _problem(self, problem: Problem, remedy: str | None = None) -> None:
@@ -252,14 +251,13 @@ class _Checker:
 
 def _converted(row: Row, converter: Converter) -> Iterator[Made]:
     try:
-        if other_format(row, converter) is None:
-            yield converter.convert(row)
+        yield converter.convert(row)
     except RowError:
         return
 
 
 def _unknown_id(labeller: Labeller) -> int | None:
-    """The id of the unknown token, unless it has another use as well."""
+    """Returns the id of the unknown token; None if it also has another use."""
     tokenizer = labeller.template.tokenizer
     token = tokenizer.unk_token
     others = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, *labeller.facts.ends)

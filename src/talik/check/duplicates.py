@@ -1,6 +1,7 @@
-"""Finds repeated rows: exact, near, with another answer, or in both training and evaluation data.
+"""Finds rows that occur twice: exactly, nearly, with another answer, or in both training and evaluation.
 
-A row is stored as hashes and signatures, at most 350 bytes. They are compared after the last row.
+For each row at most 350 bytes of hashes and signatures are kept. They are compared when all rows have been
+added.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from talik.data.messages import Conversation, Document
 from talik.data.preparing.held_out import draws_limit, question_draw
 from talik.data.reading.rows import Place
 
-ALIKE = 0.8  # share of word pairs that near duplicates have in common
-LEAST_WORDS = 8  # shorter rows that differ in case and punctuation alone are no near duplicates
-LEAST_ANSWER = 30  # characters from which on an answer to many questions is worth a note
+ALIKE = 0.8  # the share of word pairs that near duplicates have in common
+LEAST_WORDS = 8  # shorter rows that differ only in case and punctuation are not near duplicates
+LEAST_ANSWER = 30  # characters; a shorter answer to many questions is not noted
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_TAKE_OUT = "Take one of them out."
+_REMOVE_ONE = "Remove one of them."
 _COLUMNS = {
     **dict.fromkeys(("file", "line", "length"), "q"),
     **dict.fromkeys(("whole", "words", "question", "asked", "answer", "said", "numbers"), "Q"),
@@ -33,7 +34,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """A row that repeats another one."""
+    """A finding about a row that repeats another row or its question or answer."""
 
     place: Place
     kind: str
@@ -44,10 +45,10 @@ class Repeat:
 
 @dataclass(slots=True)
 class Duplicates:
-    """The rows that were seen, as columns of hashes.
+    """The hashes of all rows that were added, as columns.
 
-    `asked` and `said` are the question and the answer as words, without case and punctuation; `whole`,
-    `question` and `answer` are exact.
+    The columns `whole`, `question` and `answer` are hashes of the exact texts; `asked`, `said` and `words`
+    are hashes of the words without case and punctuation.
     """
 
     seed: int = 0
@@ -57,16 +58,16 @@ class Duplicates:
     columns: dict[str, array[float]] = field(
         default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
     )
-    files: dict[tuple[str, str], int] = field(default_factory=dict)
+    files: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
 
     def learn(self, rows: Sequence[Conversation | Document]) -> None:
-        """Learns from a sample of the rows which words all of them share."""
+        """Finds the word pairs that many rows share, from a sample of the rows."""
         parts = [_parts(row) for row in rows]
         self.questions.common = common_pairs(words_of(question) for question, _, _ in parts)
         self.answers.common = common_pairs(words_of(answer) for _, answer, _ in parts)
 
     def add(self, row: Conversation | Document, *, evaluation: bool = False) -> None:
-        """Takes a row."""
+        """Adds a row."""
         question, answer, rest = _parts(row)
         asked, said = words_of(question), words_of(answer)
         number = len(self.columns["file"])
@@ -91,23 +92,25 @@ class Duplicates:
             self.columns[name].append(value)
 
     def repeats(self) -> Iterator[Repeat]:
-        """All that was found, once the last row was taken."""
+        """Yields all findings; call it after the last row was added."""
         if len(self.columns["file"]):
             yield from _Comparison(self).repeats()
 
 
 class _Comparison:
+    """Compares all rows. A row that was reported once as a duplicate is not reported again."""
+
     def __init__(self, seen: Duplicates) -> None:
         self._seen = seen
         self._files = list(seen.files)
         self._of = {name: np.array(column) for name, column in seen.columns.items()}
-        self._other_part = "evaluation"
+        self._other_set = "evaluation"
         given = self._of["evaluation"].astype(bool)
         self._held = given
         if seen.held_out and not given.any():
-            self._other_part = "the held-out part"
+            self._other_set = "the held-out part"
             self._held = self._of["draw"] < draws_limit(self._of["draw"].tolist(), seen.held_out)
-        self._doubled: set[int] = set()
+        self._reported: set[int] = set()
 
     def repeats(self) -> Iterator[Repeat]:
         yield from self._exact()
@@ -119,43 +122,43 @@ class _Comparison:
 
     def _exact(self) -> Iterator[Repeat]:
         for first, row in self._groups("whole", np.flatnonzero(self._of["evaluation"] == 0)):
-            self._doubled.add(row)
+            self._reported.add(row)
             yield self._repeat(row, "duplicate", "problem", f"the row is the same as {self._place(first)}")
 
     def _same_words(self) -> Iterator[Repeat]:
         candidates = (self._of["evaluation"] == 0) & (self._of["length"] > 0)
         for first, row in self._groups("words", np.flatnonzero(candidates)):
-            if row not in self._doubled:
-                self._doubled.add(row)
+            if row not in self._reported:
+                self._reported.add(row)
                 text = f"the row has the same words as {self._place(first)}"
                 yield self._repeat(row, "near duplicate", "problem", text)
 
     def _other_answers(self) -> Iterator[Repeat]:
         asked = (self._of["evaluation"] == 0) & (self._of["question"] != np.uint64(_NO_QUESTION))
         for first, row in self._groups("question", np.flatnonzero(asked)):
-            if row not in self._doubled and self._of["answer"][row] != self._of["answer"][first]:
-                text = f"the question has another answer in {self._place(first)}"
+            if row not in self._reported and self._of["answer"][row] != self._of["answer"][first]:
+                text = f"the question has a different answer in {self._place(first)}"
                 remedy = "Keep both if both answers are right."
                 yield self._repeat(row, "another answer", "note", text, remedy)
 
     def _shared_questions(self) -> Iterator[Repeat]:
-        """Questions that are trained on and evaluated on: the loss then shows what was learnt by heart."""
+        """Yields questions in both training and evaluation; they make the evaluation loss too low."""
         of = self._of
-        keys = np.where(of["question"] == _NO_QUESTION, of["said"], of["asked"])  # a document is its text
+        keys = np.where(of["question"] == _NO_QUESTION, of["said"], of["asked"])  # the text of a document
         trained: dict[int, int] = {}
         for row in np.flatnonzero(~self._held).tolist() if self._held.any() else ():
             trained.setdefault(int(keys[row]), row)
         for row in np.flatnonzero(self._held).tolist():
             first = trained.get(int(keys[row]))
             if first is not None:
-                self._doubled.add(row)
+                self._reported.add(row)
                 yield self._leak(row, first, "problem", "the question")
 
     def _alike(self) -> Iterator[Repeat]:
         pairs = {*self._seen.questions.alike(ALIKE)}
         answers = {*self._seen.answers.alike(ALIKE)}
         for first, row in sorted(pairs | answers, key=lambda pair: (pair[1], pair[0])):
-            if row in self._doubled or first in self._doubled or not self._same("numbers", first, row):
+            if row in self._reported or first in self._reported or not self._same("numbers", first, row):
                 continue
             asked = self._same("asked", first, row)
             said = self._same("said", first, row)
@@ -163,9 +166,9 @@ class _Comparison:
                 if self._held[first] != self._held[row] and (first, row) in pairs:
                     yield self._leak(row, first, "note", "a similar question")
                 continue
-            # A short answer to two long questions proves little: they may be about one text.
+            # Two long questions with one short answer may only be about the same text.
             severity = "problem" if asked or (first, row) in answers else "note"
-            self._doubled.add(row)
+            self._reported.add(row)
             if self._held[first] != self._held[row]:
                 yield self._leak(row, first, severity, "nearly the same row")
             else:
@@ -173,7 +176,7 @@ class _Comparison:
                 yield self._repeat(row, "near duplicate", severity, text)
 
     def _one_answer(self) -> Iterator[Repeat]:
-        """Longer answers that many different questions have."""
+        """Yields long answers that many different questions have."""
         order, starts = grouped(self._of["answer"])
         sizes = np.bincount(starts, minlength=len(order))
         least = max(10, len(order) // 200)
@@ -182,11 +185,11 @@ class _Comparison:
             questions = len(np.unique(self._of["question"][rows]))
             if questions >= least and self._of["length"][rows].min() >= LEAST_ANSWER:
                 text = f"{questions:,} different questions have this answer"
-                remedy = "Look at the source: an error message or a default may stand in place of answers."
+                remedy = "Check the source: this may be an error message or a default in place of answers."
                 yield self._repeat(int(rows[0]), "one answer to many questions", "note", text, remedy)
 
     def _groups(self, column: str, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Each row of which an earlier one has the same value, after the first such row."""
+        """Yields (first, row) for each row with the same value in a column as an earlier row."""
         order, starts = grouped(self._of[column][rows])
         later = np.flatnonzero(starts != np.arange(len(order)))
         pairs = zip(rows[order[starts[later]]].tolist(), rows[order[later]].tolist(), strict=True)
@@ -200,17 +203,17 @@ class _Comparison:
         return Place(file, int(self._of["line"][row]), "row" if unit == "row" else "line")
 
     def _leak(self, row: int, first: int, severity: str, what: str) -> Repeat:
-        kind = f"in training and {self._other_part.removeprefix('the ').removesuffix(' part')}"
-        where = "is trained on" if self._held[row] else f"stands in {self._other_part}"
+        kind = f"in training and {self._other_set.removeprefix('the ').removesuffix(' part')}"
+        where = "is trained on" if self._held[row] else f"is in {self._other_set}"
         text = f"{what} {where}: {self._place(first)}"
-        return self._repeat(row, kind, severity, text, "Take it out of one of them.")
+        return self._repeat(row, kind, severity, text, "Remove it from one of them.")
 
-    def _repeat(self, row: int, kind: str, severity: str, text: str, remedy: str = _TAKE_OUT) -> Repeat:
+    def _repeat(self, row: int, kind: str, severity: str, text: str, remedy: str = _REMOVE_ONE) -> Repeat:
         return Repeat(self._place(row), kind, severity, text, remedy)
 
 
 def _parts(row: Conversation | Document) -> tuple[str, str, str]:
-    """The question (all before the last answer), the last answer, and all else that tells rows apart."""
+    """Returns the question (all text before the last answer), the last answer, and all other content."""
     if isinstance(row, Document):
         return "", row.text, ""
     *before, last = row.messages
@@ -226,4 +229,4 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
 
-_NO_QUESTION = _hash("", "")  # of a document
+_NO_QUESTION = _hash("", "")  # the hash of a document's question

@@ -1,17 +1,17 @@
-"""Finds text that was decoded with a wrong encoding, by undoing it."""
+"""Finds text that was decoded with the wrong encoding, by reversing the wrong decoding."""
 
 from __future__ import annotations
 
 import re
 
-_QUOTES = "“”‘’–—…»«‚„"  # also next to capital letters and accents in correct text
+_QUOTES = "“”‘’–—…»«‚„"  # in correct text they also occur next to capital letters and accents
 _SIGNS = "€ƒ†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ\u0080-\u009f\u00a0-\u00aa\u00ac-\u00ba\u00bc-\u00bf"
-_ANY = _SIGNS + _QUOTES  # what the bytes 0x80 to 0xbf are in Windows-1252
+_ANY = _SIGNS + _QUOTES  # the bytes 0x80 to 0xbf in Windows-1252
 _LATIN = re.compile(
     f"[ÂÃ][{_SIGNS}]|[ÂÃÄÅ][{_ANY}](?=[a-z])|(?<=[a-z])[ÂÃÄÅ][{_ANY}]|[ÐÑÎÏ][{_ANY}][ÐÑÎÏ][{_ANY}]"
     f"|[à-ï](?:[{_SIGNS}][{_ANY}]|[{_QUOTES}][{_SIGNS}])|ð[{_ANY}]{{3}}"
 )
-# A letter of Russian is two of these; one such pair alone may be meant.
+# A Russian letter becomes two of these; a single pair may be intended.
 _CYRILLIC = re.compile("(?:[РС][\u0400-\u040f\u0450-\u045f\u0490\u0491‚„…†‡€‰‹‘’“”•–—™›\u00a0-\u00bfРС]){2,}")
 _CHINESE = re.compile("[\u4e00-\u9fff]{6,}")
 _KNOWN = re.compile("锟斤拷|烫烫烫|屯屯屯|ï»¿")
@@ -19,10 +19,10 @@ _LETTERS = re.compile(r"[^\W\d_]")
 
 
 def misread(text: str) -> str | None:
-    """The first part of a text that was read in a wrong encoding, or None.
+    """Returns the first part of a text that was decoded with the wrong encoding, or None.
 
-    UTF-8 that was read as Windows-1252 or Latin-1, as Windows-1251, and as GBK: turned back into its bytes, a
-    part is UTF-8 of another text.
+    It finds UTF-8 that was decoded as Windows-1252, Latin-1, Windows-1251 or GBK: encoded again, such a part
+    is valid UTF-8 of another text.
     """
     if text.isascii():
         return None
@@ -41,7 +41,7 @@ def misread(text: str) -> str | None:
 
 
 def _undone(part: str, encoding: str) -> str | None:
-    """The bytes of a part, read as UTF-8; None if they are not UTF-8, or not a letter or sign of prose."""
+    """Encodes a part and decodes it as UTF-8; None if it is not valid UTF-8 or not plausible in prose."""
     try:
         meant = part.encode(encoding).decode("utf-8")
     except UnicodeError:

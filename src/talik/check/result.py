@@ -1,4 +1,4 @@
-"""The result of checking a data set: findings with their places, counts and numbers."""
+"""The result of a check of a data set: findings with their places, counts and statistics."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from talik.check.statistics import Statistics
 from talik.data.examples import Example
 from talik.data.reading.rows import Place
 
-LISTED = 2000  # findings of one kind that are kept; all are counted
+LISTED = 2000  # findings of each kind that are kept; all are counted
 MISSING = "missing value"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found in one row.
+    """A finding in one row.
 
     Attributes:
-        severity: "problem" for what is refused, lost or taught wrongly; "note" for what may be meant.
+        file: The name of the file.
+        line: The number of the line or row.
+        unit: "line" or "row".
+        field: The field or message, if the finding is about one.
+        kind: The kind of finding: a few words, the same for all such rows.
+        severity: "problem" for content that is refused, lost or harmful; "note" for content that may be
+            intended.
+        text: A description.
+        remedy: The action to take.
     """
 
     file: str
@@ -34,14 +42,14 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """The file, the line and the field, as people write them."""
+        """The file, the line and the field as text."""
         place = f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file}: row {self.line}"
         return place if self.field is None else f"{place}: {self.field}"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All findings of one kind: their number, and the first LISTED of them in the order of the data."""
+    """All findings of one kind: their number, and the first LISTED findings in the order of the data."""
 
     severity: str
     kind: str
@@ -51,37 +59,38 @@ class Group:
 
 @dataclass(slots=True)
 class Check:
-    """What was found in a data set.
+    """The result of a check.
 
     Attributes:
-        rows: Rows that were read.
-        unread: Fields that no format reads, with their numbers of rows.
-        facts: Facts about the chat template, in words.
-        statistics: Numbers of the rows that can be used.
-        examples: The first examples, to be shown.
-        plan: What training would take, in words; empty if that was not asked.
+        rows: The number of rows that were read.
+        media: The number of rows with images, video or audio that were left out.
+        unread: For each field that is not used, the number of rows that have it.
+        facts: The facts about the chat template, in words.
+        statistics: The statistics of the rows that can be used.
+        examples: The first examples.
+        plan: A summary of the plan for training; empty if it was not requested.
     """
 
     rows: int = 0
     media: int = 0
-    unread: Counter[str] = field(default_factory=Counter)
-    facts: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter[str])
+    facts: list[str] = field(default_factory=list[str])
     statistics: Statistics = field(default_factory=Statistics)
-    examples: list[Example] = field(default_factory=list)
-    plan: list[str] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list[Example])
+    plan: list[str] = field(default_factory=list[str])
     _found: dict[tuple[str, str], list[Finding]] = field(default_factory=lambda: defaultdict(list))
-    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _files: dict[str, int] = field(default_factory=dict)  # in the order of the data
+    _counts: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    _files: dict[str, int] = field(default_factory=dict[str, int])  # in the order of the data
 
     def add(self, place: Place, field: str | None, kind: str, severity: str, text: str, remedy: str) -> None:
-        """Counts a finding, and keeps it while there is room for its kind."""
+        """Counts a finding, and keeps it if it is among the first LISTED of its kind."""
         self._counts[severity, kind] += 1
         self._files.setdefault(place.file, len(self._files))
         if len(found := self._found[severity, kind]) < LISTED:
             found.append(Finding(place.file, place.line, place.unit, field, kind, severity, text, remedy))
 
     def settle(self) -> None:
-        """Makes notes of problems that are so many that they are meant: data of extraction say "N/A"."""
+        """Turns frequent missing values into notes: extraction data use answers like "N/A" on purpose."""
         key = ("problem", MISSING)
         if self._counts[key] > max(10, self.rows // 100):
             self._counts["note", MISSING] += self._counts.pop(key)
@@ -90,12 +99,12 @@ class Check:
 
     @property
     def problems(self) -> int:
-        """How many problems there are."""
+        """The number of problems."""
         return sum(count for (severity, _), count in self._counts.items() if severity == "problem")
 
     @property
     def notes(self) -> int:
-        """How many notes there are."""
+        """The number of notes."""
         return sum(self._counts.values()) - self.problems
 
     @property
@@ -105,15 +114,15 @@ class Check:
         return sorted(found, key=lambda finding: (self._files[finding.file], finding.line))
 
     def groups(self) -> Iterator[Group]:
-        """The kinds of findings: problems first, the most frequent first."""
+        """Yields the findings of each kind: problems first, then by descending count."""
         order = sorted(self._counts.items(), key=lambda item: (item[0][0] != "problem", -item[1], item[0]))
         for key, count in order:
             if count:
-                of_file = sorted(self._found[key], key=lambda one: (self._files[one.file], one.line))
-                yield Group(*key, count, of_file)
+                findings = sorted(self._found[key], key=lambda one: (self._files[one.file], one.line))
+                yield Group(*key, count, findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything for programs."""
+        """Returns the whole result in a form for programs."""
         counts = {group.severity: dict[str, int]() for group in self.groups()}
         for group in self.groups():
             counts[group.severity][group.kind] = group.count

@@ -1,4 +1,4 @@
-"""Numbers of a data set: lengths, cuts, shares, roles, scripts, and how well the tokenizer knows them."""
+"""Statistics of a data set: lengths, cuts, roles, turns, scripts, and the tokens that each script needs."""
 
 from __future__ import annotations
 
@@ -15,29 +15,40 @@ from talik.data.examples import Example
 from talik.data.messages import Conversation, Document
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SAMPLE = 2000  # characters of each row whose scripts are counted
-MOST_TOKENISED = 2000  # characters of each script's sample that are tokenised at a time
-LOST = ("prompt cut", "answer cut", "end lost")
+SAMPLE = 2000  # characters of each row in which scripts are counted
+MOST_TOKENISED = 2000  # characters of each text that are tokenised to measure its script
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _ENDED = re.compile(r"[.!?。！？…:;)\]}>\"'”’」』`*|\d]\s*\Z")
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts over all rows that can be used."""
+    """Counts over all rows that can be used.
+
+    Attributes:
+        lengths: The number of tokens of each example.
+        trained: The number of trained tokens of each example.
+        cuts: For each of LENGTHS, the number of longer examples by what a cut would lose.
+        roles: The number of messages of each role.
+        turns: The number of conversations with each number of answers.
+        scripts: The number of letters of each script.
+        pairs: The number of rows for each pair of scripts of question and answer.
+        unended: The number of long answers without a punctuation mark at the end.
+        tokenised: For each script, the numbers of bytes, tokens, unknown tokens and single-byte tokens.
+    """
 
     lengths: array[int] = field(default_factory=lambda: array("q"))
     trained: array[int] = field(default_factory=lambda: array("q"))
     cuts: dict[int, Counter[str]] = field(default_factory=lambda: {length: Counter() for length in LENGTHS})
-    roles: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    scripts: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter[str])
+    turns: Counter[int] = field(default_factory=Counter[int])
+    scripts: Counter[str] = field(default_factory=Counter[str])
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     unended: int = 0
-    tokenised: dict[str, Counter[str]] = field(default_factory=dict)
+    tokenised: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
 
     def add_row(self, row: Conversation | Document) -> tuple[str, str]:
-        """Counts the messages and the scripts of a row; returns the scripts of question and answer."""
+        """Counts the messages and scripts of a row, and returns the scripts of its question and answer."""
         if isinstance(row, Document):
             self.roles["(text)"] += 1
             self.scripts.update(map(script, row.text[:SAMPLE]))
@@ -53,7 +64,7 @@ class Statistics:
         return scripts
 
     def add_example(self, example: Example) -> None:
-        """Counts the tokens of an example, and what it would lose at each of LENGTHS."""
+        """Counts the tokens of an example, and its loss at each of LENGTHS."""
         self.lengths.append(example.length)
         self.trained.append(example.trained_tokens)
         for length, counted in self.cuts.items():
@@ -61,7 +72,7 @@ class Statistics:
                 counted[lost_at(example, length) or "tail cut"] += 1
 
     def add_tokens(self, texts: Sequence[str], tokenizer: Any) -> None:
-        """Counts bytes and tokens of some texts by their main script."""
+        """Counts the bytes and tokens of texts by their main script."""
         for text in texts:
             if (main := main_script(text)) != "other":
                 ids = tokenizer(text[:MOST_TOKENISED], add_special_tokens=False)["input_ids"]
@@ -73,7 +84,7 @@ class Statistics:
                 counted["single bytes"] += sum(_is_part(token) for token in tokens)
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers for programs."""
+        """Returns the statistics in a form for programs."""
         ordered, tokens, trained = sorted(self.lengths), sum(self.lengths), sum(self.trained)
         letters = sum(n for name, n in self.scripts.items() if name != "other")
         shares = {n: round(count / letters, 4) for n, count in self.scripts.most_common() if n != "other"}
@@ -100,13 +111,13 @@ class Statistics:
 
 
 def lost_at(example: Example, length: int) -> str | None:
-    """What a cut at a length would lose: one of LOST, or None if nothing that is trained."""
+    """Returns the loss of a cut at a length, one of CUT_KINDS; None if no trained token would be lost."""
     trained = [span for span in example.spans if span.trained]
     if trained[-1].stop <= length:
         return None
     if trained[0].start >= length:
-        return LOST[0]
-    return LOST[2] if trained[-1].stop - 1 <= length else LOST[1]
+        return "prompt cut"
+    return "end lost" if trained[-1].stop - 1 <= length else "answer cut"
 
 
 def _known(counted: Counter[str]) -> dict[str, float]:
@@ -119,12 +130,12 @@ def _known(counted: Counter[str]) -> dict[str, float]:
 
 
 def _is_part(token: str) -> bool:
-    """True if a token is one byte of a character: by SentencePiece's name for it, or byte-level BPE's."""
+    """True if a token is one byte of a character, by the names of SentencePiece and of byte-level BPE."""
     return _BYTE_TOKEN.fullmatch(token) is not None or (len(token) == 1 and token in _PARTS)
 
 
 def _part_letters() -> frozenset[str]:
-    """The letters that byte-level BPE writes for the bytes 0x80 to 0xff (GPT-2's table)."""
+    """Returns the characters that byte-level BPE uses for the bytes 0x80 to 0xff (GPT-2's table)."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return frozenset(
@@ -136,7 +147,7 @@ _PARTS = _part_letters()
 
 
 def main_script(text: str) -> str:
-    """The script of most letters of a text's start; "other" if it has no letter."""
+    """Returns the most frequent script of the first letters of a text; "other" if it has no letters."""
     counted = Counter(map(script, text[:400]))
     del counted["other"]
     return counted.most_common(1)[0][0] if counted else "other"
@@ -144,7 +155,7 @@ def main_script(text: str) -> str:
 
 @lru_cache(1 << 16)
 def script(character: str) -> str:
-    """The writing system of a letter, by the first word of its Unicode name; "other" for all else."""
+    """Returns the script of a letter, by the first word of its Unicode name; "other" for other characters."""
     if not character.isalpha():
         return "other"
     first = unicodedata.name(character, "other").split(" ", 1)[0]

@@ -35,9 +35,9 @@ def command(argv: list[str]) -> None:
     )
     parsed = vars(parse("check", wanted, argv, "Every problem of a data set, with file and line."))
     from talik.check.checker import check_rows
-    from talik.check.page import check_page
-    from talik.check.planned import plan_lines
-    from talik.check.text import check_text, summary
+    from talik.check.plan_summary import plan_lines
+    from talik.check.report_html import check_page
+    from talik.check.report_text import check_text, summary
     from talik.cli.show.watch import Watch
     from talik.model.folder import open_model
 

@@ -24,7 +24,7 @@ from talik.data.dataset import preview, read_all
 from talik.data.formats.formats import conversations
 from talik.data.messages import Conversation
 from talik.data.preparing.held_out import split_held_out
-from talik.data.reading.readers import read_rows
+from talik.data.reading.file_rows import read_rows
 from talik.exporting.whole import export
 from talik.model.source.source import find_model
 from talik.model.tokenizer import load_tokenizer

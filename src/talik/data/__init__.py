@@ -1,1 +1,1 @@
-"""The data: from files of rows to batches of token ids with their masks."""
+"""Turns files of rows into batches of token ids with their masks."""

@@ -1,14 +1,14 @@
-"""Chooses which examples go into which step, in which order, and builds the tensors.
+"""Divides examples into steps and batches, and collates batches into tensors.
 
-Every result depends only on the arguments, so a position in the data is two integers, and a resumed run
-continues with the same examples.
+All functions depend on their arguments alone. So the position of a run in its data is two integers, and a
+resumed run gets the same examples as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -17,11 +17,11 @@ from torch import Tensor
 from talik.base.files import fingerprint
 from talik.data.examples import IGNORED, Example
 
-OVERHEAD = 64  # fixed cost of a batch, in tokens
+OVERHEAD = 64  # the fixed cost of a batch, in tokens that could be computed in the same time
 
 
 class Batch(TypedDict):
-    """The arguments of a causal LM of Transformers, padded on the right."""
+    """The inputs of a causal LM of Transformers, padded on the right."""
 
     input_ids: Int64[Tensor, "batch sequence"]
     attention_mask: Int64[Tensor, "batch sequence"]
@@ -31,16 +31,23 @@ class Batch(TypedDict):
 def steps_of_epoch(
     lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int, shuffle: str = "seed"
 ) -> list[list[int]]:
-    """The steps of an epoch: every example exactly once.
+    """Divides the examples of an epoch into steps; each example is in exactly one step.
 
-    In an order drawn from `seed` and `epoch`, or with `shuffle` "file" in that of the data.
+    Args:
+        lengths: The number of tokens of each example.
+        batch_tokens: The greatest number of tokens in a step; a longer example is a step of its own.
+        seed: Seeds the order, together with the epoch.
+        epoch: The number of the epoch.
+        shuffle: "seed": a random order. "file": the order of the data.
 
-    A step holds at most `batch_tokens` tokens, or one example that is longer.
+    Returns:
+        The indices of the examples of each step.
     """
     if shuffle == "file":
         return _fill(range(len(lengths)), lengths, batch_tokens)
     generator = torch.Generator().manual_seed(_mix(seed, epoch))
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    permutation: Any = torch.randperm(len(lengths), generator=generator)
+    order: list[int] = permutation.tolist()
     return _fill(order, lengths, batch_tokens)
 
 
@@ -50,12 +57,20 @@ def micro_batches(
     micro_batch_tokens: int,
     alike: Callable[[int], Hashable] = lambda length: None,
 ) -> list[list[int]]:
-    """The examples of a step by ascending length, in batches of at most `micro_batch_tokens` tokens with
-    padding.
+    """Divides the examples of a step into micro-batches of examples of similar length.
 
-    Only examples whose lengths have equal values of `alike` share a batch (`Chain.rope_group`). Among all
-    ways to cut the order into batches, this is the one with the fewest tokens, counting padding and OVERHEAD
-    per batch. An example that is longer is a batch of its own.
+    The examples are sorted by length and cut into consecutive batches. Among all ways to cut them, this is
+    the one with the fewest tokens, including padding and OVERHEAD for each batch.
+
+    Args:
+        indices: The examples of the step.
+        lengths: The number of tokens of all examples.
+        micro_batch_tokens: The greatest number of tokens of a batch, including padding; a longer example is a
+            batch of its own.
+        alike: Returns a key for a length; only examples with equal keys share a batch (`Chain.rope_group`).
+
+    Returns:
+        The indices of the examples of each batch.
     """
     order = sorted(indices, key=lambda i: (lengths[i], i))
     together = itertools.groupby(order, key=lambda i: alike(lengths[i]))
@@ -63,8 +78,8 @@ def micro_batches(
 
 
 def _cheapest(order: list[int], lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """The cut of examples of ascending length into batches with the fewest tokens."""
-    cost, begins = [0], [0]  # the cheapest cut of the first n examples, and the start of its last batch
+    """Cuts examples of ascending length into the batches with the fewest tokens, by dynamic programming."""
+    cost, begins = [0], [0]  # for the first n examples: the least cost, and the start of the last batch
     for stop, index in enumerate(order, start=1):
         longest = lengths[index]
         most = max(1, micro_batch_tokens // longest)
@@ -81,10 +96,14 @@ def _cheapest(order: list[int], lengths: Sequence[int], micro_batch_tokens: int)
 
 
 def equal_length_groups(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Groups of examples of equal length, ascending, in the order of the data.
+    """Groups the examples by length, in ascending order of length and then in the order of the data.
 
-    At most `batch_tokens` tokens each, or one longer example. Nothing is padded, so the kernels, and with
-    them every bit of a hidden state, depend only on these groups.
+    Nothing is padded, so the kernels that run, and with them every bit of the hidden states, depend on these
+    groups alone.
+
+    Args:
+        lengths: The number of tokens of each example.
+        batch_tokens: The greatest number of tokens in a group; a longer example is a group of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     alike = itertools.groupby(order, key=lambda i: lengths[i])
@@ -92,7 +111,10 @@ def equal_length_groups(lengths: Sequence[int], batch_tokens: int) -> list[list[
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Builds a batch of examples. Padding is known by position, not by id: `pad_id` may also end a turn."""
+    """Collates examples into one batch of shape (examples, longest), padded on the right with `pad_id`.
+
+    Padding is masked by position, not by id, because `pad_id` may also be the token that ends a turn.
+    """
     shape = (len(examples), max(example.length for example in examples))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -105,7 +127,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def _fill(order: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Cuts `order` into runs of at most `batch_tokens` tokens, or of one example."""
+    """Cuts `order` into runs of at most `batch_tokens` tokens; a longer example is a run of its own."""
     runs: list[list[int]] = []
     used = 0
     for index in order:
@@ -119,5 +141,5 @@ def _fill(order: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> li
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """63 bits that differ for (1, 2) and (2, 1), unlike those of a sum."""
+    """Hashes both numbers to 63 bits; unlike their sum it differs for (1, 2) and (2, 1)."""
     return int(fingerprint(str(seed), str(epoch)), 16) >> 65

@@ -4,85 +4,88 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from talik.base.errors import UsageError
 from talik.base.events import Notify, Status
 from talik.base.files import atomic
-from talik.data.formats.formats import RowOptions, converter_of, other_format, to_row
+from talik.data.formats.file_format import file_converter, row_options
+from talik.data.formats.formats import RowOptions, to_row
 from talik.data.formats.media import MEDIA
-from talik.data.reading.readers import rows_of
-from talik.data.reading.rows import SHOWN, Problem, Row, RowError, refuse
+from talik.data.reading.file_rows import rows_of
+from talik.data.reading.rows import SHOWN, Problem, RowError, refuse
 from talik.data.reading.sources import find_data
 from talik.data.reading.streams import DataFile
 from talik.recipe.recipe import Recipe
 
-PEEKED = 100
-
 
 @dataclass(slots=True)
-class Converted:
-    """The numbers of rows that were written and left out."""
+class ConvertedRows:
+    """The numbers of rows that were written and left out, and the problems of rows that are refused.
+
+    Attributes:
+        problems: The first problems, to be shown.
+        kinds: The number of problems of each kind.
+    """
 
     rows: int = 0
     left_out: int = 0
+    problems: list[Problem] = field(default_factory=list[Problem])
+    kinds: Counter[str] = field(default_factory=Counter[str])
+
+    def refuse(self, problem: Problem) -> None:
+        """Counts a problem that stops the conversion."""
+        self.kinds[problem.kind] += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append(problem)
 
 
-def convert(recipe: Recipe, out: Path, notify: Notify) -> Converted:
-    """Writes the rows of a recipe's data as rows of messages; documents stay rows of text.
+def convert(recipe: Recipe, out: Path, notify: Notify) -> ConvertedRows:
+    """Writes the rows of a recipe's data as rows of messages, and documents as rows of text.
+
+    Args:
+        recipe: Names the data and the options for reading them.
+        out: The file to write.
+        notify: Gets events about the choice of files.
 
     Raises:
-        UsageError: The file is one of those that are read.
-        DataError: Rows cannot be used and are not to be skipped.
+        UsageError: `out` is one of the files that are read.
+        DataError: Rows cannot be used, and `bad_rows` is "refuse".
     """
-    files = [
-        file
+    inputs = [
+        (file, row_options(source, recipe))
         for source in recipe.data
         for file in find_data(source.path, lambda line: notify(Status("data", line)))
     ]
-    if any(out.exists() and file.path.exists() and out.samefile(file.path) for file in files):
+    if any(out.exists() and file.path.exists() and out.samefile(file.path) for file, _ in inputs):
         remedy = "Name another file to write."
-        raise UsageError("is one of the files that are read", where=out, remedy=remedy)
-    done, problems, kinds = Converted(), list[Problem](), Counter[str]()
+        raise UsageError("this is one of the files that are read", where=out, remedy=remedy)
+    done = ConvertedRows()
     with atomic(out) as stream:
-        for file in files:
-            _convert(file, recipe, stream, done, problems, kinds)
-        if problems:
-            found = [(problem.place, problem.text) for problem in problems]
-            refuse(
-                found, f"{sum(kinds.values()):,} rows: correct them, or leave them out with --bad-rows skip."
-            )
+        for file, options in inputs:
+            _convert(file, options, recipe, stream, done)
+        if done.problems:
+            found = [(problem.place, problem.text) for problem in done.problems]
+            count = done.kinds.total()
+            refuse(found, f"{count:,} rows: correct them, or leave them out with --bad-rows skip.")
     return done
 
 
 def _convert(
-    file: DataFile,
-    recipe: Recipe,
-    stream: BinaryIO,
-    done: Converted,
-    problems: list[Problem],
-    kinds: Counter[str],
+    file: DataFile, options: RowOptions, recipe: Recipe, stream: BinaryIO, done: ConvertedRows
 ) -> None:
-    first = [row for row in islice(rows_of(file), PEEKED) if isinstance(row, Row)]
-    converter = converter_of(first, RowOptions(recipe.input_field, recipe.output_field, recipe.format))
+    converter = file_converter(file, options)
     for row in rows_of(file):
-        problem = row if isinstance(row, Problem) else None
-        if isinstance(row, Row):
-            try:
-                if (other := other_format(row, converter)) is not None:
-                    raise RowError("another format", f"the row has the format '{other}'")
-                made = json.dumps(to_row(converter.convert(row)), ensure_ascii=False)
-                stream.write(made.encode("utf-8") + b"\n")
-                done.rows += 1
-            except RowError as error:
-                problem = error.at(row.place)
-        if problem is None:
-            continue
-        if recipe.bad_rows == "skip" or (problem.kind == MEDIA and recipe.drop_media):
-            done.left_out += 1
-        else:
-            kinds[problem.kind] += 1
-            problems += [problem] if len(problems) < SHOWN else []
+        try:
+            if isinstance(row, Problem):
+                raise RowError(row.kind, row.text, row.field)
+            made = json.dumps(to_row(converter.convert(row)), ensure_ascii=False)
+            stream.write(made.encode("utf-8") + b"\n")
+            done.rows += 1
+        except RowError as error:
+            if recipe.bad_rows == "skip" or (error.kind == MEDIA and recipe.drop_media):
+                done.left_out += 1
+            else:
+                done.refuse(error.at(row.place))

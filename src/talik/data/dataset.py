@@ -1,4 +1,4 @@
-"""The data of a run: reads sources of rows and makes examples."""
+"""Reads the data of a run: the examples of all sources, with the recognised formats and the counts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from talik.base.errors import DataError, UsageError, collect_errors
 from talik.base.events import Notify, silent
 from talik.base.files import atomic, write_json
 from talik.data.preparing.held_out import draws_limit
-from talik.data.preparing.prepared import Data, Prepared
-from talik.data.preparing.store import examples_digest, lengths_of
+from talik.data.preparing.prepared_data import Data, PreparedData
+from talik.data.preparing.stored_examples import examples_digest, lengths_of
 from talik.data.preview import length_histogram, preview_text
 from talik.data.reading.sources import check_data
 from talik.recipe.data_source import DataSource
@@ -28,10 +28,13 @@ def read_data(path: str | Path, tokenizer: Any, **options: Any) -> Data:
     Args:
         path: A file, a folder, a glob, `-`, `hf:ORG/NAME` or `modelscope:ORG/NAME`.
         tokenizer: A tokenizer of Transformers.
-        options: The fields of a Recipe that concern data (`talik.cli.options.DATA_FIELDS`).
+        options: The fields of a recipe that concern data (`talik.cli.options.DATA_FIELDS`).
+
+    Returns:
+        The examples, with the counts of rows, examples and tokens.
 
     Raises:
-        DataError: Rows that cannot be used, with file and line.
+        DataError: Rows cannot be used; the error has their files and lines.
     """
     recipe = checked_recipe({"model": "-", "data": str(path), **options})
     return read_all(recipe, recipe.data, tokenizer, "reading")
@@ -46,15 +49,31 @@ def read_all(
     load: Callable[[], Any] | None = None,
     notify: Notify = silent,
 ) -> Data:
-    """All rows of some sources, by the recipe's options."""
+    """Reads all rows of some sources with the options of a recipe.
+
+    Args:
+        recipe: The options.
+        sources: The sources, or the path of one.
+        tokenizer: A tokenizer of Transformers.
+        use: The use of the examples, such as "training".
+        load: Loads the tokenizer in another process; None: everything is done in this process.
+        notify: Gets events about the progress.
+
+    Raises:
+        DataError: Rows cannot be used; the error has their files and lines.
+    """
     if isinstance(sources, str | Path):
         sources = (DataSource(path=str(sources)),)
-    made = Prepared.of(recipe, sources, tokenizer, load, notify)
+    made = PreparedData.of(recipe, sources, tokenizer, load, notify)
     return made.data(_weighted(made, sources, np.arange(len(made.examples))), use)
 
 
 def check_files(recipe: Recipe) -> None:
-    """Raises DataError for missing data, before anything is read."""
+    """Checks that the data of a recipe exist, without reading them.
+
+    Raises:
+        DataError: A source does not exist; the error lists all such sources.
+    """
     sources = (*recipe.data, *(recipe.eval_data or ()))
     collect_errors(*(partial(check_data, source.path) for source in sources))
 
@@ -62,15 +81,23 @@ def check_files(recipe: Recipe) -> None:
 def read_sets(
     recipe: Recipe, tokenizer: Any, *, load: Callable[[], Any] | None = None, notify: Notify = silent
 ) -> tuple[Data, Data | None]:
-    """The examples that a recipe trains on, and those to evaluate on (other rows, or held-out questions).
+    """Reads the examples to train on and those to evaluate on.
+
+    The latter are the recipe's evaluation data, or questions that are held out.
 
     Args:
-        recipe: The sources and the options.
+        recipe: Names the sources and the options.
         tokenizer: A tokenizer of Transformers.
-        load: Loads the tokenizer in another process.
-        notify: Gets the events.
+        load: Loads the tokenizer in another process; None: everything is done in this process.
+        notify: Gets events about the progress.
+
+    Returns:
+        The training set, and the evaluation set or None.
+
+    Raises:
+        DataError: Rows cannot be used, or one of the sets would be empty.
     """
-    read = partial(Prepared.of, recipe, tokenizer=tokenizer, load=load, notify=notify)
+    read = partial(PreparedData.of, recipe, tokenizer=tokenizer, load=load, notify=notify)
     made = read(recipe.data)
     everything = np.arange(len(made.examples))
     if recipe.eval_data:
@@ -80,6 +107,13 @@ def read_sets(
         return train, other.data(evaluated, "evaluation")
     if not recipe.held_out:
         return made.data(_weighted(made, recipe.data, everything), "training"), None
+    held = _held_out(made, recipe)
+    train = made.data(_weighted(made, recipe.data, everything[~held]), "training")
+    return train, made.data(everything[held], "evaluation", whole=False)
+
+
+def _held_out(made: PreparedData, recipe: Recipe) -> Any:
+    """Returns a boolean array: for each example, True if its question is held out."""
     draws = made.examples.column("question")
     held = draws < draws_limit(draws, recipe.held_out)
     if held.all() or not held.any():
@@ -87,21 +121,21 @@ def read_sets(
             f"held_out {recipe.held_out:g} leaves {int((~held).sum())} examples to train on and "
             f"{int(held.sum())} held out",
             where=", ".join(source.path for source in recipe.data),
-            remedy="Name more rows, another share, or a file of its own with --eval-data.",
+            remedy="Use more rows, another share, or a separate file with --eval-data.",
         )
-    train = made.data(_weighted(made, recipe.data, everything[~held]), "training")
-    return train, made.data(everything[held], "evaluation", whole=False)
+    return held
 
 
-def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> Any:
-    """The indices of examples, repeated by the weights of their sources; fractions are drawn.
+def _weighted(made: PreparedData, sources: Sequence[DataSource], indices: Any) -> Any:
+    """Repeats or draws the indices of examples by the weights of their sources.
 
-    Source after source; the repetitions of a source follow its first pass.
+    A weight of 2.3 uses all examples of a source twice, and then the 30 % of its rows with the lowest draws.
+    The result is ordered by source, and within a source by repetition.
     """
     if all(source.weight == 1 for source in sources):
         return indices
     view = made.examples.at(indices)
-    source = np.array([of.source for of in made.files])[view.column("file")]
+    source = np.array([file.source for file in made.files])[view.column("file")]
     weight = np.array([source.weight for source in sources])[source]
     copies = np.floor(weight).astype(np.int64) + (view.column("row") < weight % 1)
     chosen = [
@@ -115,18 +149,22 @@ def _weighted(made: Prepared, sources: Sequence[DataSource], indices: Any) -> An
 
 
 def examples_fingerprint(*sets: Data | None) -> str:
-    """A hash of the examples of some sets: every token, which are trained, and the order."""
+    """Returns a digest over all tokens and masks of some sets, in order."""
     return examples_digest([data.examples for data in sets if data])
 
 
 def preview(data: Data, tokenizer: Any, count: int = 3) -> list[Any]:
-    """The first `count` examples with their masks, and a histogram of the lengths, as rich texts."""
+    """Renders the first `count` examples with their masks and a histogram of all lengths, for rich."""
     shown: list[Any] = [preview_text(example, tokenizer) for example in data.examples[:count]]
     return [*shown, length_histogram(lengths_of(data.examples))]
 
 
 def check_positions(config: Any, *sets: Data | None) -> None:
-    """Raises UsageError if an example is longer than the model of this config has positions."""
+    """Checks that no example is longer than the model's `max_position_embeddings`.
+
+    Raises:
+        UsageError: An example is longer.
+    """
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(max(lengths_of(data.examples)) for data in sets if data)
     if limit and longest > limit:
@@ -137,7 +175,7 @@ def check_positions(config: Any, *sets: Data | None) -> None:
 
 
 def keep_facts(folder: Path, *sets: Data | None) -> None:
-    """Writes the facts about the chat template and the rejected rows to the run folder."""
+    """Writes the facts about the chat template, and the rows that were left out, to the folder of a run."""
     found = [data for data in sets if data is not None]
     facts = found[0].report.facts
     write_json(folder / "template.json", facts.as_dict() if facts else {})

@@ -1,4 +1,4 @@
-"""Examples: token ids, and which of them are trained."""
+"""Examples: token ids with the mask of the trained ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from talik.data.reading.rows import Place
 
-IGNORED = -100  # the label that losses of Transformers ignore
+IGNORED = -100  # the label that the losses of Transformers ignore
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens `start:stop` of an example, all trained or all masked."""
+    """The tokens `start:stop` of an example, all trained or all masked."""
 
     start: int
     stop: int
@@ -21,7 +21,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids (32-bit) and the spans that cover them without gaps, trained and masked in turn."""
+    """Token ids (32-bit), and the spans that cover them without gaps, trained and masked alternately."""
 
     input_ids: array[int]
     spans: tuple[Span, ...]
@@ -34,12 +34,12 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        """The number of tokens in the loss; the first one never counts, because nothing predicts it."""
+        """The number of tokens in the loss; the first token is never trained, because nothing predicts it."""
         return sum(span.stop - span.start for span in self.spans if span.trained)
 
     @property
     def labels(self) -> list[int]:
-        """The token ids at trained positions, -100 at masked ones; not shifted, as in Transformers."""
+        """The label of each token at its own position (the loss shifts): its id, or -100 if it is masked."""
         labels = [IGNORED] * self.length
         for span in self.spans:
             if span.trained:
@@ -48,8 +48,9 @@ class Example:
 
 
 def spans_of(mask: bytearray) -> tuple[Span, ...]:
-    """The spans of a mask with one byte per token: 1 trained, 0 masked."""
-    spans, at = [], 0
+    """Returns the spans of a mask with one byte for each token: 1 if it is trained, else 0."""
+    spans: list[Span] = []
+    at = 0
     while at < len(mask):
         stop = mask.find(1 - mask[at], at)
         spans.append(Span(at, stop if stop > 0 else len(mask), mask[at] == 1))
@@ -58,6 +59,6 @@ def spans_of(mask: bytearray) -> tuple[Span, ...]:
 
 
 def cut(example: Example, length: int) -> Example:
-    """The first `length` tokens of an example."""
+    """Returns the first `length` tokens of an example."""
     spans = (Span(s.start, min(s.stop, length), s.trained) for s in example.spans if s.start < length)
     return Example(example.input_ids[:length], tuple(spans), example.place)

@@ -1,7 +1,7 @@
-"""The result of converting a row: a conversation or a document.
+"""Conversations and documents: the common form of the rows of all formats.
 
-Formats create them, templates and labels turn them into tokens; nothing after the formats depends on the
-format.
+`formats` converts rows to them, and `templates` and `labels` convert them to tokens, independently of the
+format of the rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call by the assistant; `arguments` is a JSON value, usually an object, not its text."""
+    """A tool call of the assistant. `arguments` is a JSON value, usually an object, never JSON text."""
 
     name: str
     arguments: Any
@@ -30,13 +30,13 @@ class Message:
 
     Attributes:
         role: One of ROLES.
-        content: Its text; "" only where an assistant only calls tools.
-        reasoning: What the assistant thinks before it answers; "" if it does not.
-        tool_calls: The calls that the assistant makes in this turn, after `content`.
-        name: The tool whose result this is, or the name of who speaks.
-        call_id: The id of the call whose result this is.
-        trained: False: context, whatever `train_on` says of assistant turns (`weight: 0`, a TRL prompt).
-            None: as `train_on` says.
+        content: The text; "" only if the assistant only calls tools.
+        reasoning: The reasoning of the assistant before its answer; "" if there is none.
+        tool_calls: The tool calls of the assistant in this turn, after `content`.
+        name: The name of the tool whose result this is, or of the speaker.
+        call_id: The id of the tool call whose result this is.
+        trained: False: the message is context for any `train_on` (`weight: 0`, a prompt of TRL).
+            None: `train_on` decides.
     """
 
     role: str
@@ -50,9 +50,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The messages of one row: a system message at most first, an assistant message last.
+    """The messages of one row. The last one is an assistant message; the first one may be a system message.
 
-    `tools` are the definitions that the template is given, each {"type": "function", "function": {...}}.
+    `tools` are the tool definitions for the template, each {"type": "function", "function": {...}}.
     """
 
     messages: tuple[Message, ...]
@@ -62,7 +62,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text without turns; every token is trained."""
+    """Plain text without turns; all its tokens are trained."""
 
     text: str
     place: Place

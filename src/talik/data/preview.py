@@ -1,6 +1,6 @@
-"""Examples with their masks, as text and HTML.
+"""Renders examples with their masks, token by token, as text and as HTML.
 
-Shows the tokens that the model reads and which of them are trained, also without colour.
+Trained and masked tokens can be told apart without colour, too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from rich.text import Text
 
 from talik.data.examples import Example
 
-LONGEST_CHARACTER = 8  # most tokens of one character, or of a few that share tokens
-BETWEEN = "\u00b7"  # also in code pages of Windows consoles
+LONGEST_CHARACTER = 8  # the most tokens of one character, or of a few characters that share tokens
+BETWEEN = "\u00b7"  # the code pages of Windows consoles have it, too
 GUTTER = {True: "+ ", False: "  "}
-STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}  # alternate between tokens
-JOINERS = "\u200c\u200d"  # inside Persian words and emoji
+# The styles alternate, so that tokens can be told apart.
+STYLES = {True: ("bold green", "bold cyan"), False: ("dim", "")}
+JOINERS = "\u200c\u200d"  # they occur in Persian words and in emoji
 BINS = 10
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>What is trained</title><style>
@@ -39,7 +40,7 @@ tokens of one character.</p>
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One token, or tokens that together form whole characters."""
+    """One token, or several tokens that only together are complete characters."""
 
     text: str
     ids: tuple[int, ...]
@@ -47,9 +48,10 @@ class _Piece:
 
 
 def preview_text(example: Example, tokenizer: Any) -> Text:
-    """An example for a terminal: lines with "+" are trained, as in a diff; the others are masked.
+    """Renders an example for a terminal.
 
-    A middle dot separates two tokens. Only the signs mark trained tokens if there is no colour.
+    Lines that start with "+" are trained, as in a diff; the others are masked. A middle dot separates two
+    tokens.
     """
     text = Text(f"{_header(example)}; lines marked + are trained, {BETWEEN} is between tokens\n", style="")
     at_start, before = True, False
@@ -69,23 +71,23 @@ def preview_text(example: Example, tokenizer: Any) -> Text:
 
 
 def preview_html(examples: Sequence[Example], tokenizer: Any) -> str:
-    """The examples as one HTML page without other files; hovering over a token shows its id."""
+    """Renders examples as a self-contained HTML page; hovering over a token shows its id."""
     return PAGE.format(sections=sections(examples, tokenizer))
 
 
 def sections(examples: Sequence[Example], tokenizer: Any) -> str:
-    """Each example as a heading and its tokens, in HTML."""
+    """Renders each example as an HTML heading and its tokens."""
     return "\n".join(_section(example, tokenizer) for example in examples)
 
 
 def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
-    """The number of examples by length, as bars at most `width` wide, and percentiles."""
+    """Renders the distribution of lengths as bars of at most `width` characters, with percentiles."""
     if not lengths:
         return "no examples"
     ordered = sorted(lengths)
     ranges = length_ranges(lengths)
     digits, most = len(f"{ranges[-1][1]:,}"), max(count for _, _, count in ranges)
-    lines = []
+    lines: list[str] = []
     for low, high, count in ranges:
         bar = "#" * -(-count * width // most)
         lines.append(f"{low:>{digits},} - {high:>{digits},} | {bar:<{width}} {count:,}")
@@ -96,7 +98,7 @@ def length_histogram(lengths: Sequence[int], width: int = 40) -> str:
 
 
 def length_ranges(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """At most BINS ranges of lengths: first and last length, and the number of examples."""
+    """Counts lengths in at most BINS ranges; returns the first length, last length and count of each."""
     if not lengths:
         return []
     step = -(-max(lengths) // BINS)
@@ -111,7 +113,7 @@ def _header(example: Example) -> str:
 
 
 def _section(example: Example, tokenizer: Any) -> str:
-    tokens = []
+    tokens: list[str] = []
     for piece in _pieces(example, tokenizer):
         kind = "trained" if piece.trained else "masked"
         ids = " ".join(map(str, piece.ids))
@@ -120,8 +122,9 @@ def _section(example: Example, tokenizer: Any) -> str:
 
 
 def _pieces(example: Example, tokenizer: Any) -> Iterator[_Piece]:
-    """Decodes tokens to whole characters, together with the previous piece, which keeps spaces between
-    words.
+    """Yields the pieces of an example.
+
+    Each piece is decoded together with the piece before it, which keeps the spaces between words.
     """
     ids = list(example.input_ids)
     trained = [
@@ -145,8 +148,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """Line breaks as \\n and a line break; invisible characters and the backslash as escapes."""
-    shown = []
+    """Writes a line break as \\n and a line break, and escapes backslashes and invisible characters."""
+    shown: list[str] = []
     for character in text:
         escaped = character.encode("unicode_escape").decode("ascii")
         if character == "\n":

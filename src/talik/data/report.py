@@ -1,4 +1,4 @@
-"""Counts of what happened to the rows, and the options of labelling."""
+"""The options for making examples, and the counts of rows, examples and tokens."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from talik.data.reading.rows import SHOWN, Place
-from talik.data.templates.facts import Facts
+from talik.data.templates.template_facts import TemplateFacts
 
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["drop", "cut", "refuse"]
 ControlTokens = Literal["refuse", "escape", "keep"]
-KINDS = ("prompt cut", "answer cut", "end lost")
+CUT_KINDS = ("prompt cut", "answer cut", "end lost")  # the loss if an example is cut at the greatest length
 
 
 @dataclass(slots=True)
 class Counted:
-    """A number, and the places of the first ten."""
+    """A count, and the first ten places."""
 
     count: int = 0
-    places: list[Place] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list[Place])
 
     def add(self, place: Place) -> None:
-        """Counts one more."""
+        """Adds one."""
         self.count += 1
         if len(self.places) < SHOWN:
             self.places.append(place)
@@ -30,31 +30,39 @@ class Counted:
 
 @dataclass(slots=True)
 class Report:
-    """Counts of what became of the rows; `longest` is counted before anything is cut, the tokens after.
+    """The counts of rows, examples and tokens.
 
     Attributes:
         rows: Conversations and documents.
-        template: The chat template in words, and `facts` about it.
-        too_long: Examples over the greatest length, by what a cut would lose.
-        tails_cut: Examples over it only by masked tokens after the last trained one: nothing is lost.
+        template: A description of the chat template.
+        facts: The facts about the chat template.
+        examples: Examples.
+        tokens: Tokens of the examples, after cutting.
+        trained_tokens: Trained tokens of the examples, after cutting.
+        longest: The number of tokens of the longest example, before cutting.
+        too_long: Examples over the greatest length, by what a cut would lose (CUT_KINDS).
+        dropped: Examples over the greatest length that were dropped.
+        cut: Examples over the greatest length that were cut and lost trained tokens.
+        tails_cut: Examples that only lost masked tokens after the last trained one.
         ends_added: Answers that got the tokenizer's end token, because the template writes no end of turn.
-        boundary_merged: Examples with a token that covers characters of the prompt and of the answer.
+        boundary_merged: Examples with a token that covers characters of both the prompt and the answer.
         split_turns: Conversations that became several examples, because the template writes earlier answers
-            in another way.
-        thoughts: Answers whose reasoning the template drops or whose empty thought was closed.
-        documents: Documents; `pieces` are the examples that they were split into.
-        quoted: Examples in which control tokens are quoted as ordinary text.
+            differently.
+        thoughts: Answers whose reasoning the template drops, or whose empty reasoning was closed.
+        documents: Documents.
+        pieces: The examples that the documents were split into.
+        quoted: Examples with control tokens that are encoded as ordinary text.
         developers: Conversations whose developer message has become a system message.
     """
 
     rows: int
     template: str
-    facts: Facts | None = None
+    facts: TemplateFacts | None = None
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
-    too_long: dict[str, Counted] = field(default_factory=lambda: {kind: Counted() for kind in KINDS})
+    too_long: dict[str, Counted] = field(default_factory=lambda: {kind: Counted() for kind in CUT_KINDS})
     dropped: int = 0
     cut: int = 0
     tails_cut: int = 0
@@ -69,7 +77,7 @@ class Report:
 
     @classmethod
     def counts(cls) -> list[str]:
-        """The names of the attributes that are numbers."""
+        """Returns the names of the attributes that are numbers."""
         others = ("template", "facts", "too_long")
         return [item.name for item in fields(cls) if item.name not in others]
 
@@ -88,7 +96,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """How examples are made of conversations; the fields of a Recipe of the same names."""
+    """The options for making examples: the fields of a recipe with the same names."""
 
     train_on: TrainOn = "assistant"
     max_length: int = 2048

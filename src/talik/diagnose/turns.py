@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from talik.data.examples import IGNORED
-from talik.data.templates.facts import stops_of
 from talik.data.templates.template import TEMPLATE_ERRORS
+from talik.data.templates.template_facts import stops_of
 from talik.diagnose.findings import Finding
 
 QUESTION, ANSWER = "talik asks", "talik answers"

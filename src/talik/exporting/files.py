@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from talik.base.events import Notify, Status
 from talik.base.files import read_json, write_json, write_text
-from talik.data.templates.facts import Stops, stops_of
 from talik.data.templates.template import plain_template
+from talik.data.templates.template_facts import Stops, stops_of
 from talik.exporting.tokenizer import write_tokenizer
 from talik.model.folder import ModelFolder
 from talik.model.tokenizer import is_tokenizer_file

@@ -8,7 +8,7 @@ from dataclasses import replace
 from talik.base.errors import DoesNotFitError
 from talik.base.events import Notify, Status, silent
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_of, not_longer
+from talik.data.preparing.stored_examples import lengths_of, not_longer
 from talik.model.folder import ModelFolder
 from talik.plan.planned import Change, Planned
 from talik.plan.search import STAY, Search, in_mebibytes

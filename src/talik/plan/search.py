@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from talik.base.events import Notify, Status, silent
 from talik.base.files import format_bytes
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_of
+from talik.data.preparing.stored_examples import lengths_of
 from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan.planned import Planned, Refusal

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_of
+from talik.data.preparing.stored_examples import lengths_of
 from talik.machine.machine import Machine
 from talik.machine.rates import Rates
 from talik.model.block import REST, TAIL, Block

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from talik.base.events import silent
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_of
+from talik.data.preparing.stored_examples import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.block import EMBEDDINGS, REST, TAIL, Block
 from talik.model.chain.chain import Chain, Skeleton

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from talik.data.batches import micro_batches, steps_of_epoch
 from talik.data.examples import Example, Span
-from talik.data.preparing.store import Joined, lengths_at, lengths_of
+from talik.data.preparing.stored_examples import JoinedExamples, lengths_at, lengths_of
 from talik.data.reading.rows import Place
 from talik.model.chain.chain import Chain
 from talik.recipe.plan import Plan
@@ -40,7 +40,7 @@ def work_of(
     The steps are those with the largest micro-batch, the longest example, and the largest loss, if they
     differ. The same step a second time takes as much as the first (docs/log.md).
     """
-    both = Joined(examples, evaluated)
+    both = JoinedExamples(examples, evaluated)
     lengths = both.lengths
     tokens, chosen = sum(lengths), longest_groups(both, plan.trunk_batch_tokens, 2)
     held_out = sorted(range(len(examples), len(both)), key=lambda i: -lengths[i])

@@ -1,4 +1,4 @@
-"""Data formats: one golden sample each, and every row that does not hold what its format needs."""
+"""Data formats: a golden sample of each, and rows that lack what their format needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from talik.base.errors import DataError, UsageError
 from talik.data.formats.formats import FORMATS, conversations, converter_of, to_row
 from talik.data.messages import Conversation, Document, Message, ToolCall
-from talik.data.reading.rows import Place, Row
+from talik.data.reading.rows import Place, Row, RowError
 
 
 def rows_of(*fields: dict[str, Any]) -> list[Row]:
@@ -122,6 +122,36 @@ def test_named_fields() -> None:
     assert conversation.messages == (Message(U, "q"), Message(A, "a"))
 
 
+def test_named_fields_may_have_capitals() -> None:
+    _, (conversation,) = conversations(rows_of({"Frage": "q", "Antwort": "a"}), "Frage", "Antwort")
+    assert isinstance(conversation, Conversation)
+    assert conversation.messages == (Message(U, "q"), Message(A, "a"))
+
+
+@pytest.mark.parametrize("extra", [{}, {"image": "x.png"}, {"chosen": "a", "rejected": "b"}])
+def test_another_format_is_named_before_anything_else_is_checked(extra: dict[str, Any]) -> None:
+    """A row of another format is refused for that, with media and preferences, too."""
+    good, other = rows_of({"input": "q", "output": "a"}, {"prompt": "q", "completion": "a", **extra})
+    converter = converter_of([good])
+    with pytest.raises(
+        RowError, match="the row has the format 'prompt-completion', and its file 'input-output'"
+    ):
+        converter.convert(other)
+
+
+def test_media_and_preferences_are_named_before_missing_fields() -> None:
+    """A row without the needed fields and of no other format."""
+    converter = converter_of(rows_of({"input": "q", "output": "a"}))
+    both = {"input": "q", "image": "x.png", "chosen": "a", "rejected": "b"}
+    kinds: list[str] = []
+    for taken_out in ((), ("image",), ("image", "chosen")):
+        (row,) = rows_of({name: value for name, value in both.items() if name not in taken_out})
+        with pytest.raises(RowError) as caught:
+            converter.convert(row)
+        kinds.append(caught.value.kind)
+    assert kinds == ["media", "preferences", "missing field"]
+
+
 def turn(role: Any = A, content: Any = "a", **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
@@ -140,7 +170,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input": "q", "output": ""}, "field 'output' is empty"),
     ({"input": "q", "output": " \n"}, "field 'output' is blank"),
     ({"input": "", "output": "a"}, "field 'input' is empty"),
-    ({"input": "q", "output": "ab\ud83d"}, "field 'output' holds half a character (\\ud83d) at position 2"),
+    (
+        {"input": "q", "output": "ab\ud83d"},
+        "field 'output' contains half a character (\\ud83d) at position 2",
+    ),
     ({"instruction": "i", "input": 5, "output": "a"}, "field 'input' must be a string, it is a number (5)"),
     ({"prompt": "q", "completion": [turn()]}, "must both be strings or both be lists"),
     ({"messages": "q"}, "field 'messages' must be a list of messages, it is a string"),
@@ -160,7 +193,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         chat(USER, turn(A, "", tool_calls=[{"name": "f", "arguments": "{"}])),
-        "tool_calls[0].arguments' is not JSON",
+        "tool_calls[0].arguments' is not valid JSON",
     ),
     (
         chat(turn(U, "q", tool_calls=[{"name": "f"}]), turn()),
@@ -168,42 +201,45 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         chat(USER, turn(A, "a", reasoning="r", thinking="t")),
-        "has two different reasonings: reasoning and thinking",
+        "has two different texts of reasoning: reasoning and thinking",
     ),
     (chat(USER, turn(A, "a", weight=0.5)), "field 'messages[1].weight' must be 0 or 1"),
-    (chat(USER, turn(A, "a", weight=1, train=False)), "marks that contradict each other: weight, train"),
-    (chat(USER, turn(A, "a", refusal="no")), "field 'messages[1].refusal' is not read and holds"),
+    (chat(USER, turn(A, "a", weight=1, train=False)), "marks that contradict one another: weight, train"),
+    (chat(USER, turn(A, "a", refusal="no")), "field 'messages[1].refusal' is not used, and its value is"),
     (
         chat(turn(U, [{"type": "image_url", "image_url": "u"}]), turn()),
         "has images (field 'messages[0].content[0]')",
     ),
     (chat(turn(U, [{"type": "riddle"}]), turn()), "field 'messages[0].content[0].type' is a string"),
-    (chat(turn(), USER, turn()), "the conversation starts with the assistant"),
-    (chat(USER, USER, turn()), "messages 1 and 2 are both the user's"),
-    (chat(USER, turn(), turn()), "messages 2 and 3 are both the assistant's"),
-    (chat(turn("tool", "r"), turn()), "the conversation starts with the tool"),
-    (chat(USER, turn("tool", "r"), turn()), "message 2 is the result of a tool, and no call comes before it"),
+    (chat(turn(), USER, turn()), "the conversation starts with an assistant message"),
+    (chat(USER, USER, turn()), "messages 1 and 2 are both user messages"),
+    (chat(USER, turn(), turn()), "messages 2 and 3 are both assistant messages"),
+    (chat(turn("tool", "r"), turn()), "the conversation starts with a tool message"),
+    (chat(USER, turn("tool", "r"), turn()), "message 2 is a tool result without a call before it"),
     ({**chat(USER, turn()), "images": ["a.png"]}, "the row has images (field 'images')"),
     ({**chat(USER, turn()), "label": False}, "field 'label' says whether the answer is good"),
-    ({**chat(USER, turn()), "tools": "[{"}, "field 'tools' is not JSON"),
+    ({**chat(USER, turn()), "tools": "[{"}, "field 'tools' is not valid JSON"),
     ({**chat(USER, turn()), "tools": [{"description": "d"}]}, "must define a function with a 'name'"),
-    ({**chat(USER, turn()), "sytem": "s"}, "field 'sytem' is not read; 'system' may be meant"),
-    ({**chat(turn(S, "s"), USER, turn()), "system": "t"}, "field 'system' and the first message differ"),
+    ({**chat(USER, turn()), "sytem": "s"}, "field 'sytem' is not used; 'system' may be meant"),
+    (
+        {**chat(turn(S, "s"), USER, turn()), "system": "t"},
+        "field 'system' differs from the system message in the list",
+    ),
     (
         {**chat(USER, turn(A, "", tool_calls=[{"name": "g"}])), "tools": [{"name": "f"}]},
         "message 2 calls the tool 'g', which is not among the row's tools",
     ),
     (
         {"instruction": "i", "output": "a", "history": [["q"]]},
-        "field 'history[0]' must be a question and its answer",
+        "field 'history[0]' must be a pair of question and answer",
     ),
     ({"instruction": "i", "output": "a", "history": [["q", ""]]}, "field 'history[0][1]' is empty"),
-    ({"question": "q", "answer": ["a", "b"]}, "field 'answer' holds 2 answers"),
+    ({"question": "q", "answer": ["a", "b"]}, "field 'answer' has 2 answers"),
     ({"prompt": "q", "completion": "a", "label": "true"}, "field 'label' says whether the answer is good"),
     ({"text": " "}, "field 'text' is blank"),
-    (chat(USER), "no message is the assistant's"),
-    (chat(USER, turn(), USER), "the last message is the user's; it must be the assistant's"),
-    (chat(USER, turn(S, "s"), turn()), "message 2 is a system message; one must come first, and only once"),
+    (chat(USER), "the conversation has no assistant message"),
+    (chat(USER, turn(), USER), "the last message is a user message; it must be an assistant message"),
+    (chat(USER, turn(S, "s"), turn()), "message 2 is a system message; only the first message may be one"),
     (chat(turn(S, "s"), turn(S, "s"), turn()), "message 2 is a system message"),
     ({"conversations": [{"from": "bing", "value": "q"}]}, "known are system, developer, user, human"),
 ]
@@ -250,7 +286,8 @@ def test_a_named_field_that_is_missing_comes_with_the_columns_that_exist() -> No
         conversations(rows_of({"question": "q", "answer": "a"}), "question", "anser")
     message = str(caught.value)
     assert (
-        "field 'anser' is missing; 'answer' may be it, misspelt; the fields of the first row are" in message
+        "field 'anser' is missing; 'answer' may be a misspelling of it; the fields of the first row are"
+        in message
     )
 
 
@@ -328,8 +365,8 @@ def test_answers_in_a_prompt_are_not_trained() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "a chosen and a rejected answer"),
         ({"chosen": [], "rejected": []}, "a chosen and a rejected answer"),
         ({"image": "a.png", "caption": "c"}, "the row has images"),
-        ({"intruction": "i", "output": "a"}, "'intruction' may be 'instruction', misspelt"),
-        ({"input": "i", "outputs": "a"}, "'outputs' may be 'output', misspelt"),
+        ({"intruction": "i", "output": "a"}, "'intruction' may be a misspelling of 'instruction'"),
+        ({"input": "i", "outputs": "a"}, "'outputs' may be a misspelling of 'output'"),
     ],
 )
 def test_rows_of_no_format_are_named(fields: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows become the same examples in memory and in files, by one process or several, broken off or not."""
+"""Preparation gives equal examples in memory and in files, by any number of processes, interrupted or not."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 
 from talik.base.errors import DataError, TalikError
 from talik.data.dataset import Data, examples_fingerprint, keep_facts, read_all, read_sets
-from talik.data.preparing import kept, prepare, prepared
-from talik.data.preparing.kept_folders import data_root
+from talik.data.preparing import cache, prepare, prepared_data
+from talik.data.preparing.cache_folders import data_root
 from talik.data.preparing.workers import Worker
 from talik.data.reading.streams import as_file
 from talik.model.tokenizer import load_tokenizer
@@ -49,11 +49,11 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is large, and made of many small chunks and parts, prepared in this process."""
-    monkeypatch.setattr(prepared, "LARGE", 0)
+    """Treats every file as large, with many small chunks and parts, and prepares in this process."""
+    monkeypatch.setattr(prepared_data, "LARGE", 0)
     monkeypatch.setattr(prepare, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(kept, "PART_BYTES", 8000)
-    monkeypatch.setattr(kept, "worker_count", lambda: 1)
+    monkeypatch.setattr(cache, "PART_BYTES", 8000)
+    monkeypatch.setattr(cache, "worker_count", lambda: 1)
 
 
 def read(rows: Any, folder: Path, said: list[str] | None = None, **options: Any) -> Data:
@@ -93,7 +93,7 @@ def parts() -> list[Path]:
 def test_files_and_processes_change_nothing(
     workers: int, rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "worker_count", lambda: workers)
+    monkeypatch.setattr(cache, "worker_count", lambda: workers)
     monkeypatch.setattr(prepare, "CHUNK_BYTES", 20_000)
     found, expected = read(str(rows), folder), in_memory(str(rows), folder)
     assert_same(found, expected)
@@ -111,7 +111,7 @@ def forbidden(*_: Any) -> Iterator[Any]:
 
 def test_what_is_prepared_is_found_again(rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, said = read(str(rows), folder), list[str]()
-    monkeypatch.setattr(kept, "prepare_all", forbidden)
+    monkeypatch.setattr(cache, "prepare_all", forbidden)
     assert_same(read(str(rows), folder, said), first)
     assert any("prepared before: 600 rows" in line for line in said)
     monkeypatch.chdir(rows.parent)
@@ -148,7 +148,7 @@ def test_a_start_that_was_broken_off_goes_on(
             if done:
                 done.append(chunk.first)
 
-    monkeypatch.setattr(kept, "prepare_all", some)
+    monkeypatch.setattr(cache, "prepare_all", some)
     with pytest.raises(Stopped):
         read(str(rows), folder)
     assert parts() and not list(data_root().glob("*/whole.json"))
@@ -156,8 +156,8 @@ def test_a_start_that_was_broken_off_goes_on(
     done.append(0)
     said: list[str] = []
     assert_same(read(str(rows), folder, said), in_memory(str(rows), folder))
-    assert any("goes on after" in line for line in said)
-    of = prepare.file_options(as_file(rows), 0, 0, prepare.RowOptions(), None)
+    assert any("continues after" in line for line in said)
+    of = prepare.InputFile(as_file(rows), 0, 0, "messages", prepare.RowOptions())
     assert len(done) - 1 == len(list(prepare.chunks(of))) - 7
     assert not list(data_root().glob("*/.part-*"))
 
@@ -222,7 +222,7 @@ def test_rows_with_media_are_left_out_or_refused(rows: Path, folder: Path) -> No
 
 def test_a_worker_that_dies_is_an_error_in_words(rows: Path, folder: Path) -> None:
     worker = Worker(partial(os._exit, 3), None)
-    with pytest.raises(TalikError, match=r"has ended with exit code 3[\s\S]*goes on"):
+    with pytest.raises(TalikError, match=r"has ended with exit code 3[\s\S]*continues"):
         worker.prepare(None)
     worker.end()
 
@@ -231,7 +231,7 @@ def test_an_error_in_a_worker_is_the_one_that_there_would_be_here(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows.write_bytes(rows.read_bytes() + '{"input": "é", "output": "è"}\n'.encode("latin-1"))
-    monkeypatch.setattr(kept, "worker_count", lambda: 2)
+    monkeypatch.setattr(cache, "worker_count", lambda: 2)
     with pytest.raises(DataError, match=r"rows\.jsonl:601: .*not UTF-8"):
         read(str(rows), folder)
 
@@ -240,15 +240,15 @@ KILLED = """
 import sys
 from functools import partial
 from pathlib import Path
-from talik.data.preparing import kept, prepare, prepared
+from talik.data.preparing import cache, prepare, prepared_data
 from talik.data.dataset import read_all
 from talik.model.tokenizer import load_tokenizer
 from talik.recipe.recipe import checked_recipe
 
-prepared.LARGE, prepare.CHUNK_BYTES, kept.worker_count = 0, 500, lambda: 2
+prepared_data.LARGE, prepare.CHUNK_BYTES, cache.worker_count = 0, 500, lambda: 2
 recipe = checked_recipe({"model": "-", "data": sys.argv[2], "bad_rows": "skip"})
 load = partial(load_tokenizer, Path(sys.argv[1]))
-kept.Told.__call__ = lambda *_: input()  # after the first chunk it waits
+cache.PreparationProgress.__call__ = lambda *_: input()  # after the first chunk it waits
 read_all(recipe, recipe.data, load(), "training", load=load)
 """
 

@@ -1,4 +1,4 @@
-"""Examples in arrays: the same ones as objects give, in memory and from files, and never half of them."""
+"""Examples in arrays: equal to the objects, in memory and from files; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 
 from talik.data.examples import Example, Span
-from talik.data.preparing.parts import Damaged, joined, packed, read_part, write_part
-from talik.data.preparing.store import StoredExamples, examples_digest, ids_of, lengths_of, not_longer
+from talik.data.preparing.parts import PartDamagedError, joined, packed, read_part, write_part
+from talik.data.preparing.stored_examples import (
+    StoredExamples,
+    examples_digest,
+    ids_of,
+    lengths_of,
+    not_longer,
+)
 from talik.data.reading.rows import Place
 
 FILES = [("one.jsonl", "line"), ("two.parquet", "row")]
@@ -116,5 +122,5 @@ def test_a_damaged_part_is_named(damage: str, tmp_path: Path) -> None:
         table.write_bytes(table.read_bytes()[:-40])
     else:
         (table if damage == "no table" else data).unlink()
-    with pytest.raises(Damaged):
+    with pytest.raises(PartDamagedError):
         read_part(file)

@@ -1,4 +1,4 @@
-"""Files of rows: what is read, with its lines; and what is refused, with place and remedy."""
+"""Files of rows: the rows with their lines, and the errors with place and remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from talik.base.errors import DataError
-from talik.data.reading.readers import read_rows
+from talik.data.reading.file_rows import read_rows
 from talik.data.reading.rows import Place, refuse
 
 
@@ -101,7 +101,7 @@ REFUSED = [
     ("bom.json", b'\xef\xbb\xbf[{"a":\n "\xff"}]', 2, "byte 0xff at offset 12"),
     ("utf16.json", '[{"a": "b"}]'.encode("utf-16"), 1, "UTF-16"),
     ("rows.xlsx", b"PK\x03\x04 and more", None, "an Excel or zip file"),
-    ("rows.parquet", b"PAR1\x00\x00", None, "a Parquet file"),
+    ("rows.parquet", b"PAR1\x00\x00", None, "the Parquet file cannot be read"),
     ("twice.csv", b"a,b,a\n1,2,3\n", 1, "two columns have the name 'a'"),
     ("unnamed.csv", b"a,,b\n1,2,3\n", 1, "no name"),
     ("many.csv", b"a,b\n1,2\n1,2,3\n", 3, "3 fields where the header has 2"),
@@ -184,7 +184,7 @@ def test_objects_at_the_start_of_a_line_do_not_make_json_lines_of_a_document(
 
 def test_json_lines_with_a_broken_first_line_are_still_json_lines(tmp_path: Path) -> None:
     path = write(tmp_path, '{"a": 1,\n{"a": 2}\n{"a": 3}\n')
-    with pytest.raises(DataError, match=r"JSON lines need one whole object"):
+    with pytest.raises(DataError, match=r"JSON lines need one complete object"):
         read_rows(path)
 
 

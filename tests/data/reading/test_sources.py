@@ -1,4 +1,4 @@
-"""Where rows come from: every kind of file and of argument, and what is said of the others."""
+"""Sources of rows: every kind of file and of argument, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from talik.base.errors import DataError
 from talik.data.reading import streams
-from talik.data.reading.readers import read_rows, rows_of
+from talik.data.reading.file_rows import read_rows, rows_of
 from talik.data.reading.rows import Place, Problem, describe
 from talik.data.reading.sources import check_data, file_state, find_data
 from talik.data.reading.streams import DataFile, TextStream
@@ -75,7 +75,7 @@ def test_parquet_and_arrow_have_row_numbers(tmp_path: Path) -> None:
     "start", [b"PAR1 and nothing", b"ARROW1 and nothing", b"\xff\xff\xff\xff and nothing"]
 )
 def test_a_damaged_table_is_named(start: bytes, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not a (Parquet|Arrow) file that can be read"):
+    with pytest.raises(DataError, match=r"the (Parquet|Arrow) file cannot be read"):
         read_rows(saved(tmp_path / "rows", start))
 
 
@@ -140,7 +140,7 @@ HARD = [
     ('{"a" : [{"b":1,"b" :2}]}', "the key 'b' is given twice"),
     ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
     ('{"a": ' + "1" * 5000 + "}", "a number has too many digits"),
-    ('{"a": NaN}', "NaN is not JSON"),
+    ('{"a": NaN}', "NaN is not valid JSON"),
     ('{"a": 1} {"b": 2}', "Extra data"),
 ]
 
@@ -231,9 +231,9 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
         ("rowz.jsonl", r"there is no such file\n  In .* there is: rows.jsonl"),
         ("*.parquet", "no file matches"),
         ("empty", "this folder has no data files"),
-        ("hf:", "is not the name of a data set"),
-        ("hf:only-a-name", "is not the name of a data set"),
-        ("modelscope:a/b:c:d:e", "is not the name of a data set"),
+        ("hf:", "this is not the name of a data set"),
+        ("hf:only-a-name", "this is not the name of a data set"),
+        ("modelscope:a/b:c:d:e", "this is not the name of a data set"),
         ("x" * 5000, "cannot be used"),
         ("a\0b", "cannot be used"),
     ],
@@ -283,7 +283,7 @@ def test_a_hubs_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert str(read_rows(file)[0].place).startswith("hf:org/name/") and "the split 'train' is read" in said[0]
     assert find_data("hf:org/name:test")[0].path != file.path
     assert find_data("hf:org/name:small:train")[0].path == file.path
-    with pytest.raises(DataError, match=r"has no split 'dev'; there are train, test"):
+    with pytest.raises(DataError, match=r"has no split 'dev'; its splits are train, test"):
         find_data("hf:org/name:small:dev")
     with pytest.raises(DataError, match=r"Available: \['small'\]"):
         find_data("hf:org/name:large:train")

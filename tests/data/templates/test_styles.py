@@ -1,4 +1,4 @@
-"""Every style of chat template against a reference of its own: prompts, answers and masks."""
+"""Every style of chat template against an independent reference: prompts, answers and masks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from talik.data.examples import Example
 from talik.data.labels import make_examples
 from talik.data.messages import Conversation, Message, ToolCall
 from talik.data.reading.rows import Place
-from talik.data.templates.facts import facts_of, stops_of
 from talik.data.templates.template import template_of
+from talik.data.templates.template_facts import facts_of, stops_of
 from talik.model.tokenizer import fix_date
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "styles"
@@ -107,7 +107,7 @@ def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
 
 
 class Reference:
-    """The examples of a case, by rendering each prompt and writing each answer by hand."""
+    """The expected examples of a case, from each rendered prompt and each answer written by hand."""
 
     def __init__(self, name: str, case: str) -> None:
         self.tokenizer, style = tokenizer_of(name), STYLES[name]
@@ -226,7 +226,7 @@ GOLDENS = {
 
 
 def golden(name: str, found: str, request: pytest.FixtureRequest) -> str:
-    """The golden text of a name; the found one becomes it where the tests are run to write it."""
+    """The golden text of a name; with --update-golden the found text is written first."""
     file = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
         file.write_text(found, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Converts rows of every known data format to messages."""
+"""Converts rows of the known data formats to messages."""

@@ -1,4 +1,4 @@
-"""Rows with pictures, video or sound: named, because Talik trains text only."""
+"""Recognises rows with images, video or audio, which Talik cannot train on: it trains text only."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ PARTS = {
 
 
 def check_media(fields: Mapping[str, Any]) -> None:
-    """Raises RowError for a row with a column of pictures, video or sound that is not empty."""
+    """Checks that all columns of images, video and audio are empty.
+
+    Raises:
+        RowError: One of them is not empty.
+    """
     for name, value in fields.items():
         kind = COLUMNS.get(name.lower())
         if kind is not None and value not in (None, "", [], {}):
-            raise media(kind, name)
+            raise media_error(kind, name)
 
 
-def media(kind: str, field: str) -> RowError:
-    """The error for a row with pictures, video, sound or files."""
+def media_error(kind: str, field: str) -> RowError:
+    """Returns the error for a row with images, video, audio or files."""
     return RowError(MEDIA, f"the row has {kind} (field '{field}'), and Talik trains text only", field)

@@ -1,4 +1,4 @@
-"""Rows of preferences: named, because an answer that somebody rejected must not be trained as a good one."""
+"""Recognises rows of preference data. A rejected answer must not be trained as a good one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ REMEDY = "Keep only the good answers, as rows with 'prompt' and 'completion' (wi
 
 
 def check_preferences(fields: Mapping[str, Any], needs: Sequence[str]) -> None:
-    """Checks that a row is not a preference.
+    """Checks that a row is not preference data.
 
     Args:
         fields: The row.
-        needs: The fields that its format needs: of a format with turns, 0 and 1 are labels, too.
+        needs: The fields that the format needs. In a format with turns the labels 0 and 1 count, too.
 
     Raises:
-        RowError: It has a chosen and a rejected answer, or a label that says whether the answer is good.
+        RowError: The row has a chosen and a rejected answer, or a label for good and bad answers.
     """
     names = {name.lower(): name for name in fields}
     if "chosen" in names and "rejected" in names:
-        problem = "the row has a chosen and a rejected answer; training on preferences is not possible yet"
+        problem = "the row has a chosen and a rejected answer; training on preferences is not supported yet"
         raise RowError(PREFERENCES, problem, names["rejected"], REMEDY)
     for label in LABELS:
         value = fields.get(names.get(label, label))
@@ -34,6 +34,6 @@ def check_preferences(fields: Mapping[str, Any], needs: Sequence[str]) -> None:
         ):
             problem = (
                 f"field '{names[label]}' says whether the answer is good; training on preferences is not "
-                "possible yet"
+                "supported yet"
             )
             raise RowError(PREFERENCES, problem, names[label], REMEDY)

@@ -1,8 +1,8 @@
-"""The rule that the turns of a conversation keep.
+"""Checks the order of the turns in a conversation.
 
-A system (or developer) message at most first; then a user's message, an answer of the assistant, and so on in
-turn. An answer that calls tools is followed by their results, one or several, and then by another answer. The
-last message is the assistant's, and no answer is empty.
+A conversation may start with one system (or developer) message. Then user messages and assistant answers
+alternate. An answer that calls tools is followed by one or several tool results, and then by another answer.
+The last message is an answer, and no answer is empty.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from talik.data.formats.tools import NO_TOOL
 from talik.data.messages import Message
 from talik.data.reading.rows import RowError
 
-# What may follow a role; None is the start.
+# Each role -> the roles that may follow; None is the start of the conversation.
 FOLLOWS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "developer", "user"),
     "system": ("user",),
@@ -26,13 +26,13 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
 
 
 def check_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    """The messages, if they keep the rule.
+    """Returns the messages if their order is valid.
 
     Raises:
-        RowError: They do not; the error says which message breaks it, and how.
+        RowError: A message is out of order, or calls a tool that is not defined.
     """
     if not any(message.role == "assistant" for message in messages):
-        problem = "no message is the assistant's, so there is nothing to train"
+        problem = "the conversation has no assistant message, so there is nothing to train"
         raise RowError("no answer", problem, "messages")
     before: Message | None = None
     known = {str(tool.get("function", tool).get("name")) for tool in tools}
@@ -44,7 +44,7 @@ def check_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]])
             raise RowError(NO_TOOL, problem, f"messages[{number - 1}].tool_calls")
         before = message
     if messages[-1].role != "assistant":
-        problem = f"the last message is the {messages[-1].role}'s; it must be the assistant's"
+        problem = f"the last message is a {messages[-1].role} message; it must be an assistant message"
         raise RowError(f"ends with the {messages[-1].role}", problem, f"messages[{len(messages) - 1}]")
     return tuple(messages)
 
@@ -53,17 +53,18 @@ def _check_next(before: Message | None, message: Message, number: int) -> None:
     field = f"messages[{number - 1}]"
     role = message.role
     if role in ("system", "developer") and before is not None:
-        problem = f"message {number} is a {role} message; one must come first, and only once"
+        problem = f"message {number} is a {role} message; only the first message may be one"
         raise RowError("system message not first", problem, field)
     if before is None and role not in FOLLOWS[None]:
-        problem = f"the conversation starts with the {role}; it must start with the user"
+        article = "an" if role == "assistant" else "a"
+        problem = f"the conversation starts with {article} {role} message; it must start with a user message"
         raise RowError(f"starts with the {role}", problem, field)
     if role == "tool" and before is not None and before.role not in ("assistant", "tool"):
-        problem = f"message {number} is the result of a tool, and no call comes before it"
+        problem = f"message {number} is a tool result without a call before it"
         raise RowError("tool result without a call", problem, field)
     if before is not None and before.role == role and role != "tool":
-        problem = f"messages {number - 1} and {number} are both the {role}'s"
+        problem = f"messages {number - 1} and {number} are both {role} messages"
         raise RowError("two turns of one role", problem, field)
     if before is not None and role not in FOLLOWS[before.role]:
-        problem = f"message {number} is the {role}'s and follows the {before.role}'s"
+        problem = f"message {number} has the role {role} and cannot follow the role {before.role}"
         raise RowError("wrong order of turns", problem, field)

@@ -1,1 +1,1 @@
-"""Turns the rows of all sources into tokenized examples, on all cores, and keeps them on disk."""
+"""Makes tokenized examples of the rows of all sources, with all cores, and keeps them on disk."""

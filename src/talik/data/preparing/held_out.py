@@ -1,6 +1,8 @@
-"""Which questions are held out for evaluation, and which rows a weight chooses: draws from the seed alone.
+"""Draws the questions that are held out for evaluation and the rows that a weight selects.
 
-Needs no torch, so that worker processes are small.
+The draws depend on the seed alone.
+
+This module needs no torch, so that worker processes stay small.
 """
 
 from __future__ import annotations
@@ -14,15 +16,23 @@ from talik.base.files import fingerprint
 from talik.data.messages import Conversation, Document
 
 Made = TypeVar("Made", bound=Conversation | Document)
-DRAWS = 2.0**-52  # the least distance of two draws that differ
+DRAW_STEP = 2.0**-52  # the smallest difference between two draws
 
 
 def split_held_out(conversations: Sequence[Made], wanted: float, seed: int) -> tuple[list[Made], list[Made]]:
-    """The conversations to train on and those held out, about a share `wanted` of the questions or that many.
+    """Splits conversations into those to train on and those held out for evaluation.
 
-    A question is all text before the last answer, without case and outer blanks; all its answers are on one
-    side. The side depends on the question and `seed` alone, so new rows move no other. Where that would leave
-    a side empty, one question goes there; a single question is trained on.
+    A question is all text before the last answer, ignoring case and outer blanks; all its answers are on the
+    same side. The side depends on the question and the seed alone, so new rows do not move others. If one
+    side would be empty, it gets one question; a single question is trained on.
+
+    Args:
+        conversations: The conversations.
+        wanted: The share of the questions to hold out, below 1, or their number.
+        seed: The seed of the draws.
+
+    Returns:
+        The conversations to train on, and those held out.
     """
     draws = [question_draw(conversation, seed) for conversation in conversations]
     limit = draws_limit(draws, wanted)
@@ -31,23 +41,24 @@ def split_held_out(conversations: Sequence[Made], wanted: float, seed: int) -> t
 
 
 def draws_limit(draws: Any, wanted: float) -> float:
-    """The draw from which on questions are trained on; those below it are held out.
+    """Returns the limit between the two sides: questions with a draw below it are held out.
+
+    Neither side is left empty if there are at least two questions.
 
     Args:
         draws: The draw of every example (`question_draw`), as a list or an array.
-        wanted: A share below 1, or a number of questions. Neither side is left empty where there are two
-            questions.
+        wanted: The share of the questions to hold out, below 1, or their number.
     """
     if not wanted or not len(draws):
         return 0.0
     if wanted >= 1:
         questions = np.unique(draws)
         return float(questions[min(int(wanted), len(questions) - 1)])
-    return min(max(wanted, float(np.min(draws)) + DRAWS), float(np.max(draws)))
+    return min(max(wanted, float(np.min(draws)) + DRAW_STEP), float(np.max(draws)))
 
 
 def question_draw(conversation: Conversation | Document, seed: int) -> float:
-    """A number in [0, 1) that is the same for the same question and seed."""
+    """Returns a number in [0, 1) that depends on the question and the seed alone."""
     if isinstance(conversation, Document):
         question = [conversation.text.strip()]
     else:
@@ -56,9 +67,9 @@ def question_draw(conversation: Conversation | Document, seed: int) -> float:
 
 
 def row_draw(seed: int, file: int, row: int) -> float:
-    """A number in [0, 1) that is the same for the same row of the same file, by their numbers, and seed."""
+    """Returns a number in [0, 1) that depends on the seed and the numbers of the file and the row alone."""
     return _draw(str(seed), "row", str(file), str(row))
 
 
 def _draw(*parts: str) -> float:
-    return int(fingerprint(*parts)[:13], 16) * DRAWS
+    return int(fingerprint(*parts)[:13], 16) * DRAW_STEP

@@ -1,9 +1,9 @@
-"""Examples of consecutive rows as flat arrays: in memory, or in a file that is mapped.
+"""Holds the examples of consecutive rows as flat arrays, in memory or in a memory-mapped file.
 
     KEY/part-00000.bin     the arrays of some consecutive rows, one after the other
-    KEY/part-00000.json    where each array lies, the checksum of all of them, and counts of the rows
+    KEY/part-00000.json    the position of each array, the checksum of the file, and counts of the rows
 
-A part's table is written last, so a part without one was broken off.
+The JSON file is written last, so a part without one is incomplete.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from talik.base.files import atomic, read_json, write_text
 from talik.data.examples import Example, Span
 from talik.data.reading.rows import Place
 
-# The arrays of a part and their types in a file.
+# The arrays of a part and their types in the file.
 TYPES = {
     "ids": "<i4",  # token ids, one example after the other
-    "ends": "<i8",  # of each example in the ids
-    "stops": "<i4",  # of each span in its example
-    "span_ends": "<i8",  # of each example in the stops
-    "first": "|u1",  # whether the first span is trained
-    "trained": "<i4",  # trained tokens
-    "file": "<i4",
-    "line": "<i8",
-    "question": "<f8",  # a draw in [0, 1), the same for the same question
-    "row": "<f8",  # a draw in [0, 1), another one for each row
+    "ends": "<i8",  # for each example, its end in `ids`
+    "stops": "<i4",  # for each span, its end in its example
+    "span_ends": "<i8",  # for each example, its end in `stops`
+    "first": "|u1",  # for each example, 1 if its first span is trained
+    "trained": "<i4",  # for each example, its number of trained tokens
+    "file": "<i4",  # for each example, the index of its file
+    "line": "<i8",  # for each example, the number of its line or row
+    "question": "<f8",  # a draw in [0, 1), equal for equal questions (`question_draw`)
+    "row": "<f8",  # a draw in [0, 1), different for each row (`row_draw`)
 }
-_ENDS = ("ends", "span_ends")  # arrays that count from the start of the part
-_PIECE = 1 << 20  # bytes that are read at once to be verified
+_ENDS = ("ends", "span_ends")  # arrays of positions that count from the start of the part
+_PIECE = 1 << 20  # bytes that are read at a time for the checksum
 
 
-class Damaged(ValueError):
-    """Says what is wrong with a part."""
+class PartDamagedError(ValueError):
+    """A part cannot be read as it was written; the message says why, without the file name."""
 
 
 @dataclass(slots=True)
 class Part:
-    """Examples of consecutive rows, as arrays; the attributes are those of `TYPES`."""
+    """The arrays of the examples of consecutive rows; `TYPES` describes them."""
 
     ids: Any
     ends: Any
@@ -62,14 +62,15 @@ class Part:
         return len(self.ends)
 
     def ids_of(self, index: int) -> Any:
-        """The token ids of the example at an index, as an array."""
+        """Returns the token ids of an example as an array."""
         return self.ids[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def example(self, index: int, files: Sequence[tuple[str, str]]) -> Example:
-        """The example at an index; `files` are the names and units of places."""
+        """Returns the example at an index; `files` are the name and the unit of places of each file."""
         first = int(self.span_ends[index - 1]) if index else 0
         ids = array("i", self.ids_of(index).tobytes())
-        spans, at, trained = [], 0, bool(self.first[index])
+        spans: list[Span] = []
+        at, trained = 0, bool(self.first[index])
         for stop in self.stops[first : int(self.span_ends[index])].tolist():
             spans.append(Span(at, stop, trained))
             at, trained = stop, not trained
@@ -78,7 +79,14 @@ class Part:
 
 
 def packed(examples: Sequence[Example], file: int, questions: Sequence[float], rows: Sequence[float]) -> Part:
-    """A part of examples of one file, with the draws of each."""
+    """Packs examples of one file into a part.
+
+    Args:
+        examples: The examples.
+        file: The index of their file.
+        questions: For each example, the draw of its question.
+        rows: For each example, the draw of its row.
+    """
     stops = [span.stop for example in examples for span in example.spans]
     return Part(
         ids=np.frombuffer(b"".join(e.input_ids.tobytes() for e in examples), np.int32),
@@ -95,7 +103,7 @@ def packed(examples: Sequence[Example], file: int, questions: Sequence[float], r
 
 
 def joined(parts: Sequence[Part]) -> Part:
-    """Parts as one."""
+    """Concatenates parts."""
     made: dict[str, Any] = {}
     for name, kind in TYPES.items():
         arrays = [getattr(part, name) for part in parts]
@@ -107,7 +115,7 @@ def joined(parts: Sequence[Part]) -> Part:
 
 
 def write_part(part: Part, file: Path, about: dict[str, Any]) -> None:
-    """Writes a part to FILE.bin, then what `about` says of it to FILE.json."""
+    """Writes the arrays of a part to FILE.bin, then their table and `about` to FILE.json."""
     start = checksum = 0
     table: dict[str, list[int]] = {}
     with atomic(file.with_suffix(".bin")) as stream:
@@ -122,29 +130,32 @@ def write_part(part: Part, file: Path, about: dict[str, Any]) -> None:
 
 
 def read_part(file: Path, *, verify: bool = True) -> tuple[Part, dict[str, Any]]:
-    """A part that was written, its arrays mapped, and what was said of it.
+    """Reads a part whose arrays are memory-mapped.
 
     Args:
-        file: The name of both files without a suffix.
-        verify: Whether every byte is compared with the checksum.
+        file: The path of both files without a suffix.
+        verify: True to compare all bytes with the checksum.
+
+    Returns:
+        The part, and the `about` that was written with it.
 
     Raises:
-        Damaged: It is not as it was written.
+        PartDamagedError: The files are not as they were written.
     """
     data = file.with_suffix(".bin")
     try:
         whole = read_json(file.with_suffix(".json"))
         size, arrays, about = int(whole["size"]), dict(whole["arrays"]), dict(whole["about"])
         if data.stat().st_size != size:
-            raise Damaged("has another size than its table says")
+            raise PartDamagedError("does not have the size in its table")
         if verify and _checksum(data) != whole["checksum"]:
-            raise Damaged("is not what was written")
+            raise PartDamagedError("does not match its checksum")
         mapped: Any = np.asarray(np.memmap(data, np.uint8, "r")) if size else np.zeros(0, np.uint8)
         return Part(**{name: _array(mapped, arrays[name], kind) for name, kind in TYPES.items()}), about
-    except Damaged:
+    except PartDamagedError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Damaged(f"cannot be read: {error}") from None
+        raise PartDamagedError(f"cannot be read: {error}") from None
 
 
 def _array(mapped: Any, place: Sequence[int], kind: str) -> Any:
@@ -161,7 +172,7 @@ def _checksum(file: Path) -> int:
 
 
 def gathered(part: Part, indices: Any) -> Part:
-    """The examples of a part at some indices, as a part of their own."""
+    """Copies the examples of a part at some indices into a new part."""
     made = {
         item.name: getattr(part, item.name)[indices]
         for item in fields(Part)
@@ -172,7 +183,8 @@ def gathered(part: Part, indices: Any) -> Part:
         starts = np.where(indices, getattr(part, ends)[indices - 1], 0)
         sizes = stops - starts
         made[ends] = np.cumsum(sizes)
-        # The position of every value: its own number, moved from where its example begins here to there.
-        where = np.arange(sizes.sum()) + np.repeat(starts - made[ends] + sizes, sizes)
-        made[values] = getattr(part, values)[where]
+        # Source position of each value = its new position + the distance between the old and new start of its
+        # example.
+        positions = np.arange(int(sizes.sum())) + np.repeat(starts - made[ends] + sizes, sizes)
+        made[values] = getattr(part, values)[positions]
     return Part(**made)

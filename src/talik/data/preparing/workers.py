@@ -1,8 +1,8 @@
-"""Worker processes on all cores: chunks in, outcomes out, in the order of the chunks.
+"""Prepares chunks in worker processes on all cores; outcomes are returned in the order of the chunks.
 
-Each worker is a Python of its own at the other end of two pipes (`worker`). Unlike the processes of
-`multiprocessing` it never runs the user's script again, it loads no torch, and it ends when its parent does,
-killed or not.
+Each worker is a separate Python process connected by two pipes (`worker`). Unlike a process of
+`multiprocessing` it does not run the user's script again, does not load torch, and exits when its parent
+exits, even when that was killed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from talik.base.errors import TalikError
 from talik.base.system import free_memory
 
 _CODE = "import sys; sys.path[:] = {!r}; from talik.data.preparing.worker import main; main()"
-_ROOM = 1 << 30  # bytes of free memory for each worker, which takes a quarter of that as a rule
-_PATIENCE = 10  # seconds in which a worker that has nothing more to do ends by itself
+_MEMORY_PER_WORKER = 1 << 30  # bytes of free memory for each worker; it usually needs a quarter of that
+_EXIT_SECONDS = 10  # how long to wait for a worker to exit by itself before it is killed
 
 
 def worker_count() -> int:
-    """How many workers there should be: one for each core, fewer where memory is short."""
-    return max(1, min(cores(), free_memory() // _ROOM))
+    """Returns the number of workers to start: one for each core, fewer if memory is short."""
+    return max(1, min(cores(), free_memory() // _MEMORY_PER_WORKER))
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -43,23 +43,24 @@ class Worker:
 
     def __init__(self, load: Callable[[], Any], options: Any) -> None:
         command = [sys.executable, "-c", _CODE.format(sys.path)]
-        # In a session of its own a terminal's Ctrl-C does not reach it while it starts.
+        # In its own session a terminal's Ctrl-C does not reach the process while it starts.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
-        self._how: tuple[Any, ...] = (load, options)
+        self._setup: tuple[Any, ...] = (load, options)  # sent before the first chunk
 
     def prepare(self, chunk: Any) -> Any:
-        """The outcome of a chunk.
+        """Sends a chunk and returns its outcome.
 
         Raises:
             TalikError: The process has died.
         """
         assert self._process.stdin and self._process.stdout
         try:
-            for value in ([self._how] if self._how else []) + [chunk]:
-                pickle.dump(value, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self._how = ()
+            if self._setup:
+                pickle.dump(self._setup, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+                self._setup = ()
+            pickle.dump(chunk, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
             outcome = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -69,12 +70,12 @@ class Worker:
         return outcome
 
     def end(self) -> None:
-        """Ends the process."""
+        """Closes the pipes and waits until the process has exited."""
         assert self._process.stdin and self._process.stdout
-        with suppress(OSError):  # it has died: the rest of the buffer cannot be written
+        with suppress(OSError):  # it has died, so the rest of the buffer cannot be written
             self._process.stdin.close()
         try:
-            self._process.wait(_PATIENCE)
+            self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -84,15 +85,18 @@ class Worker:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return TalikError(
-            f"a process that prepared rows has ended {how}, for lack of memory as a rule",
-            remedy="Run the same command again: it goes on after the rows that are prepared.",
+            f"a process that prepared rows has ended {how}; the usual cause is a lack of memory",
+            remedy="Run the same command again: it continues after the rows that are prepared.",
         )
 
 
 def in_order(
     work: Iterator[Any], load: Callable[[], Any], options: Any, count: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Each chunk, without its rows (`Chunk.bare`), and its outcome, in order; a few are held at once."""
+    """Yields each chunk, without its rows (`Chunk.bare`), and its outcome, in order.
+
+    At most two chunks for each worker are in memory.
+    """
     workers = [Worker(load, options) for _ in range(count)]
     idle: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
@@ -106,15 +110,15 @@ def in_order(
             idle.put(worker)
 
     pool = ThreadPoolExecutor(count)
-    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    pending: deque[tuple[Any, Future[Any]]] = deque()
     try:
         for chunk in work:
-            waiting.append((chunk.bare(), pool.submit(prepare, chunk)))
-            if len(waiting) >= 2 * count:
-                first, future = waiting.popleft()
+            pending.append((chunk.bare(), pool.submit(prepare, chunk)))
+            if len(pending) >= 2 * count:
+                first, future = pending.popleft()
                 yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
+        while pending:
+            first, future = pending.popleft()
             yield first, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

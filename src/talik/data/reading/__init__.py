@@ -1,1 +1,1 @@
-"""Reads files and data sets of hubs as rows."""
+"""Reads rows from local files and from data sets on hubs."""

@@ -1,4 +1,4 @@
-"""Rows of JSON and JSON lines, read piece by piece: a file is never held as a whole."""
+"""Reads rows of JSON and JSON lines piece by piece, so that memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from talik.base.errors import DataError
-from talik.data.reading.rows import Place, Problem, Row, describe, visible
+from talik.data.reading.rows import Place, Problem, Row, describe, is_list, is_object, too_large, visible
 from talik.data.reading.streams import LONGEST_ROW, TextStream
 
 BROKEN = "broken JSON"
 _BLANK = re.compile(r"[ \t\n]*")
-_PIECE = 1 << 20  # characters that are read at once
-LINES_REMEDY = "JSON lines need one whole object on each line; a list of objects is read as well."
+_PIECE = 1 << 20  # bytes read at a time
+LINES_REMEDY = "JSON lines need one complete object on each line. A JSON list of objects can be read, too."
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its pairs; ValueError if a key is repeated."""
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
@@ -31,31 +32,44 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _FAST = json.JSONDecoder(parse_constant=_refuse_constant)
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
 
 def parse(text: str, at: int = 0) -> tuple[Any, int]:
-    """The JSON value at a character of a text, and where it ends.
+    """Decodes the JSON value at a position of a text.
+
+    Returns:
+        The value, and the position after it.
 
     Raises:
-        ValueError: It is broken, or an object has a key twice.
-        RecursionError: It is nested too deeply.
+        ValueError: The JSON is invalid, or an object has a repeated key.
+        RecursionError: The value is nested too deeply.
     """
     value, end = _FAST.raw_decode(text, at)
-    # Every key stands before a colon. More colons than keys: in a text, or of a key that is given twice.
-    if _keys(value) != text.count('":', at, end):
+    # The fast decoder keeps the last of repeated keys. Every key is followed by `":`, so more of these than
+    # keys mean a repeated key, or a string with `":` in it: the strict decoder, which is slower, decides.
+    if _count_keys(value) != text.count('":', at, end):
         _STRICT.raw_decode(text, at)
     return value, end
 
 
-def _keys(value: Any) -> int:
+def _count_keys(value: Any) -> int:
+    """Counts the keys of all objects in a JSON value."""
+    inner: Any
+    count = 0
     if isinstance(value, dict):
-        return len(value) + sum(_keys(inner) for inner in value.values() if not isinstance(inner, str))
-    return sum(_keys(inner) for inner in value) if isinstance(value, list) else 0
+        count = len(value)  # pyright: ignore[reportUnknownArgumentType]
+        for inner in value.values():  # pyright: ignore[reportUnknownVariableType]
+            if not isinstance(inner, str):
+                count += _count_keys(inner)
+    elif isinstance(value, list):
+        for inner in value:  # pyright: ignore[reportUnknownVariableType]
+            count += _count_keys(inner)
+    return count
 
 
 def reason(error: Exception) -> str:
-    """Why a JSON value could not be read, in words."""
+    """Describes why a JSON value could not be read."""
     if isinstance(error, json.JSONDecodeError):
         return f"broken JSON at column {error.colno}: {error.msg}"
     if isinstance(error, RecursionError):
@@ -64,7 +78,7 @@ def reason(error: Exception) -> str:
 
 
 def row_of_line(place: Place, line: str) -> Row | Problem:
-    """The row of one line of JSON lines."""
+    """Reads the row of one line of JSON lines."""
     try:
         start = _BLANK.match(line)
         value, end = parse(line, start.end() if start else 0)
@@ -76,25 +90,24 @@ def row_of_line(place: Place, line: str) -> Row | Problem:
 
 
 def as_row(place: Place, value: Any) -> Row | Problem:
-    """A JSON value as a row: it must be an object."""
+    """Returns a JSON object as a row; a problem for another value."""
     if isinstance(value, dict):
-        return Row(place, value)
+        return Row(place, value)  # pyright: ignore[reportUnknownArgumentType]
     return Problem(place, "not an object", f"a row must be a JSON object, this is {describe(value)}")
 
 
 def json_lines(stream: TextStream) -> Iterator[Row | Problem]:
-    """The rows of JSON lines; a line that cannot be read is a problem, and the next one is read."""
+    """Yields the rows of JSON lines. A line that cannot be read is yielded as a problem."""
     for number, line in stream.lines():
         place = stream.place(number)
         if line is None:
-            problem = f"the row has more than {LONGEST_ROW >> 20} MiB, the most that is read"
-            yield Problem(place, "row too large", problem)
+            yield too_large(place, LONGEST_ROW)
         elif line.strip():
             yield row_of_line(place, line)
 
 
 def json_document(stream: TextStream) -> Iterator[Row | Problem]:
-    """The rows of a JSON file: a list of objects, one object with the list under "data", or one object."""
+    """Yields the rows of a JSON file: a list of objects, an object with a list "data", or one object."""
     reader = _Reader(stream)
     if reader.peek() == "[":
         yield from _list(reader, end_of_file=True)
@@ -107,7 +120,7 @@ def json_document(stream: TextStream) -> Iterator[Row | Problem]:
             raise json.JSONDecodeError("Extra data", text, text.index(rest, end))
     except (ValueError, RecursionError) as error:
         raise reader.broken(error) from None
-    if not isinstance(value, dict) or not isinstance(value.get("data"), list):
+    if not is_object(value) or not is_list(value.get("data")):
         yield as_row(stream.place(reader.line), value)
         return
     reader.move(_list_under_data(text, start))
@@ -115,7 +128,7 @@ def json_document(stream: TextStream) -> Iterator[Row | Problem]:
 
 
 def _list_under_data(text: str, at: int) -> int:
-    """Where the list under "data" starts, in an object at `at` that is known to be sound."""
+    """Returns the position of the list under "data" in a valid object at position `at`."""
     while True:
         key, at = _FAST.raw_decode(text, _skip(text, at + 1))
         at = _skip(text, _skip(text, at) + 1)
@@ -125,57 +138,66 @@ def _list_under_data(text: str, at: int) -> int:
 
 
 def _skip(text: str, at: int) -> int:
+    """Returns the position of the next character that is not blank."""
     blank = _BLANK.match(text, at)
     return blank.end() if blank else at
 
 
 class _Reader:
-    """A text that is read as far as it is needed; `line` is the line of the character at `at`."""
+    """A position in a JSON text that is read piece by piece.
+
+    Attributes:
+        at: The position in the pieces that are held.
+        line: The line number of that position in the file.
+    """
 
     def __init__(self, stream: TextStream) -> None:
         self.stream, self.at, self.line = stream, 0, 1
         self._pieces = stream.pieces(_PIECE)
-        self._text, self._ended = "", False
-        self._before = 0  # characters of the line of `_text`'s start that are gone
+        self._text = ""
+        self._before = (
+            0  # characters between the start of the line and the start of `_text`, which are dropped
+        )
 
     def more(self) -> bool:
-        """Reads a piece; False at the end of the file."""
+        """Reads one more piece and drops the text before `at`; False at the end of the file."""
         piece = next(self._pieces, None)
         if piece is None:
-            self._ended = True
             return False
-        gone = self._text[: self.at]
-        self._before = len(gone) - gone.rfind("\n") - 1 if "\n" in gone else self._before + len(gone)
+        dropped = self._text[: self.at]
+        new_line = "\n" in dropped
+        self._before = len(dropped) - dropped.rfind("\n") - 1 if new_line else self._before + len(dropped)
         self._text, self.at = self._text[self.at :] + piece, 0
         return True
 
     def whole(self) -> str:
-        """The text from here to the end of the file."""
+        """Reads to the end of the file and returns the text from here on."""
         self.skip()
         while self.more():
             if len(self._text) > LONGEST_ROW:
-                problem = f"one JSON object has more than {LONGEST_ROW >> 20} MiB, the most that is read"
+                problem = f"a JSON object has more than {LONGEST_ROW >> 20} MiB, the most that is read"
                 raise DataError(problem, where=self.stream.place(self.line), remedy=LINES_REMEDY)
         return self._text
 
     def skip(self) -> None:
-        """Goes over blanks."""
+        """Moves to the next character that is not blank."""
         while True:
             self.move(_skip(self._text, self.at))
             if self.at < len(self._text) or not self.more():
                 return
 
     def move(self, at: int) -> None:
+        """Moves to a position in the text that is held."""
         self.line += self._text.count("\n", self.at, at)
         self.at = at
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Returns the next character that is not blank; "" at the end of the file."""
         self.skip()
         return self._text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """The value that starts here. Raises what `parse` raises."""
+        """Reads the value that starts here; raises the errors of `parse`."""
         while True:
             try:
                 value, end = parse(self._text, self.at)
@@ -187,7 +209,7 @@ class _Reader:
                     raise
 
     def broken(self, error: Exception) -> DataError:
-        """The error with its line and column in the file."""
+        """Returns an error with its line and column in the file."""
         if not isinstance(error, json.JSONDecodeError):
             return DataError(reason(error), where=self.stream.place(self.line))
         between = self._text.count("\n", self.at, error.pos)
@@ -195,13 +217,13 @@ class _Reader:
         where = self.stream.place(self.line + between)
         return DataError(f"broken JSON at column {error.colno + before}: {error.msg}", where=where)
 
-    def fault(self, message: str) -> DataError:
-        """An error at the character here."""
+    def syntax_error(self, message: str) -> DataError:
+        """Returns a syntax error at the current position."""
         return self.broken(json.JSONDecodeError(message, self._text, self.at))
 
 
 def _list(reader: _Reader, *, end_of_file: bool) -> Iterator[Row | Problem]:
-    """Each element of the list that starts here, with its line."""
+    """Yields each element of the list that starts here; `end_of_file`: nothing may follow the list."""
     reader.move(reader.at + 1)
     more = reader.peek() != "]"
     while more:
@@ -214,10 +236,10 @@ def _list(reader: _Reader, *, end_of_file: bool) -> Iterator[Row | Problem]:
         yield as_row(place, value)
         more = (after := reader.peek()) == ","
         if not more and after != "]":
-            raise reader.fault("Expecting ',' or ']'")
+            raise reader.syntax_error("Expecting ',' or ']'")
         if more:
             reader.move(reader.at + 1)
     if end_of_file:
         reader.move(reader.at + 1)
         if reader.peek():
-            raise reader.fault("More text after the list's end")
+            raise reader.syntax_error("More text after the list's end")

@@ -1,21 +1,22 @@
-"""Rows, the places where they stand, and the problems that they have."""
+"""Rows, their places in files, and the problems found in them."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeGuard
 
 from talik.base.errors import DataError
 
-SHOWN = 10
+SHOWN = 10  # problems that an error message lists
+ROW_TOO_LARGE = "row too large"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A line of a file, or a row of a file that has no lines; the first is 1."""
+    """The place of a row: a line number, or a row number in a file without lines; both start at 1."""
 
     file: str
     line: int
@@ -27,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in the file; `place` is where it starts."""
+    """The fields of one row as the file holds them, and the place where the row starts."""
 
     place: Place
     fields: dict[str, Any]
@@ -35,7 +36,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a row: where, of which kind (a few words, the same for all such rows), in words."""
+    """A row that cannot be used.
+
+    Attributes:
+        place: The place of the row.
+        kind: The kind of problem: a few words, the same for all such rows.
+        text: A description of the problem in this row.
+        field: The field with the problem, if there is one.
+    """
 
     place: Place
     kind: str
@@ -44,39 +52,62 @@ class Problem:
 
 
 class RowError(ValueError):
-    """A row that cannot be used: what `Problem` says of it, but for the place, which the caller knows."""
+    """A row cannot be used. It has the attributes of `Problem` except the place, which `at` adds."""
 
     def __init__(self, kind: str, text: str, field: str | None = None, remedy: str | None = None) -> None:
         self.kind, self.text, self.field, self.remedy = kind, text, field, remedy
         super().__init__(text)
 
     def at(self, place: Place) -> Problem:
+        """Returns the problem with its place."""
         return Problem(place, self.kind, self.text, self.field)
 
 
 def refuse(problems: Sequence[tuple[Place, str]], remedy: str | None = None) -> NoReturn:
-    """Raises one DataError that names the first ten of `problems`, one a line, and how many there are."""
+    """Raises a DataError that lists the first ten problems, one a line, and the total number."""
     lines = [problems[0][1], *(f"{place}: {problem}" for place, problem in problems[1:SHOWN])]
     if len(problems) > 1:
         lines.append(f"{len(problems):,} rows in all")
     raise DataError("\n".join(lines), where=problems[0][0], remedy=remedy)
 
 
+def too_large(place: Place, most: int) -> Problem:
+    """Returns the problem of a row with more than `most` characters."""
+    return Problem(place, ROW_TOO_LARGE, f"the row has more than {most >> 20} MiB, the most that is read")
+
+
+def is_object(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """True if a value is a JSON object."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """True if a value is a JSON list."""
+    return isinstance(value, list)
+
+
 def describe(value: Any) -> str:
-    """A value of a row in words: 'a number (5)', 'null', 'a list (["a", "b"])'; at most 80 characters."""
+    """Describes a value in at most 80 characters: 'a number (5)', 'null', 'a list (["a", "b"])'."""
     if value is None:
         return "null"
     if value == "":
         return "an empty string"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    kind = kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
+    kinds: dict[type, str] = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    other = "an object" if is_object(value) else f"a {value.__class__.__name__}"
+    kind = next((kind for of, kind in kinds.items() if value.__class__ is of), other)
     return f"{kind} ({_shown(value)})"
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON, or as Python writes it, cut to 60 characters, control characters as escapes."""
+    """Returns a value as JSON or as its repr, cut to 60 characters, with control characters escaped."""
     if isinstance(value, str) and len(value) > 100:
-        value = value[:100]  # the rest is not shown
+        value = value[:100]  # more than is shown
     try:
         shown = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -86,10 +117,10 @@ def _shown(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """A text with escapes for characters that would steer a terminal or turn the direction of writing."""
+    """Escapes the characters of a text that control a terminal or change the direction of writing."""
     if text.isascii() and text.isprintable():
         return text
-    steering = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    control = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(
-        c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in steering else c for c in text
+        c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in control else c for c in text
     )

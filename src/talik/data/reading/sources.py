@@ -1,7 +1,7 @@
-"""Finds the files of a DATA argument.
+"""Finds the data files that a DATA argument names.
 
-A file, a folder, a glob, `-` for standard input, or a data set of a hub as `hf:ORG/NAME[:CONFIG][:SPLIT]` or
-`modelscope:ORG/NAME[:SPLIT]`.
+The argument is a file, a folder, a glob, `-` for standard input, or a data set on a hub as
+`hf:ORG/NAME[:CONFIG][:SPLIT]` or `modelscope:ORG/NAME[:SPLIT]`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from talik.base.errors import DataError
 from talik.base.files import read_json
 from talik.base.libraries import need_packages, one_line
-from talik.data.reading.readers import TEXT, check_file, suffix_of
+from talik.data.reading.file_rows import TEXT, check_file, suffix_of
 from talik.data.reading.streams import DataFile
 from talik.recipe.data_source import DataSource
 
 HUB, MODELSCOPE, INPUT = "hf:", "modelscope:", "-"
 _ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-# Files that describe data, and hold none.
+# Files that describe data and hold no rows.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _ABOUT_TEXT = re.compile(r"(readme|license|licence|notice|changelog|citation|contributing)\b", re.IGNORECASE)
 _ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:]+){0,2}")
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # gets one line about a choice that was made
 
 
 def check_data(data: str) -> None:
-    """Checks a DATA argument without reading data or asking a network.
+    """Checks a DATA argument without reading data or using the network.
 
     Raises:
-        DataError: There is no such file, folder or match, or a hub's name is written wrongly.
+        DataError: No file, folder or match exists, or the name of a hub's data set is invalid.
     """
     if data.startswith((HUB, MODELSCOPE)):
         prefix, _, name = data.partition(":")
@@ -46,20 +46,20 @@ def check_data(data: str) -> None:
             remedy = (
                 f"Write it as {prefix}:ORG/NAME, {prefix}:ORG/NAME:SPLIT or {prefix}:ORG/NAME:CONFIG:SPLIT."
             )
-            raise DataError("is not the name of a data set", where=data, remedy=remedy)
+            raise DataError("this is not the name of a data set", where=data, remedy=remedy)
     elif data != INPUT:
         _local(data, lambda line: None)
 
 
 def find_data(data: str, say: Say = lambda line: None) -> list[DataFile]:
-    """The local files that a DATA argument names, in a fixed order.
+    """Returns the local files that a DATA argument names, in a fixed order.
 
     Args:
         data: The argument.
-        say: Gets one line for each thing that was chosen or left out.
+        say: Gets one line about each choice of files, such as the split that is read.
 
     Raises:
-        DataError: There is nothing of that name, or a hub's data set cannot be had.
+        DataError: Nothing has that name, or a hub's data set cannot be downloaded.
     """
     check_data(data)
     if data == INPUT:
@@ -72,14 +72,14 @@ def find_data(data: str, say: Say = lambda line: None) -> list[DataFile]:
 
 
 def whole_source(source: DataSource) -> DataSource:
-    """A source with a whole path; names of hubs and standard input stay as they are."""
+    """Returns a source with an absolute path; hub data sets and standard input are unchanged."""
     if source.path == INPUT or source.path.startswith((HUB, MODELSCOPE)):
         return source
     return source.model_copy(update={"path": str(Path(source.path).expanduser().absolute())})
 
 
 def file_state(file: DataFile) -> str:
-    """The state of a file's content as far as its folder tells: size and time of the last change."""
+    """Returns the name, size and modification time of a file, which change when its content does."""
     state = file.path.stat()
     return f"{file.name} {state.st_size} {state.st_mtime_ns}"
 
@@ -88,9 +88,10 @@ def file_state(file: DataFile) -> str:
 
 
 def _local(data: str, say: Say) -> list[Path]:
+    """Returns the files of a path or a glob."""
     try:
         if "\0" in data:
-            raise ValueError("a name cannot hold the character 0")
+            raise ValueError("a file name cannot contain the NUL character")
         path = Path(data).expanduser()
         if path.is_dir():
             return _of_folder(path, say)
@@ -116,7 +117,7 @@ def _check_there(path: Path) -> None:
 
 
 def _of_folder(folder: Path, say: Say) -> list[Path]:
-    """The data files of a folder: those that `datasets` saved, else all files of rows, else all texts."""
+    """Returns the data files of a folder: those of `datasets`, else all with rows, else all text files."""
     if (folder / "dataset_dict.json").is_file():
         folder = _split_of(folder, say)
     if saved := _saved(folder):
@@ -139,19 +140,19 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _split_of(folder: Path, say: Say) -> Path:
-    """The split of a folder of `datasets` that is read: "train", or the only one."""
+    """Returns the split to read from a folder of `datasets`: "train", or else the first."""
     splits = sorted(path.name for path in folder.iterdir() if (path / "state.json").is_file())
     if not splits:
         return folder
     chosen = "train" if "train" in splits else splits[0]
     if len(splits) > 1:
         others = ", ".join(str(folder / split) for split in splits if split != chosen)
-        say(f"{folder}: the split {chosen!r} is read; the others are {others}")
+        say(f"{folder}: the split {chosen!r} is read; not read: {others}")
     return folder / chosen
 
 
 def _saved(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets` saved; [] for another folder."""
+    """Returns the Arrow files of a folder saved by `datasets`; [] for any other folder."""
     try:
         state = read_json(folder / "state.json")
         files = [folder / str(file["filename"]) for file in state["_data_files"]]
@@ -164,7 +165,7 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _standard_input() -> DataFile:
-    """Standard input as a temporary file, which goes when the process ends."""
+    """Copies standard input to a temporary file, which is removed when the process ends."""
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         remedy = "Pipe rows into it: cat rows.jsonl | talik ..."
         raise DataError("nothing is piped into standard input", where=INPUT, remedy=remedy)
@@ -187,18 +188,19 @@ def _named(data: str) -> tuple[str, str | None, str | None]:
 
 
 def _from_hub(data: str, say: Say) -> list[DataFile]:
-    """The Arrow files that `datasets` keeps of a data set; its own code is never run."""
+    """Returns the Arrow files of a data set in the cache of `datasets`. Code of the data set is never run."""
     need_packages("datasets", "datasets", where=data)
-    import datasets
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
 
     name, config, split = _named(data)
+    load = cast(Any, datasets).load_dataset
     try:
-        loaded: Any = datasets.load_dataset(name, config)
+        loaded = load(name, config)
     except ValueError as error:
         if split is None or config is not None:
             raise _hub_error(data, error) from None
         try:  # hf:ORG/NAME:X names a split, or else a configuration
-            loaded, split = datasets.load_dataset(name, split), None
+            loaded, split = load(name, split), None
         except Exception as second:  # the library's errors share no base class
             raise _hub_error(data, second) from None
     except Exception as error:
@@ -207,38 +209,44 @@ def _from_hub(data: str, say: Say) -> list[DataFile]:
 
 
 def _arrow_files(data: str, loaded: Any, split: str | None, say: Say) -> Iterator[Path]:
+    """Yields the Arrow files of a split: the named one, else "train", else the first."""
     splits = list(loaded)
     if split is not None and split not in splits:
-        raise DataError(f"has no split {split!r}; there are {', '.join(splits)}", where=data)
+        raise DataError(
+            f"the data set has no split {split!r}; its splits are {', '.join(splits)}", where=data
+        )
     chosen = split or ("train" if "train" in splits else splits[0])
     if split is None and len(splits) > 1:
         others = ", ".join(name for name in splits if name != chosen)
-        say(f"{data}: the split {chosen!r} is read; there are also {others}")
+        say(f"{data}: the split {chosen!r} is read; not read: {others}")
     for file in loaded[chosen].cache_files:
         yield Path(file["filename"])
 
 
 def _hub_error(data: str, error: Exception) -> DataError:
-    remedy = "Check the name and the connection; without one, it must be in the cache of `datasets` already."
-    return DataError(f"the data set cannot be had: {one_line(error)}", where=data, remedy=remedy)
+    remedy = (
+        "Check the name and the connection. Without one, the data set must be in the cache of `datasets`."
+    )
+    return DataError(f"the data set cannot be downloaded: {one_line(error)}", where=data, remedy=remedy)
 
 
 def _from_modelscope(data: str, say: Say) -> list[DataFile]:
-    """The data files of a data set of ModelScope, in its cache."""
+    """Downloads a data set of ModelScope and returns its data files."""
     need_packages("modelscope", "modelscope", where=data)
-    from modelscope import dataset_snapshot_download
+    import modelscope  # pyright: ignore[reportMissingTypeStubs]
 
+    download = cast(Any, modelscope).dataset_snapshot_download
     name, _, split = _named(data)
     try:
-        folder = Path(dataset_snapshot_download(name))
+        folder = Path(download(name))
     except Exception as error:  # the library's errors share no base class over its versions
         command = f"modelscope download --dataset {name}"
         raise DataError(
-            f"the data set cannot be had: {one_line(error)}", where=data, remedy=command
+            f"the data set cannot be downloaded: {one_line(error)}", where=data, remedy=command
         ) from None
     files = _of_folder(folder, say)
     if split is not None:
         files = [file for file in files if split in re.split(r"[\W_]+", str(file.relative_to(folder)))]
         if not files:
-            raise DataError(f"no file of the data set is of the split {split!r}", where=data)
+            raise DataError(f"the data set has no file for the split {split!r}", where=data)
     return [DataFile(path, f"{data}/{path.relative_to(folder)}", data) for path in files]

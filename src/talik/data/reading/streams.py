@@ -1,11 +1,11 @@
-"""A data file as a stream of text: decompressed, decoded as UTF-8, lines counted as editors do."""
+"""Reads a data file as text: decompressed, decoded as UTF-8, with line numbers as editors count them."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import lzma
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,24 +13,24 @@ from typing import IO, Any
 import zstandard
 
 from talik.base.errors import DataError
-from talik.data.reading.guesses import not_utf8
 from talik.data.reading.rows import Place
+from talik.data.reading.unreadable_files import not_utf8
 
-LONGEST_ROW = 64 << 20  # characters of one row; longer ones are named and not read
-HEAD = 1 << 16  # bytes by which the kind of a file is recognised
-_READ = 1 << 20
+LONGEST_ROW = 64 << 20  # characters; longer rows are reported as problems and not read
+HEAD = 1 << 16  # bytes from which the kind of a file is recognised
+_READ = 1 << 20  # bytes read at a time
 _MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ\x00": "xz"}
-_BROKEN = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError)
+_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A local file that rows are read from.
+    """A local file with rows.
 
     Attributes:
-        path: Where it is.
-        name: How places name it.
-        origin: The DATA argument that it comes from.
+        path: The path of the file.
+        name: The name of the file in places and messages.
+        origin: The DATA argument that named the file.
     """
 
     path: Path
@@ -39,16 +39,16 @@ class DataFile:
 
 
 def as_file(file: DataFile | Path | str) -> DataFile:
-    """A path as a data file that is named by it."""
+    """Returns a path as a data file with the path as its name."""
     return file if isinstance(file, DataFile) else DataFile(Path(file), str(file), str(file))
 
 
 @contextlib.contextmanager
-def opened(file: DataFile) -> Iterator[Any]:
-    """The bytes of a data file, decompressed.
+def opened(file: DataFile) -> Generator[Any]:
+    """Opens a data file and yields a stream of its decompressed bytes.
 
     Raises:
-        DataError: It cannot be read, or its compressed form is broken.
+        DataError: The file cannot be read, or the compressed data are corrupt.
     """
     try:
         with file.path.open("rb") as raw:
@@ -56,7 +56,7 @@ def opened(file: DataFile) -> Iterator[Any]:
             yield raw if kind is None else _decompressed(raw, kind)
     except FileNotFoundError:
         raise DataError("there is no such file", where=file.name) from None
-    except _BROKEN as error:
+    except _READ_ERRORS as error:
         if isinstance(error, DataError):
             raise
         problem = f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -70,18 +70,18 @@ def _decompressed(raw: IO[bytes], kind: str) -> Any:
 
 
 class _Zstandard:
-    """The content of a zstd file; its library takes one that is cut off for whole."""
+    """Decompresses a zstd file and, unlike the library, reports a truncated one."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._content = raw, b""
         self._frame = zstandard.ZstdDecompressor().decompressobj()
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most `size`; b"" at the end."""
+        """Returns the next bytes, at most `size`; b"" at the end of the file."""
         while len(self._content) < size and (packed := self._raw.read(_READ)):
             self._content += self._unpacked(packed)
         if not self._content and not self._frame.eof:
-            raise EOFError("the compressed file ends before its end")
+            raise EOFError("the compressed file is truncated")
         found, self._content = self._content[:size], self._content[size:]
         return found
 
@@ -96,25 +96,25 @@ class _Zstandard:
 
 
 def head_of(file: DataFile) -> bytes:
-    """The first bytes of a data file, decompressed."""
+    """Returns the first HEAD bytes of a data file, decompressed."""
     with opened(file) as stream:
         return stream.read(HEAD)
 
 
 class TextStream:
-    """The text of a data file, a piece at a time, with one kind of line end."""
+    """Reads the text of a data file piece by piece, with every line end as "\\n"."""
 
     def __init__(self, file: DataFile) -> None:
         self.file = file
 
     def place(self, line: int) -> Place:
-        """A line of this file."""
+        """Returns the place of a line of this file."""
         return Place(self.file.name, line)
 
     def blocks(self, size: int = _READ) -> Iterator[tuple[int, bytes]]:
-        """Whole lines of about `size` bytes with the number of the first: what worker processes are given.
+        """Yields blocks of whole lines of about `size` bytes, each with the number of its first line.
 
-        Line ends are "\\n". A line that is longer than LONGEST_ROW comes in pieces of that length.
+        Worker processes get these blocks. A line longer than LONGEST_ROW is yielded in pieces of that length.
         """
         number, rest = 1, b""
         with opened(self.file) as stream:
@@ -133,8 +133,8 @@ class TextStream:
             yield number, rest
 
     def lines(self) -> Iterator[tuple[int, str | None]]:
-        """Each line with its number; None in place of one that is longer than LONGEST_ROW."""
-        long = 0  # the number of a line that is too long, while its pieces come
+        """Yields each line with its number; None for a line longer than LONGEST_ROW."""
+        long = 0  # the number of the line that is too long, while its pieces are read
         for number, block in self.blocks():
             for count, line in enumerate(self.decoded(block, number).split("\n")[: block.count(b"\n") or 1]):
                 at = number + count
@@ -145,15 +145,15 @@ class TextStream:
                 yield at, None if at == long else line
 
     def pieces(self, size: int) -> Iterator[str]:
-        """The whole text, at least a line at a time."""
+        """Yields the whole text in pieces of whole lines."""
         for number, block in self.blocks(size):
             yield self.decoded(block, number)
 
     def decoded(self, block: bytes, number: int) -> str:
-        """The text of a block whose first line has this number.
+        """Decodes a block whose first line has this number.
 
         Raises:
-            DataError: It is not UTF-8.
+            DataError: The block is not UTF-8.
         """
         try:
             return block.decode("utf-8")
@@ -161,7 +161,7 @@ class TextStream:
             raise not_utf8(block, error.start, self.place(number), self._first_wrong_byte()) from None
 
     def _first_wrong_byte(self) -> int:
-        """Where the first byte is that is not UTF-8."""
+        """Returns the offset of the first byte that is not UTF-8."""
         at, before, rest = 0, 0, b""
         with opened(self.file) as stream:
             while raw := stream.read(_READ):
@@ -177,11 +177,11 @@ class TextStream:
 
 
 def _uniform(stream: Any, size: int) -> Iterator[bytes]:
-    """The bytes of a stream with one kind of line end, without a byte order mark."""
+    """Yields the bytes of a stream with every line end as "\\n", without a byte order mark."""
     first, held = True, b""
     while raw := stream.read(size):
         raw = held + raw
-        held = b"\r" if raw.endswith(b"\r") else b""  # its "\n" may come next
+        held = b"\r" if raw.endswith(b"\r") else b""  # a "\n" may follow
         raw = raw[: len(raw) - len(held)]
         if first:
             raw, first = raw.removeprefix(b"\xef\xbb\xbf"), False

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV, Parquet and Arrow."""
+"""Reads rows of CSV, TSV, Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from talik.data.reading.rows import Place, Problem, Row, describe, visible
 from talik.data.reading.streams import DataFile, TextStream
 
 LONGEST_FIELD = 2**31 - 1  # a C long on Windows; the csv module's own limit is 128 KiB
-BATCH = 1000
+BATCH = 1000  # rows converted to Python objects at a time
 
 
 def csv_rows(stream: TextStream) -> Iterator[Row | Problem]:
-    """The rows of a table in text; the first line names the columns."""
+    """Yields the rows of a CSV or TSV file. The first line names the columns."""
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         lines = (f"{line or ''}\n" for _, line in stream.lines())
@@ -36,7 +36,7 @@ def _chain(first: str, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _blank_lines(stream: TextStream) -> int:
-    """How many blank lines come before the first one with text."""
+    """Counts the blank lines before the first line with text."""
     count = 0
     for _, line in stream.lines():
         if line is None or line.strip():
@@ -84,21 +84,18 @@ def _columns(record: list[str], place: Place) -> list[str]:
 
 
 def parquet_rows(file: DataFile) -> Iterator[Row | Problem]:
-    """The rows of a Parquet file."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    """Yields the rows of a Parquet file."""
+    pa = _pyarrow()
     try:
-        with parquet.ParquetFile(file.path) as opened:
+        with pa.parquet.ParquetFile(file.path) as opened:
             yield from _numbered(opened.iter_batches(batch_size=BATCH), file)
     except (pa.ArrowException, OSError) as error:
-        raise _broken(file, "Parquet", error) from None
+        raise _unreadable(file, "Parquet", error) from None
 
 
 def arrow_rows(file: DataFile) -> Iterator[Row | Problem]:
-    """The rows of an Arrow file, or of an Arrow stream as `datasets` keeps them."""
-    import pyarrow as pa
-
+    """Yields the rows of an Arrow file, or of an Arrow stream as written by `datasets`."""
+    pa = _pyarrow()
     try:
         with pa.memory_map(str(file.path)) as source:
             try:
@@ -109,7 +106,15 @@ def arrow_rows(file: DataFile) -> Iterator[Row | Problem]:
                 batches = iter(pa.ipc.open_stream(source))
             yield from _numbered(batches, file)
     except (pa.ArrowException, OSError) as error:
-        raise _broken(file, "Arrow", error) from None
+        raise _unreadable(file, "Arrow", error) from None
+
+
+def _pyarrow() -> Any:
+    """Imports pyarrow, which takes too long for the start of every command, and has no types."""
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
+
+    return pyarrow
 
 
 def _numbered(batches: Iterator[Any], file: DataFile) -> Iterator[Row | Problem]:
@@ -121,6 +126,6 @@ def _numbered(batches: Iterator[Any], file: DataFile) -> Iterator[Row | Problem]
                 yield Row(Place(file.name, number, "row"), fields)
 
 
-def _broken(file: DataFile, kind: str, error: Exception) -> DataError:
-    problem = f"is not a {kind} file that can be read: {str(error).splitlines()[0][:200]}"
-    return DataError(problem, where=file.name, remedy="Get the file again, or write it again.")
+def _unreadable(file: DataFile, kind: str, error: Exception) -> DataError:
+    problem = f"the {kind} file cannot be read: {str(error).splitlines()[0][:200]}"
+    return DataError(problem, where=file.name, remedy="Download the file again, or write it again.")

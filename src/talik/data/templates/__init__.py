@@ -1,1 +1,1 @@
-"""Renders messages by the model's chat template, and finds the characters of the answers."""
+"""Renders messages to text with the model's chat template, and finds the characters of the answers."""

@@ -1,4 +1,4 @@
-"""One answer: the text that a model is asked to write after a prompt, its end, and its reasoning."""
+"""Finds the text of one answer after its prompt, the end of the answer, and its reasoning."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from talik.data.messages import Message
 from talik.data.reading.rows import RowError
-from talik.data.templates.facts import Facts, common_prefix
+from talik.data.templates.content_checks import NOT_WRITTEN, not_found, thought_of
 from talik.data.templates.template import PRIVATE_USE, Chat, Template, as_json
-from talik.data.templates.written import NOT_WRITTEN, not_found, thought_of
+from talik.data.templates.template_facts import TemplateFacts, common_prefix
 
-_OPENED = re.compile(r"<(think\w*|thought|reasoning)>\s*\Z|\[(THINK)\]\s*\Z")  # a prompt that opens a thought
+# The end of a prompt that opens a thought.
+_OPENED = re.compile(r"<(think\w*|thought|reasoning)>\s*\Z|\[(THINK)\]\s*\Z")
 _EMPTY = re.compile(r"\s*<think>\s*</think>\s*")
 _CLOSING = re.compile(r"\s*(?:</(?:think\w*|thought|reasoning)>|\[/THINK\])\s*")
-_CLOSED = re.compile(rf"{_CLOSING.pattern}\Z")  # a prompt that asks for an answer without a thought
+_CLOSED = re.compile(rf"{_CLOSING.pattern}\Z")  # the end of a prompt for an answer without reasoning
 
 
 def aligned(
@@ -23,14 +24,27 @@ def aligned(
     index: int,
     tools: Sequence[Mapping[str, Any]],
     template: Template,
-    facts: Facts,
+    facts: TemplateFacts,
     prompt: str,
     whole: str,
 ) -> str:
-    """The text of an answer where the conversation with it does not begin with the prompt.
+    """Finds the text of an answer if the rendered conversation does not start with the prompt.
 
-    A mark in place of the answer shows where the template writes it. The answer begins after the generation
-    prompt before the mark, or where the texts before the mark and of the prompt end alike.
+    The conversation is rendered again with a mark in place of the answer. The answer begins after the
+    generation prompt that precedes the mark; if there is none, it begins at the mark, provided that the text
+    before the mark ends like the prompt.
+
+    Args:
+        chat: The messages.
+        index: The index of the answer.
+        tools: The tool definitions for the template.
+        template: The template.
+        facts: The facts about the template.
+        prompt: The rendered messages before the answer, with the generation prompt.
+        whole: The rendered messages up to and including the answer.
+
+    Raises:
+        RowError: The answer cannot be found.
     """
     mark = next(chr(code) * 3 for code in PRIVATE_USE if chr(code) not in whole)
     marked = template.apply([*chat[:index], {**chat[index], "content": mark}], tools)
@@ -48,7 +62,7 @@ def aligned(
 
 
 def _asked_after(message: Mapping[str, Any], prompt: str) -> str:
-    """The end of a prompt from its last message's text on; "" where that text does not stand in it."""
+    """Returns a prompt from the text of its last message on; "" if the text is not in it."""
     text = (message["content"] or "").strip()
     for form in (text, as_json(text)[1:-1]):
         at = prompt.rfind(form) if form else -1
@@ -58,22 +72,31 @@ def _asked_after(message: Mapping[str, Any], prompt: str) -> str:
 
 
 def _unopened(text: str) -> str:
-    """The end of a prompt without a thought that it opens or leaves empty."""
+    """Removes an opened or empty thought from the end of a prompt."""
     return _OPENED.sub("", _EMPTY.sub("", text))
 
 
 def with_thought(message: Message, prompt: str, written: str, template: Template) -> str:
-    """An answer with its reasoning, where the template drops it or the prompt has opened a thought.
+    """Adds reasoning that the template drops to an answer, and closes a thought that the prompt has opened.
 
-    The prompt is what the model will be asked. After it the model writes the whole answer, whatever the
-    template keeps of it later.
+    At inference the model writes the whole answer after the prompt, including reasoning that the template
+    removes later.
+
+    Args:
+        message: The answer.
+        prompt: The rendered prompt.
+        written: The text of the answer as the template writes it.
+        template: The template.
+
+    Raises:
+        RowError: The prompt asks for an answer without reasoning, and this answer has some.
     """
     opened = _OPENED.search(prompt)
     thought = thought_of(message)
     if thought and thought in written:
         return written
     if opened is None and thought and _CLOSED.search(prompt):
-        problem = "the chat template asks for an answer without reasoning, and this one has some"
+        problem = "the chat template asks for an answer without reasoning, but this answer has some"
         raise RowError(NOT_WRITTEN, problem, "reasoning")
     if opened is None and (not thought or "</think>" not in template.source(())):
         return written
@@ -86,8 +109,8 @@ def with_thought(message: Message, prompt: str, written: str, template: Template
     return f"{opening}{thought}\n{close}\n\n{written.lstrip(chr(10))}"
 
 
-def end_in(written: str, template: Template, facts: Facts) -> tuple[int, int | None]:
-    """Where the content of an answer ends, and where its end of turn does; None if it has none."""
+def end_in(written: str, template: Template, facts: TemplateFacts) -> tuple[int, int | None]:
+    """Returns the end of the content of an answer, and the end of its end of turn or None."""
     run = template.ends.search(written)
     tokens = list(template.token.finditer(written, run.start())) if run else []
     found = next((token for token in tokens if token[0] in facts.ends), None)
@@ -100,9 +123,9 @@ def end_in(written: str, template: Template, facts: Facts) -> tuple[int, int | N
 
 
 def reasoning_stop(message: Message, written: str) -> int:
-    """How many characters of an answer are its reasoning, tags included."""
+    """Returns the number of characters of the reasoning at the start of an answer, including tags."""
     thought = thought_of(message)
-    if not thought:  # the template's place for one, opened in the answer or by the prompt
+    if not thought:  # an empty thought, opened in the answer or by the prompt
         empty = _EMPTY.match(written) or _CLOSING.match(written)
         return empty.end() if empty else 0
     at = written.find(thought)

@@ -12,12 +12,13 @@ from talik.data.templates.template import Template
 
 
 def document_ids(document: Document, template: Template, quoted: re.Pattern[str] | None) -> array[int]:
-    """The token ids of a document, with the begin token where the tokenizer adds one, and the end token.
+    """Encodes a document, with the begin token if the tokenizer adds one, and with the end token.
 
     Args:
-        document: The text; all of its tokens are trained.
-        template: Its tokenizer's.
-        quoted: Matches control tokens that are encoded as ordinary text; None: they are control tokens.
+        document: The document.
+        template: The template of the tokenizer.
+        quoted: Matches the control tokens to encode as ordinary text; None: all are encoded as control
+            tokens.
 
     Raises:
         RowError: The tokenizer has no end token, or cannot encode the text.
@@ -25,7 +26,9 @@ def document_ids(document: Document, template: Template, quoted: re.Pattern[str]
     tokenizer = template.tokenizer
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if end is None:
-        raise RowError("no end token", "the tokenizer has no end token (eos_token) to end a document with")
+        raise RowError(
+            "no end token", "the tokenizer has no end token (eos_token), which a document must end with"
+        )
     ranges = [found.span() for found in quoted.finditer(document.text)] if quoted else []
     (encoded,) = template.encoder.encode([Text(document.text, (), ranges)])
     if isinstance(encoded, RowError):

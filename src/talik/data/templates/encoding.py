@@ -1,8 +1,8 @@
-"""Text -> token ids, each with the characters that it covers: all that masks need of a tokenizer.
+"""Encodes text to token ids, each with the range of characters that it covers.
 
-A fast tokenizer says which characters a token covers. A slow one does not: then its ids are compared with
-those of the same tokenizer converted to a fast one, text by text; where they differ, the text up to each
-boundary is tokenised by itself, and a boundary inside a token is an error, never a guess.
+A fast tokenizer gives the characters of each token. A slow one does not, so its ids are compared with those
+of the same tokenizer converted to a fast one, for each text. If they differ, the text up to each boundary is
+tokenised separately; a boundary inside a token is then an error, not a guess.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
@@ -29,8 +30,8 @@ class Text:
 
     Attributes:
         text: The characters.
-        boundaries: Characters at which masks begin or end, ascending.
-        quoted: Ranges of control tokens that somebody quotes: they are encoded as ordinary text.
+        boundaries: The positions at which masks begin or end, ascending.
+        quoted: The ranges of control tokens that are encoded as ordinary text.
     """
 
     text: str
@@ -40,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids (32-bit) and, for each token, the characters that it covers."""
+    """Token ids (32-bit), and for each token the range of characters that it covers."""
 
     ids: array[int]
     offsets: Sequence[Range]
@@ -48,16 +49,18 @@ class Encoded:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Encodes texts without adding special tokens: the chat template has written them."""
+    """Encodes texts without adding special tokens, which the chat template has written already."""
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoded | RowError]: ...
+    def encode(self, texts: Sequence[Text]) -> list[Encoded | RowError]:
+        """Encodes texts; a text that cannot be encoded gives a RowError."""
+        ...
 
 
 def encoder_of(tokenizer: Any) -> Encoder:
-    """The encoder for a tokenizer of Transformers.
+    """Returns the encoder for a tokenizer of Transformers.
 
     Raises:
-        UsageError: The tokenizer has no method that gives token ids.
+        UsageError: The tokenizer cannot encode text.
     """
     if getattr(tokenizer, "is_fast", False):
         return FastEncoder(tokenizer.backend_tokenizer)
@@ -70,9 +73,9 @@ def encoder_of(tokenizer: Any) -> Encoder:
 
 
 class FastEncoder:
-    """A tokenizer of the `tokenizers` library.
+    """Encodes with a tokenizer of the `tokenizers` library.
 
-    It is used without its post-processor: that one adds special tokens and takes blanks out of the offsets.
+    Its post-processor is removed, because it adds special tokens and removes blanks from the offsets.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
@@ -80,15 +83,16 @@ class FastEncoder:
         self._text_only: Tokenizer | None = None
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded | RowError]:
+        """Encodes texts; a text that cannot be encoded gives a RowError."""
         simple = [text.text for text in texts if not text.quoted]
         encoded = iter(self._backend.encode_batch(simple, add_special_tokens=False) if simple else ())
         return [self._with_quotes(text) if text.quoted else _encoded(next(encoded)) for text in texts]
 
     def _with_quotes(self, text: Text) -> Encoded | RowError:
-        """Encodes a text whose `quoted` ranges are ordinary text, piece by piece."""
+        """Encodes a text piece by piece, with the `quoted` ranges as ordinary text."""
         if self._text_only is None:
             self._text_only = _without_added_tokens(self._backend)
-        ids, offsets, at = array("i"), [], 0
+        ids, offsets, at = array("i"), list[Range](), 0
         for start, stop in (*text.quoted, (len(text.text), len(text.text))):
             for backend, first, last in ((self._backend, at, start), (self._text_only, start, stop)):
                 piece = _piece(backend, text.text[first:last], inside=first > 0)
@@ -96,7 +100,7 @@ class FastEncoder:
                 offsets += [(first + a, first + b) for a, b in piece.offsets]
             token = self._backend.token_to_id(text.text[start:stop])
             if stop > start and token in ids[-len(text.text[start:stop]) :] and offsets[-1] == (start, stop):
-                return RowError("control token", f"{text.text[start:stop]!r} cannot be written as text")
+                return RowError("control token", f"{text.text[start:stop]!r} cannot be encoded as text")
             at = stop
         return Encoded(ids, offsets)
 
@@ -106,7 +110,7 @@ def _encoded(encoding: Any) -> Encoded:
 
 
 def _piece(backend: Tokenizer, text: str, *, inside: bool) -> Encoded:
-    """Encodes a piece of a text; `inside`: without the blank that SentencePiece puts at a text's start."""
+    """Encodes a piece of a text; `inside`: without the blank that SentencePiece adds at the start."""
     if not text:
         return Encoded(array("i"), [])
     if inside:
@@ -118,6 +122,7 @@ def _piece(backend: Tokenizer, text: str, *, inside: bool) -> Encoded:
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:
+    """Copies a tokenizer without post-processor, padding and truncation."""
     backend = copy.deepcopy(backend)
     backend.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     backend.no_padding()
@@ -130,20 +135,20 @@ def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
 
 
 class SlowEncoder:
-    """A tokenizer that gives ids alone."""
+    """Encodes with a tokenizer that gives ids without character ranges."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._fast = _converted(tokenizer)
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded | RowError]:
-        return [self._one(text) for text in texts]
+        """Encodes texts; a text that cannot be encoded gives a RowError."""
+        return [self._encode(text) for text in texts]
 
-    def _one(self, text: Text) -> Encoded | RowError:
+    def _encode(self, text: Text) -> Encoded | RowError:
         if text.quoted:
-            return RowError(
-                "control token", "a control token cannot be quoted with a tokenizer without offsets"
-            )
+            problem = "a control token cannot be encoded as ordinary text with a tokenizer without offsets"
+            return RowError("control token", problem)
         ids = self._ids(text.text)
         if self._fast is not None:
             (fast,) = self._fast.encode([text])
@@ -155,7 +160,7 @@ class SlowEncoder:
         return array("i", self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _by_prefixes(self, text: Text, ids: array[int]) -> Encoded | RowError:
-        """Each token gets the characters between the two boundaries around it."""
+        """Encodes a text; each token gets the range between the two boundaries around it."""
         offsets: list[Range] = []
         before = 0
         for boundary in sorted({*text.boundaries, len(text.text)} - {0}):
@@ -163,8 +168,8 @@ class SlowEncoder:
             if prefix != ids[: len(prefix)]:
                 return RowError(
                     _NO_OFFSETS,
-                    f"the tokenizer ({type(self._tokenizer).__name__}) does not say which characters a token "
-                    f"covers, and one lies across the boundary at character {boundary:,}",
+                    f"the tokenizer ({type(self._tokenizer).__name__}) gives no character offsets, and "
+                    f"a token crosses the boundary at character {boundary:,}",
                 )
             offsets += [(before, boundary)] * (len(prefix) - len(offsets))
             before = boundary
@@ -172,10 +177,9 @@ class SlowEncoder:
 
 
 def _converted(tokenizer: Any) -> FastEncoder | None:
-    """The same tokenizer as a fast one, where Transformers can convert it."""
-    from transformers.convert_slow_tokenizer import convert_slow_tokenizer
-
+    """Converts a tokenizer to a fast one, if Transformers can."""
+    converters = import_module("transformers.convert_slow_tokenizer")
     try:
-        return FastEncoder(convert_slow_tokenizer(tokenizer))
-    except Exception:  # each converter fails in its own way; ids are compared and prefixes tokenised then
+        return FastEncoder(converters.convert_slow_tokenizer(tokenizer))
+    except Exception:  # the converters raise errors of many kinds; the encoder then tokenises prefixes
         return None

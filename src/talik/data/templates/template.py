@@ -1,7 +1,7 @@
-"""The chat template: renders a conversation to text, as at inference.
+"""Renders conversations to text with the chat template, as at inference.
 
-Only text is asked of the template, so any template works. `facts` finds out what a template does, `turns`
-finds what the model has to write.
+Only the rendered text is used, so any template works. `template_facts` finds out what a template does, and
+`turns` finds the text that the model learns to write.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import jinja2
 
 from talik.base.errors import UsageError
 from talik.data.messages import Message, ToolCall
+from talik.data.reading.rows import is_object
 from talik.data.templates.encoding import Encoder, encoder_of
 
-# Errors that a template raises: by itself (an unknown role), or where an expression meets the wrong messages.
+# Errors that a template raises: its own (an unknown role), or those of an expression that gets unexpected
+# messages.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -31,16 +33,17 @@ Chat = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template, or the plain one if it has none.
+    """A tokenizer's chat template, or Talik's plain one if the tokenizer has none.
 
     Attributes:
         tokenizer: A tokenizer of Transformers.
-        text: The template's source, or several by name.
-        plain: Whether it is the plain template of Talik.
-        encoder: Gives token ids with the characters that they cover.
-        special: Tokens that only the template may write.
+        text: The source of the template, or of several templates by name.
+        plain: True for the plain template of Talik.
+        encoder: Encodes the rendered text.
+        special: The tokens that only the template may write.
         added: All tokens that the tokenizer matches before it splits text.
-        arguments_as_text: Whether the arguments of calls must be JSON text, not objects.
+        arguments_as_text: True if the template needs the arguments of tool calls as JSON text, not as
+            objects.
     """
 
     tokenizer: Any
@@ -53,27 +56,27 @@ class Template:
 
     @property
     def name(self) -> str:
-        """Whose template it is, in words."""
+        """A description of the origin of the template."""
         return "plain (the tokenizer has none)" if self.plain else "the tokenizer's"
 
     @property
     def begin(self) -> str | None:
-        """The token that begins a text; None where the same token ends one."""
+        """The token that begins a text; None if the same token also ends one."""
         bos = self.tokenizer.bos_token
         return None if bos == self.tokenizer.eos_token else bos
 
     @cached_property
     def ends(self) -> re.Pattern[str]:
-        """Matches added tokens and blanks at the end of a text."""
+        """The pattern of added tokens and blanks at the end of a text."""
         return re.compile(rf"(?:\s*(?:{any_of(self.added)}))+\s*\Z")
 
     @cached_property
     def token(self) -> re.Pattern[str]:
-        """Matches one added token."""
+        """The pattern of one added token."""
         return re.compile(any_of(self.added))
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The template that a conversation with these tools is rendered by: some models have several."""
+        """Returns the source for a conversation with these tools: some models have several templates."""
         if isinstance(self.text, str):
             return self.text
         name = "tool_use" if tools and "tool_use" in self.text else "default"
@@ -87,7 +90,7 @@ class Template:
     def apply(
         self, chat: Chat, tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
     ) -> str | Exception:
-        """The text of a chat, or what the template raised; `prompt`: up to where the assistant answers."""
+        """Renders a chat, or returns the template's error. `prompt`: with the generation prompt."""
         try:
             return self.tokenizer.apply_chat_template(
                 chat,
@@ -100,22 +103,22 @@ class Template:
             return error
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """Messages as templates take them: those of Transformers' documentation.
+        """Returns messages in the form that templates take, as in the documentation of Transformers.
 
-        Calls without an id are numbered. A result without a call's id or a name gets those of the first call
-        before it that has no result yet.
+        Tool calls without an id get a number. A tool result without a call id or a name gets those of the
+        first earlier call without a result.
         """
         chat: Chat = []
-        numbers, waiting = count(), deque[dict[str, Any]]()
+        numbers, unanswered = count(), deque[dict[str, Any]]()
         for message in messages:
             made: dict[str, Any] = {"role": message.role, "content": message.content}
             if message.reasoning:
                 made |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
             if message.tool_calls:
                 made["tool_calls"] = [self._call(call, next(numbers)) for call in message.tool_calls]
-                waiting = deque(made["tool_calls"])
+                unanswered = deque(made["tool_calls"])
             names = {"name": message.name, "tool_call_id": message.call_id}
-            if message.role == "tool" and (call := _answered(waiting, message.call_id)):
+            if message.role == "tool" and (call := _answered(unanswered, message.call_id)):
                 names = {"name": message.name or call["function"]["name"], "tool_call_id": call["id"]}
             chat.append(made | {key: name for key, name in names.items() if name is not None})
         return chat
@@ -126,19 +129,19 @@ class Template:
         return {"id": call.id or f"call{number:05d}", "type": "function", "function": function}
 
 
-def _answered(waiting: deque[dict[str, Any]], call_id: str | None) -> dict[str, Any] | None:
-    """Takes the call that a result answers out of those that wait for one."""
-    found = next((call for call in waiting if call_id in (None, call["id"])), None)
+def _answered(unanswered: deque[dict[str, Any]], call_id: str | None) -> dict[str, Any] | None:
+    """Removes and returns the call that a tool result answers."""
+    found = next((call for call in unanswered if call_id in (None, call["id"])), None)
     if found is not None:
-        waiting.remove(found)
+        unanswered.remove(found)
     return found
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The template for a tokenizer that has none: "User: ...", "Assistant: ..." and the end token.
+    """Returns the template for a tokenizer without one: "User: ...", "Assistant: ..." and the end token.
 
-    It starts with the BOS token where the tokenizer itself would add one. Save it with the model, so that
-    the model reads the same text later.
+    It starts with the BOS token if the tokenizer itself would add one. Save it with the model, so that the
+    model later gets prompts of the same form.
     """
     adds_bos = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return (
@@ -154,10 +157,10 @@ def plain_template(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any) -> Template:
-    """The template to render with, of a tokenizer of Transformers.
+    """Returns the template of a tokenizer of Transformers.
 
     Raises:
-        UsageError: The template is not a template of Jinja, or the tokenizer cannot encode text.
+        UsageError: The template is not a valid Jinja template, or the tokenizer cannot encode text.
     """
     encoder = encoder_of(tokenizer)
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
@@ -171,19 +174,21 @@ def template_of(tokenizer: Any) -> Template:
 
 
 def date_of(tokenizer: Any) -> str | None:
-    """Today's date and time, if the tokenizer's template writes them: what a run keeps."""
+    """Returns the date and time that a run keeps if the template writes today's date; else None."""
     return datetime.now().isoformat(timespec="seconds") if asks_for_today(tokenizer) else None
 
 
 def asks_for_today(tokenizer: Any) -> bool:
     """True if the tokenizer's template writes today's date."""
-    texts = tokenizer.chat_template or ""
-    return any("strftime_now" in text for text in (texts.values() if isinstance(texts, dict) else [texts]))
+    template: Any = tokenizer.chat_template or ""
+    sources: list[str] = list(template.values()) if is_object(template) else [template]
+    return any("strftime_now" in source for source in sources)
 
 
 def _check(template: Template) -> None:
-    """Raises UsageError for a template that Jinja cannot parse: its own fault, not that of any row."""
-    for tools in ((), ({"type": "function", "function": {"name": "f"}},)):
+    """Raises a UsageError for a template that Jinja cannot parse."""
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+    for tools in ((), (tool,)):
         error = template.apply([{"role": "user", "content": "?"}], tools)
         if isinstance(error, jinja2.TemplateSyntaxError):
             raise UsageError(
@@ -193,13 +198,14 @@ def _check(template: Template) -> None:
 
 
 def _with_arguments(template: Template) -> Template:
-    """The template with the arguments of calls as it takes them: objects, or their JSON text.
+    """Returns the template with `arguments_as_text` set if it needs that.
 
-    Some templates join them to a text, which would write an object the way Python does.
+    Some templates concatenate the arguments to a text, which would write an object as its Python repr.
     """
     call = ToolCall("talikcall", {"talikkey": "talikvalue"})
     messages = [Message("user", "?"), Message("assistant", "", tool_calls=(call,))]
-    tools = ({"type": "function", "function": {"name": "talikcall", "description": "", "parameters": {}}},)
+    function: dict[str, Any] = {"name": "talikcall", "description": "", "parameters": {}}
+    tools = ({"type": "function", "function": function},)
     written = template.apply(template.chat(messages), tools)
     if isinstance(written, str) and "'talikkey'" not in written:
         return template
@@ -209,10 +215,10 @@ def _with_arguments(template: Template) -> Template:
 
 
 def as_json(value: Any) -> str:
-    """A value as JSON, without escapes for letters."""
+    """Returns a value as JSON, without escapes for letters that are not ASCII."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def any_of(tokens: frozenset[str] | set[str]) -> str:
-    """A pattern for any of `tokens`, the longest first; one that matches nothing if there are none."""
+    """Returns a pattern of any of the tokens, the longest first; without tokens it matches nothing."""
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token) or "(?!)"

@@ -1,9 +1,9 @@
-"""Renders a conversation to the texts of its examples, with the characters of every trained answer.
+"""Renders a conversation to the texts of its examples, with the ranges of the trained answers.
 
-For each trained turn the template is called twice: for the prompt, as at inference, and for the conversation
-up to the answer. The model learns everything after the prompt up to and including the end of the turn. Turns
-share an example as long as each later prompt begins with the text so far. If a template writes an earlier
-answer differently (without its reasoning, for example), the next turn starts a new example.
+Each trained turn is rendered twice: its prompt, as at inference, and the conversation up to and including the
+answer. The model learns the text after the prompt, up to and including the end of the turn. Turns share an
+example as long as each later prompt starts with the text before it. If a template writes an earlier answer
+differently (for example without its reasoning), the next turn starts a new example.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from talik.data.messages import Conversation, Message
 from talik.data.reading.rows import RowError
 from talik.data.templates.answers import aligned, end_in, reasoning_stop, with_thought
-from talik.data.templates.facts import Facts, common_prefix
-from talik.data.templates.marks import has_marks, marked_answer
+from talik.data.templates.content_checks import NOT_WRITTEN, check_answer, check_written
+from talik.data.templates.generation_marks import has_marks, marked_answer
 from talik.data.templates.template import Chat, Template
-from talik.data.templates.written import NOT_WRITTEN, check_answer, check_written
+from talik.data.templates.template_facts import TemplateFacts, common_prefix
 
 TEMPLATE_REFUSES = "refused by the chat template"
 NOTHING_TO_TRAIN = "nothing to train"
@@ -27,9 +27,13 @@ NO_END = "no end token"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The characters `start:stop` of an answer; from `content_stop` on they are its end of turn.
+    """The range of characters of an answer in the text of an example.
 
-    `reasoning_stop`: up to there the answer is reasoning; `start` if it has none.
+    Attributes:
+        start: The first character.
+        content_stop: The end of the content; the end of turn follows.
+        stop: The end of the end of turn.
+        reasoning_stop: The end of the reasoning; `start` if there is none.
     """
 
     start: int
@@ -40,14 +44,14 @@ class Answer:
 
 @dataclass(slots=True)
 class Rendered:
-    """The text of one example, and what was decided for it.
+    """The text of one example with its trained answers.
 
     Attributes:
-        text: All that the model reads.
-        answers: The answers to train, in order.
-        new: The characters before it stand in the conversation's example before this one.
-        added_ends: Answers whose end the template does not write in this place.
-        thoughts: Answers whose reasoning the template drops, or whose empty thought was closed.
+        text: The whole text.
+        answers: The trained answers, in order.
+        new: The length of the prefix that is the same as in the conversation's previous example.
+        added_ends: The number of answers whose end the template does not write, so that it was added.
+        thoughts: The number of answers whose reasoning the template drops, or whose empty thought was closed.
     """
 
     text: str
@@ -59,35 +63,59 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A trained turn: what is asked, what is answered, and what the template writes after that."""
+    """A trained turn.
+
+    Attributes:
+        index: The index of the answer among the messages.
+        prompt: The rendered prompt.
+        written: The text that the model learns, up to and including the end of the turn.
+        tail: The text that the template writes after that.
+        start: The start of the answer in `written`; negative if the marks of the template begin in the
+            prompt.
+        content_stop: The end of the content in `written`.
+        reasoning_stop: The end of the reasoning in `written`.
+        added_end: True if the template writes no end of turn, so that the tokenizer's was added.
+        thought: True if the reasoning was added or an empty thought was closed.
+    """
 
     index: int
     prompt: str
     written: str
     tail: str
-    start: int  # of the answer in `written`; -1 where marks of the template begin in the prompt
+    start: int
     content_stop: int
     reasoning_stop: int
     added_end: bool
     thought: bool
 
 
-def render(conversation: Conversation, template: Template, facts: Facts, train_on: str) -> list[Rendered]:
-    """The examples of a conversation: one, or several where the template demands it.
+def render(
+    conversation: Conversation, template: Template, facts: TemplateFacts, train_on: str
+) -> list[Rendered]:
+    """Renders the examples of a conversation.
+
+    There are several examples if the template writes earlier answers differently.
+
+    Args:
+        conversation: The conversation.
+        template: The template.
+        facts: The facts about the template.
+        train_on: "assistant": all answers that are not context. "last": the last of them. "all": the whole
+            text.
 
     Raises:
-        RowError: The template refuses the messages or does not write a part of them, or an answer cannot be
-            found in its text.
+        RowError: The template refuses the messages or drops a part of them, or an answer cannot be found in
+            its text.
     """
     messages = known_roles(conversation.messages, facts)
     trained = _trained(messages, train_on)
     if not trained:
         raise RowError(NOTHING_TO_TRAIN, "no assistant message is to be trained")
     if not facts.ends and not facts.added_end:
-        problem = "the chat template writes no end of turn and the tokenizer has no end token (eos_token)"
+        problem = "the chat template writes no end of turn, and the tokenizer has no end token (eos_token)"
         raise RowError(NO_END, problem)
     if conversation.tools and not facts.tools:
-        raise RowError(NOT_WRITTEN, "the chat template does not write the definitions of tools", "tools")
+        raise RowError(NOT_WRITTEN, "the chat template does not write tool definitions", "tools")
     chat = template.chat(messages)
     made: list[Rendered] = []
     last: _Turn | None = None
@@ -102,14 +130,15 @@ def render(conversation: Conversation, template: Template, facts: Facts, train_o
     return made
 
 
-def known_roles(messages: Sequence[Message], facts: Facts) -> Sequence[Message]:
-    """The messages with a role for the developer's that the template knows."""
+def known_roles(messages: Sequence[Message], facts: TemplateFacts) -> Sequence[Message]:
+    """Returns the messages with the role "system" for a developer message that the template does not know."""
     if messages[0].role == "developer" and not facts.developer:
         return [replace(messages[0], role="system"), *messages[1:]]
     return messages
 
 
 def _trained(messages: Sequence[Message], train_on: str) -> list[int]:
+    """Returns the indices of the answers to train."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if train_on != "all":
         answers = [i for i in answers if messages[i].trained is not False]
@@ -117,13 +146,14 @@ def _trained(messages: Sequence[Message], train_on: str) -> list[int]:
 
 
 def _begun(turn: _Turn, before: str) -> Rendered:
+    """Starts an example with a turn; `before` is the text of the previous example."""
     rendered = Rendered(turn.prompt, (), common_prefix(before, turn.prompt))
     _extend(rendered, turn)
     return rendered
 
 
 def _extend(rendered: Rendered, turn: _Turn) -> None:
-    """Adds a turn whose prompt begins with the text so far."""
+    """Adds a turn whose prompt starts with the text so far."""
     at = len(turn.prompt)
     rendered.text = turn.prompt + turn.written
     answer = Answer(
@@ -137,7 +167,7 @@ def _extend(rendered: Rendered, turn: _Turn) -> None:
 def _end_example(
     made: list[Rendered], last: _Turn | None, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Adds what the template writes after the last answer, and checks that nothing of the row is lost."""
+    """Adds the text after the last answer, and checks that the example contains all of its messages."""
     if last is not None:
         made[-1].text += last.tail
         check_written(messages[: last.index + 1], tools, made[-1].text)
@@ -149,15 +179,16 @@ def _turns(
     trained: Sequence[int],
     tools: Sequence[Mapping[str, Any]],
     template: Template,
-    facts: Facts,
+    facts: TemplateFacts,
 ) -> Iterator[_Turn]:
-    """Each trained turn, rendered when it is asked for: the prefixes are never held all at once."""
+    """Yields each trained turn, rendered on demand, so that the prompts are not all in memory."""
     for index in trained:
-        prompt = _sound(template.apply(chat[:index], tools, prompt=True))
+        prompt = _accepted(template.apply(chat[:index], tools, prompt=True))
         yield _turn(messages[index], index, chat, tools, template, facts, prompt)
 
 
-def _sound(text: str | Exception) -> str:
+def _accepted(text: str | Exception) -> str:
+    """Returns the rendered text; RowError if the template refused the messages."""
     if isinstance(text, Exception):
         problem = f"the chat template refuses these messages: {text or type(text).__name__}"
         raise RowError(TEMPLATE_REFUSES, problem)
@@ -170,11 +201,11 @@ def _turn(
     chat: Chat,
     tools: Sequence[Mapping[str, Any]],
     template: Template,
-    facts: Facts,
+    facts: TemplateFacts,
     prompt: str,
 ) -> _Turn:
-    """What the model is asked to write in one turn."""
-    whole = _sound(template.apply(chat[: index + 1], tools))
+    """Renders one trained turn whose prompt is given."""
+    whole = _accepted(template.apply(chat[: index + 1], tools))
     plain = whole[len(prompt) :] if whole.startswith(prompt) else None
     if plain is None:
         plain = aligned(chat, index, tools, template, facts, prompt, whole)

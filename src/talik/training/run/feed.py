@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from talik.data.batches import collate, micro_batches
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_at
+from talik.data.preparing.stored_examples import lengths_at
 from talik.model.chain.chain import Chain
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe

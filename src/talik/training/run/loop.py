@@ -26,7 +26,7 @@ from talik.base.events import Evaluated, Evaluation, Saved, StepDone
 from talik.base.files import quoted, write_text
 from talik.data.batches import steps_of_epoch
 from talik.data.examples import Example
-from talik.data.preparing.store import lengths_of
+from talik.data.preparing.stored_examples import lengths_of
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.training.memory.scratch import Scratch

@@ -23,7 +23,7 @@ from talik.base.errors import ChainError, TalikError
 from talik.base.files import fingerprint, read_json
 from talik.data.batches import equal_length_groups
 from talik.data.examples import Example
-from talik.data.preparing.store import ids_of, lengths_of
+from talik.data.preparing.stored_examples import ids_of, lengths_of
 from talik.model.weights.safetensors_file import tensor_bytes
 
 _READ_BYTES = 1 << 20  # bytes that are read, and verified while they are still in the CPU's cache

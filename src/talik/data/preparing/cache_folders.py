@@ -1,9 +1,9 @@
-"""The folders of prepared examples in Talik's home, each named by what its examples depend on.
+"""Manages the cache folders of prepared examples in Talik's home folder.
 
-ROOT/KEY/data.json      the facts that KEY is the fingerprint of; its time is the last use
-ROOT/KEY/part-*         examples (`parts`)
-ROOT/KEY/whole.json     how many parts there are; written when all of them are
-ROOT/KEY.lock           held by the process that writes there
+ROOT/KEY/data.json      everything the examples depend on; KEY is its fingerprint; its mtime is the last use
+ROOT/KEY/part-*         the examples (`parts`)
+ROOT/KEY/whole.json     the number of parts; written when all parts are complete
+ROOT/KEY.lock           held by the process that writes the folder
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,27 @@ _KEY = re.compile("[0-9a-f]{32}")
 
 
 def data_root() -> Path:
-    """The folder of all prepared examples."""
+    """Returns the folder of all caches of prepared examples."""
     return home_folder() / "data"
 
 
 def state_of(file: DataFile) -> list[Any]:
-    """The whole path of a file, its size, and when it was last changed, in nanoseconds."""
+    """Returns the absolute path of a file, its size in bytes, and its modification time in nanoseconds."""
     path = file.path.absolute()
     found = path.stat()
     return [str(path), found.st_size, found.st_mtime_ns]
 
 
 @contextmanager
-def held_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Notify) -> Iterator[Path]:
-    """Locks the folder for these facts and files while the context is entered.
+def locked_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Notify) -> Generator[Path]:
+    """Locks the cache folder for these facts and files, and yields it.
 
-    Folders whose files have changed since are deleted, because nothing will use them again.
+    Folders whose data files have changed are removed, because their key will not occur again.
+
+    Args:
+        facts: Everything but the files that the examples depend on, as JSON values.
+        states: The state of each data file (`state_of`).
+        notify: Gets events about waiting and about removed folders.
     """
     root, known = data_root(), {"facts": json.loads(json.dumps(facts)), "files": list(states)}
     folder = root / _key_of(known)
@@ -52,11 +57,11 @@ def held_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Noti
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        notify(Status("data", f"another process prepares the same data in {folder}: waiting for it"))
+        notify(Status("data", f"another process is preparing the same data in {folder}: waiting for it"))
         lock.acquire()
     try:
         for gone in remove_outdated(root):
-            notify(Status("data", f"{gone} was prepared from files that have changed, and is removed"))
+            notify(Status("data", f"{gone} was removed: it was prepared from files that have changed"))
         folder.mkdir(exist_ok=True)
         if not (folder / "data.json").is_file():
             write_json(folder / "data.json", known)
@@ -68,13 +73,13 @@ def held_folder(facts: dict[str, Any], states: Sequence[list[Any]], notify: Noti
 
 
 def remove_outdated(root: Path) -> list[Path]:
-    """Removes the folders whose data files have changed, unless another process writes them."""
+    """Removes and returns the folders whose data files have changed, except those that are locked."""
     found = [path for path in sorted(root.iterdir()) if _KEY.fullmatch(path.name) and _is_outdated(path)]
     return [path for path in found if _removed(path)]
 
 
 def _is_outdated(folder: Path) -> bool:
-    """True if it is a folder of ours of which some file is there in another state."""
+    """True if this is a cache folder, and one of its data files exists in another state."""
     try:
         known = read_json(folder / "data.json")
         if _key_of(known) != folder.name:
@@ -91,6 +96,7 @@ def _now(path: Path) -> list[int]:
 
 
 def _removed(folder: Path) -> bool:
+    """Removes a folder; False if another process uses it."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     gone = folder.with_name(f".{folder.name}.gone")
     try:
@@ -99,9 +105,9 @@ def _removed(folder: Path) -> bool:
         return False
     try:
         shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)  # renamed first, so that it disappears at once
+        folder.rename(gone)  # atomic: no process finds half of it
         shutil.rmtree(gone, ignore_errors=True)
-    except OSError:  # Windows: one of its files is open
+    except OSError:  # Windows: another process has one of its files open
         return False
     finally:
         lock.release()

@@ -1,7 +1,7 @@
-"""Facts about a chat template, found by rendering small conversations with it.
+"""Finds facts about a chat template by rendering small conversations with it.
 
-They are shown by `talik preview`, kept in the run folder, and used where a conversation is rendered: how an
-answer ends, and which token or text stops the model afterwards.
+`talik preview` shows them, the run folder keeps them, and rendering uses them: how an answer ends, and which
+token or text stops the model.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from talik.data.messages import Message, ToolCall
 from talik.data.templates.template import Template, asks_for_today, template_of
 
 Q1, A1, Q2, A2, Q3 = "talikq1", "talika1", "talikq2", "talika2", "talikq3"
-_TOOL = {
+_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "taliktool", "description": "d", "parameters": {"type": "object", "properties": {}}},
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What a chat template does.
+class TemplateFacts:
+    """The behaviour of a chat template.
 
     Attributes:
-        generation_prompt: The text after the last message with which it asks for an answer; "" where it adds
-            none.
-        answer_header: The text that the model is asked to write before an answer, such as a channel's name.
-        ends: The tokens and texts that end an answer, the one after a plain answer first.
-        added_end: The text to add after an answer for which the template writes none of `ends`; "" where none
-            is needed.
+        generation_prompt: The text after the last message that asks for an answer; "" if there is none.
+        answer_header: The text that the model writes before an answer, such as the name of a channel.
+        ends: The tokens and texts that end an answer; first the one after an answer without tool calls.
+        added_end: The text to add after an answer if the template writes none of `ends`; "" if it always
+            writes one.
         added_call_end: The same after an answer that calls tools.
-        end_from: Where `ends` come from: "template", "next role" (the opening of the next message ends an
-            answer) or "tokenizer" (the template writes no end, so the tokenizer's end token is added).
-        system: Whether a system message is "written", "refused" or "dropped".
-        default_system: The system message that the template writes where there is none.
-        developer: Whether the role "developer" is written.
-        tools: Whether definitions of tools are written.
-        reasoning: "written" from its own field, "dropped", or "dropped from earlier answers".
-        trims: Whether blanks around an answer are dropped.
-        prefix_preserving: Whether an answer stands in a longer conversation as the model wrote it.
-        today: Whether it writes today's date.
+        end_from: The origin of `ends`: "template", "next role" (the start of the next message ends an answer)
+            or "tokenizer" (the template writes no end, so the tokenizer's end token is added).
+        system: "written", "refused" or "dropped": the treatment of a system message.
+        default_system: The system message that the template adds to a conversation without one.
+        developer: True if messages with the role "developer" are written.
+        tools: True if tool definitions are written.
+        reasoning: "written", "dropped", or "dropped from earlier answers": the treatment of the reasoning
+            field.
+        trims: True if blanks around an answer are removed.
+        prefix_preserving: True if an earlier answer is written as it was when it was the last one.
+        today: True if the template writes today's date.
     """
 
     generation_prompt: str
@@ -60,31 +60,31 @@ class Facts:
     today: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The facts for programs."""
+        """Returns the facts in a form for programs."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The facts in words, one a line."""
+        """Describes the facts in words, one a line."""
         found = [f"an answer ends with {' or '.join(map(repr, self.ends))}" + _FROM[self.end_from]]
         if self.generation_prompt:
             found.append(f"the generation prompt is {self.generation_prompt!r}")
         if self.default_system:
-            found.append(f"it adds a system message where there is none: {_short(self.default_system)}")
+            found.append(f"it adds a system message if there is none: {_short(self.default_system)}")
         if self.system != "written":
             found.append(f"system messages are {self.system}")
         if not self.prefix_preserving:
-            found.append("an answer is written in another way once the conversation goes on")
+            found.append("an answer is written differently when the conversation continues")
         found.append(f"reasoning is {self.reasoning}; tools are {'written' if self.tools else 'not written'}")
         if self.trims:
-            found.append("blanks around an answer are dropped")
+            found.append("blanks around an answer are removed")
         if self.today:
-            found.append("it writes today's date, which a run keeps")
+            found.append("it writes today's date; a run keeps the date of its start")
         return found
 
 
 _FROM = {
     "template": "",
-    "next role": ", which opens the next message: the template writes no other end",
+    "next role": ", the start of the next message: the template writes no other end",
     "tokenizer": ", the tokenizer's end token: the template writes no end",
 }
 
@@ -94,8 +94,8 @@ def _short(text: str) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def facts_of(template: Template) -> Facts:
-    """Renders probe conversations and reads off what the template does."""
+def facts_of(template: Template) -> TemplateFacts:
+    """Finds the facts about a template by rendering probe conversations."""
     user, answer = Message("user", Q1), Message("assistant", A1)
     prompt, whole = _text(template, [user], prompt=True), _text(template, [user, answer])
     longer = _text(template, [user, answer, Message("user", Q2)], prompt=True)
@@ -103,7 +103,7 @@ def facts_of(template: Template) -> Facts:
     call_end, added_call_end = _call_end(template)
     ends = dict.fromkeys(found for found in (_name_of(template, end), call_end) if found)
     system, default = _system(template, whole)
-    return Facts(
+    return TemplateFacts(
         generation_prompt=_generation_prompt(template, prompt, _text(template, [user])),
         answer_header=_after(whole, prompt).partition(A1)[0] if whole.startswith(prompt) else "",
         ends=tuple(ends),
@@ -126,17 +126,28 @@ def facts_of(template: Template) -> Facts:
 def _text(
     template: Template, messages: list[Message], tools: Sequence[Any] = (), prompt: bool = False
 ) -> str:
-    """The rendered text; "" where the template refuses."""
+    """Renders messages; "" if the template refuses them."""
     text = template.apply(template.chat(messages), tools, prompt=prompt)
     return text if isinstance(text, str) else ""
 
 
 def _after(text: str, start: str) -> str:
+    """Returns the rest of a text after its start; "" if it does not start so."""
     return text[len(start) :] if start and text.startswith(start) else ""
 
 
 def _end(template: Template, whole: str, longer: str) -> tuple[str, str, str]:
-    """The text that ends a plain answer, where that comes from, and what to add after the last answer."""
+    """Finds the end of an answer.
+
+    Args:
+        template: The template.
+        whole: A question and an answer, rendered.
+        longer: The same with one more question.
+
+    Returns:
+        The text that ends an answer, its origin (`TemplateFacts.end_from`), and the text to add after the
+        last answer.
+    """
     last, middle = whole.partition(A1)[2], longer.partition(A1)[2].partition(Q2)[0]
     if token := first_token(template, last):
         return token, "template", ""
@@ -150,19 +161,19 @@ def _end(template: Template, whole: str, longer: str) -> tuple[str, str, str]:
 
 
 def _name_of(template: Template, end: str) -> str:
-    """The token of an end of turn; where it is a text, with the line breaks before it."""
+    """Returns the token of an end of turn; if it is not a token, its text without outer spaces."""
     return end.strip() if end.strip() in template.added else end.strip(" ")
 
 
 def _generation_prompt(template: Template, prompt: str, asked: str) -> str:
-    """The end of a prompt that the same messages without a generation prompt do not have."""
+    """Returns the end of a prompt that the same messages without a generation prompt do not have."""
     alike = common_prefix(prompt, asked)
     cut = next((t.start() for t in template.token.finditer(prompt) if t.start() < alike < t.end()), alike)
     return prompt[cut:]
 
 
 def common_prefix(first: str, second: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """Returns the length of the common prefix of two texts, by bisection."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -171,21 +182,21 @@ def common_prefix(first: str, second: str) -> int:
 
 
 def first_token(template: Template, text: str) -> str:
-    """The blanks and the added token at the start of a text; "" if there is none, or it is the BOS token."""
+    """Returns the added token at the start of a text, with blanks before it; "" for none or BOS."""
     blanks = len(text) - len(text.lstrip())
     found = template.token.match(text, blanks)
     return "" if found is None or found[0] == template.begin else text[: found.end()]
 
 
 def _second_opening(template: Template) -> str:
-    """The text between a second answer and a third question: another one where turns are numbered."""
+    """Returns the text between a second answer and a third question, which varies if turns are numbered."""
     texts = [Message("user", Q1), Message("assistant", A1), Message("user", Q2), Message("assistant", A2)]
     text = _text(template, [*texts, Message("user", Q3)], prompt=True)
     return text.partition(A2)[2].partition(Q3)[0]
 
 
 def _call_end(template: Template) -> tuple[str, str]:
-    """The token that ends an answer which calls a tool; the text to add where the template writes none."""
+    """Returns the token that ends an answer with a tool call, and the text to add if it is not written."""
     asked = Message("user", Q1)
     called = Message("assistant", "", tool_calls=(ToolCall("taliktool", {"key": "talikvalue"}),))
     whole = _text(template, [asked, called], [_TOOL])
@@ -200,7 +211,7 @@ def _call_end(template: Template) -> tuple[str, str]:
 
 
 def _system(template: Template, whole: str) -> tuple[str, str]:
-    """What becomes of a system message, and the one that is written where there is none."""
+    """Finds the treatment of a system message (`TemplateFacts.system`), and the default system message."""
     messages = [Message("system", "taliks"), Message("user", Q1), Message("assistant", A1)]
     text = template.apply(template.chat(messages))
     if isinstance(text, Exception):
@@ -214,7 +225,7 @@ def _system(template: Template, whole: str) -> tuple[str, str]:
 
 
 def _reasoning(template: Template) -> str:
-    """What the template does with reasoning, in the last answer and in an earlier one."""
+    """Finds the treatment of the reasoning (`TemplateFacts.reasoning`)."""
     answer = Message("assistant", A1, reasoning="talikr1")
     last = _text(template, [Message("user", Q1), answer])
     earlier = _text(template, [Message("user", Q1), answer, Message("user", Q2)], prompt=True)
@@ -225,14 +236,18 @@ def _reasoning(template: Template) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stops:
-    """What stops an answer while it is generated: token ids, and texts if an end is not a token."""
+    """The token ids that stop generation, and the texts for ends that are not tokens."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
 
 
 def stops_of(tokenizer: Any, known: int | list[int] | None = None) -> Stops:
-    """What ends an answer: the `known` ids, and the ends that the template writes and training teaches.
+    """Returns the stops of a tokenizer: known ids, and the ends of answers that training teaches.
+
+    Args:
+        tokenizer: A tokenizer of Transformers.
+        known: Ids that stop generation already, such as `eos_token_id`.
 
     Raises:
         UsageError: The chat template cannot be parsed.

@@ -1,10 +1,10 @@
-"""Templates that mark the answers themselves: {% generation %} ... {% endgeneration %}."""
+"""Reads the marks of templates that mark the answers: {% generation %} ... {% endgeneration %}."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from talik.data.reading.rows import RowError
 from talik.data.templates.template import Chat, Template
@@ -20,17 +20,18 @@ def has_marks(template: Template, tools: Sequence[Mapping[str, Any]]) -> bool:
 def marked_answer(
     chat: Chat, tools: Sequence[Mapping[str, Any]], template: Template, prompt: str, written: str
 ) -> tuple[int, int]:
-    """The characters of the last answer of a chat that the template marks, its end of turn included.
+    """Returns the range of characters of the last answer that the template marks, including its end of turn.
 
     Args:
-        chat: Messages up to the answer.
-        tools: The tools that the template is given.
+        chat: The messages up to and including the answer.
+        tools: The tool definitions for the template.
         template: A template with marks.
-        prompt: The text that the template asks with.
-        written: The text after it, up to the end of turn.
+        prompt: The prompt, as rendered.
+        written: The text after the prompt, up to the end of turn.
 
     Raises:
-        RowError: The template marks nothing, or other text than it asks for, blanks apart.
+        RowError: The template marks nothing, or its marks differ from the text after the prompt by more than
+            blanks.
     """
     text, spans = _marked(chat, tools, template)
     at, ours = len(prompt), len(prompt + written)
@@ -42,7 +43,7 @@ def marked_answer(
     if text[min(start, at) : max(start, at)].strip() or text[ours:stop].strip():
         problem = (
             f"the chat template contradicts itself in message {len(chat)}: it marks "
-            f"{text[start:stop][:80]!r} and asks for {written[:80]!r}"
+            f"{text[start:stop][:80]!r} but its prompt asks for {written[:80]!r}"
         )
         raise RowError("marks of the chat template", problem)
     return start, max(stop, ours)
@@ -51,10 +52,10 @@ def marked_answer(
 def _marked(
     chat: Chat, tools: Sequence[Mapping[str, Any]], template: Template
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a chat and the characters that the template marks as answers."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """Renders a chat; returns the text and the ranges of characters that the template marks as answers."""
+    from transformers.utils import chat_template_utils
 
-    rendered, spans = render_jinja_template(
+    rendered, spans = cast(Any, chat_template_utils).render_jinja_template(
         conversations=[chat],
         tools=[dict(tool) for tool in tools] or None,
         chat_template=template.source(tools),

@@ -1,4 +1,4 @@
-"""The result of `talik check` as one HTML page without other files."""
+"""Renders the result of `talik check` as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from talik.check.report_text import cuts, known_in_words, numbers, summary
 from talik.check.result import Check, Group
-from talik.check.text import cuts, known_in_words, numbers, summary
 from talik.data.preview import length_ranges, sections
 from talik.data.reading.rows import visible
 
-LISTED = 200  # findings of a kind on the page
+LISTED = 200  # findings of each kind on the page
 STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; --good: #1a7f37; --bad: #b3261e;
   --ink: #1f2328; --dim: #59636e; --page: #ffffff; --bar: #54779c; }
@@ -54,24 +54,24 @@ pre span { border: 1px solid var(--line); border-radius: 2px; }
 
 
 def check_page(check: Check, title: str, tokenizer: Any) -> str:
-    """The page: the result, findings by kind with their places, numbers, and examples with their masks.
+    """Renders the page: summary, findings by kind, statistics, and examples with their masks.
 
     Args:
-        check: What was found.
+        check: The result of the check.
         title: The names of the data.
-        tokenizer: Shows the tokens of the examples.
+        tokenizer: Decodes the tokens of the examples.
     """
     groups = "".join(_group(group) for group in check.groups()) or "<p>Nothing was found.</p>"
     state = "summary bad" if check.problems else "summary"
     body = [
         f"<h1>Check of {escape(visible(title))}</h1>",
         f"<p class='{state}'>{escape(summary(check))}</p>",
-        f"<h2>What was found</h2>{groups}",
+        f"<h2>Findings</h2>{groups}",
         f"<h2>Lengths in tokens</h2>{_bars(check)}{_rows('numbers', _cut_rows(check))}",
         f"<h2>Scripts</h2>{_scripts(check)}",
         f"<h2>Numbers</h2>{_rows('numbers', _other_numbers(check))}",
         "<h2>Examples</h2><p>Every box is one token. <span class='trained'>Bold and underlined</span> tokens "
-        "are trained, <span class='masked'>the others</span> are read only. Resting on a token shows its id. "
+        "are trained, <span class='masked'>the others</span> are masked. Hovering over a token shows its id. "
         "Long examples are shown up to their first 1,000 tokens.</p>",
         sections(check.examples, tokenizer).replace("<h2>", "<h3>").replace("</h2>", "</h3>"),
     ]
@@ -84,7 +84,7 @@ def check_page(check: Check, title: str, tokenizer: Any) -> str:
 
 
 def _group(group: Group) -> str:
-    """The findings of one kind; the first of the problems are open."""
+    """Renders the findings of one kind; problems are shown opened if there are at most 50."""
     rows = ((visible(one.place), visible(one.text)) for one in group.findings[:LISTED])
     remedies = " ".join(dict.fromkeys(one.remedy for one in group.findings[:3]))
     left = group.count - min(len(group.findings), LISTED)
@@ -105,7 +105,7 @@ def _rows(kind: str, rows: Iterable[tuple[str, str]], first: str = "th") -> str:
 
 
 def _bars(check: Check) -> str:
-    """A histogram of the lengths."""
+    """Renders a histogram of the lengths."""
     ranges = length_ranges(check.statistics.lengths)
     most = max((count for _, _, count in ranges), default=1)
     rows = "".join(
@@ -122,7 +122,7 @@ def _cut_rows(check: Check) -> Iterable[tuple[str, str]]:
 
 
 def _scripts(check: Check) -> str:
-    """A table of the scripts: their share of the letters, and how well the tokenizer knows them."""
+    """Renders a table of the scripts: their share of the letters, and how the tokenizer encodes them."""
     of = check.statistics.as_dict()
     return _rows(
         "numbers",

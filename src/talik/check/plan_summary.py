@@ -1,4 +1,4 @@
-"""The memory and time of a run on the checked data with default settings."""
+"""Summarises the plan of a run on the checked data with the default settings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PLACE = Place("-", 1)
 
 
 def plan_lines(statistics: Statistics, recipe: Recipe, model: ModelFolder, notify: Notify) -> list[str]:
-    """The plan of a run on examples of these lengths in words, or why it cannot be made.
+    """Plans a run on examples of these lengths; returns a summary, or the reason why there is no plan.
 
-    The examples over the recipe's greatest length are left out, as the default of `--too-long` does.
+    Examples over the recipe's greatest length are left out, as with the default of `--too-long`.
     """
     if not (model.path / "config.json").is_file():
         return ["none: the model's folder has no config.json"]
@@ -41,7 +41,7 @@ def plan_lines(statistics: Statistics, recipe: Recipe, model: ModelFolder, notif
 
 @cache
 def _example(length: int, trained: int) -> Example:
-    """An example of which a plan sees the lengths alone."""
+    """Makes an example with these numbers of tokens; a plan depends on nothing else."""
     masked = max(1, length - trained)
     spans = (Span(0, masked, False), Span(masked, length, True))
     return Example(array("i", [0]) * length, spans, _PLACE)

@@ -1,4 +1,7 @@
-"""Recognises files that are not data, and says how to convert them."""
+"""Recognises files without rows (archives, pictures, models) and text that is not UTF-8.
+
+The error says what the file is, only where that is certain or likely, and how to convert it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from talik.base.errors import DataError
 from talik.data.reading.rows import Place
 
 AS_TEXT = "Save the rows as JSON lines, CSV or Parquet."
-# The first bytes of files that hold no rows: what they are, and what to do.
+# The first bytes of files that hold no rows -> the kind of file, and what to do.
 _BINARY = {
     b"PK\x03\x04": ("an Excel or zip file", "Unpack it, or save the sheet as CSV in UTF-8."),
     b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "Save it as CSV in UTF-8."),
@@ -26,8 +29,8 @@ _BINARY = {
     b"ORC": ("an ORC file", AS_TEXT),
     b"Obj\x01": ("an Avro file", AS_TEXT),
     b"GGUF": ("a GGUF model", "Name the model first, then the data."),
-    b"\x89PNG": ("a picture", AS_TEXT),
-    b"\xff\xd8\xff": ("a picture", AS_TEXT),
+    b"\x89PNG": ("an image", AS_TEXT),
+    b"\xff\xd8\xff": ("an image", AS_TEXT),
     b"version https://git-lfs": ("a Git LFS pointer in place of the data", "Fetch the data: git lfs pull"),
     b"<!DOCTYPE": ("an HTML page", "It may be an error page in place of a download: get the file again."),
     b"<!doctype": ("an HTML page", "It may be an error page in place of a download: get the file again."),
@@ -45,23 +48,24 @@ _NAMES = {"GB18030": "GB18030 (GBK)", "windows-1252": "Windows-1252", "windows-1
 
 
 def check_head(head: bytes, name: str) -> None:
-    """Checks that the first bytes of a file are not those of a file without rows.
+    """Checks the first bytes of a file.
 
     Raises:
-        DataError: They are; the error says what the file is and what to do.
+        DataError: The file is of a kind without rows, or is UTF-16 or UTF-32 text.
     """
-    for start, (what, remedy) in _BINARY.items():
+    for start, (kind, remedy) in _BINARY.items():
         if head.startswith(start):
-            raise DataError(f"this is {what}", where=name, remedy=remedy)
+            raise DataError(f"this is {kind}", where=name, remedy=remedy)
     if encoding := _utf16_or_32(head):
         raise DataError(
             f"the file is not UTF-8; it looks like {encoding.rstrip('LBE')}",
             where=Place(name, 1),
-            remedy=_convert(encoding, name),
+            remedy=_iconv(encoding, name),
         )
 
 
 def _utf16_or_32(head: bytes) -> str | None:
+    """Recognises UTF-16 and UTF-32 by the byte order mark or by the zero bytes of ASCII characters."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
@@ -76,51 +80,52 @@ def _utf16_or_32(head: bytes) -> str | None:
 
 
 def not_utf8(block: bytes, at: int, start: Place, offset: int) -> DataError:
-    """The error for a block that is not UTF-8, with the encoding that it looks like.
+    """Returns the error for a block that is not UTF-8, with the likely encoding.
 
     Args:
         block: Whole lines of the file.
-        at: The first byte of it that is not UTF-8.
+        at: The position in the block of the first byte that is not UTF-8.
         start: The place of the block's first line.
-        offset: Where that byte is in the file.
+        offset: The position of that byte in the file.
     """
     line = start.line + block.count(b"\n", 0, at)
     problem = f"the file is not UTF-8: byte {block[at]:#04x} at offset {offset:,}"
     encoding = _guess(block)
     if encoding is not None:
         problem += f"; it looks like {_NAMES.get(encoding, encoding)}"
-    remedy = _convert(encoding, start.file) if encoding else "Save the file again as UTF-8."
+    remedy = _iconv(encoding, start.file) if encoding else "Save the file again as UTF-8."
     return DataError(problem, where=Place(start.file, line), remedy=remedy)
 
 
-def _convert(encoding: str, name: str) -> str:
+def _iconv(encoding: str, name: str) -> str:
+    """Returns the remedy with the command that converts a file to UTF-8."""
     command = f'iconv -f {encoding} -t UTF-8 "{name}" > converted'
     return f"Save the file again as UTF-8: {command}"
 
 
 def _guess(block: bytes) -> str | None:
-    """The encoding in which the bytes beyond ASCII are the likeliest letters, if one is plausible."""
-    found = {name: _plausible(block, name) for name in _CANDIDATES}
+    """Returns the encoding in which the non-ASCII bytes are most likely letters, if one is plausible."""
+    found = {name: _plausibility(block, name) for name in _CANDIDATES}
     best = max(found, key=lambda name: found[name])
     return best if found[best] > 0.6 else None
 
 
-def _plausible(block: bytes, encoding: str) -> float:
-    """The share of common letters of the encoding's languages among its characters beyond ASCII."""
+def _plausibility(block: bytes, encoding: str) -> float:
+    """Returns the share of common letters of the encoding's languages among the non-ASCII characters."""
     try:
         text = block[: 1 << 16].decode(encoding, errors="strict" if len(block) <= 1 << 16 else "ignore")
     except (UnicodeDecodeError, LookupError):
         return 0.0
-    beyond = [c for c in text if ord(c) > 127]
-    if not beyond or (len(beyond) < 4 and encoding == "windows-1251"):  # a word has more letters
+    non_ascii = [c for c in text if ord(c) > 127]
+    if not non_ascii or (len(non_ascii) < 4 and encoding == "windows-1251"):  # fewer letters than a word has
         return 0.0
-    common = sum(_is_common(c, encoding) for c in beyond) / len(beyond)
-    if not encoding.startswith("windows"):  # characters of these come in words, not one by one among letters
-        common *= sum(len(run) for run in _RUNS.findall(text)) / len(beyond)
-    if encoding in ("windows-1251", "windows-1252"):  # single letters among ASCII, or words of them
+    common = sum(_is_common(c, encoding) for c in non_ascii) / len(non_ascii)
+    if not encoding.startswith("windows"):  # these characters form words and rarely stand alone among letters
+        common *= sum(len(run) for run in _RUNS.findall(text)) / len(non_ascii)
+    if encoding in ("windows-1251", "windows-1252"):  # accented letters among ASCII, or Cyrillic words
         ascii_letters = sum(c.isascii() and c.isalpha() for c in text)
         latin = encoding == "windows-1252"
-        return common if (ascii_letters > 2 * len(beyond)) == latin else common * 0.5
+        return common if (ascii_letters > 2 * len(non_ascii)) == latin else common * 0.5
     return common
 
 
@@ -136,6 +141,6 @@ def _is_common(character: str, encoding: str) -> bool:
         return 0xAC00 <= code <= 0xD7A3
     if encoding == "Big5":
         return 0x4E00 <= code <= 0x9FFF or 0xFF00 <= code <= 0xFFEF or 0x3000 <= code <= 0x303F
-    # The first level of GB 2312, which holds nearly all characters of common texts.
+    # Level 1 of GB 2312 has nearly all characters of common texts.
     raw = character.encode("gb2312", errors="ignore")
     return len(raw) == 2 and (0xB0 <= raw[0] <= 0xD7 or raw[0] in (0xA1, 0xA3))

@@ -1,40 +1,41 @@
-"""Reads the rows of a data file, each with its line. The content decides the kind of the file.
+"""Reads the rows of a data file, each with the line where it starts.
 
-JSON, JSON lines, CSV, TSV, Parquet, Arrow and plain text, compressed or not (gz, zst, xz). Only a piece of
-the file is in memory at a time. A row that cannot be read is a problem with its place, and reading continues;
-a file that cannot be read is an error.
+The kind of file is recognised by its content: JSON, JSON lines, CSV, TSV, Parquet, Arrow or plain text, each
+also compressed (gz, zst, xz). One piece of the file is held at a time. A row that cannot be read becomes a
+`Problem`, and reading continues; a file that cannot be read raises a `DataError`.
 """
 
 from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from talik.base.errors import DataError
-from talik.data.reading.guesses import check_head
 from talik.data.reading.json_rows import BROKEN, LINES_REMEDY, json_document, json_lines, parse
-from talik.data.reading.rows import Place, Problem, Row, refuse
+from talik.data.reading.rows import Place, Problem, Row, is_list, is_object, refuse
 from talik.data.reading.streams import DataFile, TextStream, as_file, head_of
 from talik.data.reading.tables import arrow_rows, csv_rows, parquet_rows
+from talik.data.reading.unreadable_files import check_head
 
 TEXT = (".txt", ".md", ".text", ".markdown")
 LINES = (".jsonl", ".ndjson")
-READING = (BROKEN, "wrong number of fields", "not an object")  # kinds of problems that reading finds
+PEEKED_ROWS = 100  # first rows from which the format of a file is recognised
+READING_PROBLEMS = (BROKEN, "wrong number of fields", "not an object")  # kinds of problems found here
 _COMPRESSED = (".gz", ".zst", ".xz")
-_HEADER = re.compile(
-    rb"[\w-]{1,40}([,;\t])[\w-]{1,40}(\1[\w-]{1,40})*\r?\n"
-)  # names of columns, and no prose
+# A first line with the names of columns, which prose does not match.
+_HEADER = re.compile(rb"[\w-]{1,40}([,;\t])[\w-]{1,40}(\1[\w-]{1,40})*\r?\n")
 # A line that starts with an object, as in JSON lines; inside a document, one only follows "[", "," or ":".
 _SECOND_OBJECT = re.compile(rb"[^\s\[,:]\s*[\r\n]\{")
 
 
 def rows_of(file: DataFile | Path | str) -> Iterator[Row | Problem]:
-    """The rows of a data file, one at a time, and the problems of those that cannot be read.
+    """Yields the rows of a data file, and a problem for each row that cannot be read.
 
     Raises:
-        DataError: The file cannot be read, or is of no known kind.
+        DataError: The file cannot be read, has no rows, or its kind is not known.
     """
     file = as_file(file)
     found = False
@@ -45,27 +46,39 @@ def rows_of(file: DataFile | Path | str) -> Iterator[Row | Problem]:
         raise DataError("the file has no rows", where=file.name)
 
 
-def read_rows(file: DataFile | Path | str) -> list[Row]:
-    """All rows of a data file.
+def first_rows(file: DataFile | Path | str) -> list[Row]:
+    """Returns the readable rows among the first PEEKED_ROWS rows of a data file.
 
     Raises:
-        DataError: The file or rows of it cannot be read; the error has the first places.
+        DataError: The file cannot be read, has no rows, or its kind is not known.
+    """
+    return [row for row in islice(rows_of(file), PEEKED_ROWS) if isinstance(row, Row)]
+
+
+def read_rows(file: DataFile | Path | str) -> list[Row]:
+    """Reads all rows of a data file.
+
+    Raises:
+        DataError: The file, or some of its rows, cannot be read; the error lists the first places.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
     for row in rows_of(file):
-        (problems if isinstance(row, Problem) else rows).append(row)  # pyright: ignore[reportArgumentType]
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            rows.append(row)
     if problems:
         refuse([(problem.place, problem.text) for problem in problems], remedy_for(problems))
     return rows
 
 
 def remedy_for(problems: list[Problem]) -> str:
-    """What to do about rows that cannot be read, by the first of them."""
+    """Returns the remedy for rows that cannot be read, by the kind of the first."""
     if problems[0].kind == BROKEN:
         return LINES_REMEDY
     if problems[0].kind == "wrong number of fields":
-        return "Put quotes around a field that holds the delimiter, a quote or a line break."
+        return "Put quotes around a field that contains a delimiter, quote or line break."
     return 'Write each row as {"field": "text", ...}.'
 
 
@@ -73,7 +86,7 @@ def check_file(path: Path) -> None:
     """Checks that a file can be read as data.
 
     Raises:
-        DataError: There is no such file, or it is a folder, a pipe or a device.
+        DataError: The file does not exist, or is a folder, a pipe or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -81,17 +94,20 @@ def check_file(path: Path) -> None:
         problem = "there is no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
         raise DataError(problem, where=path) from None
     if stat.S_ISDIR(mode):
-        raise DataError("this is a folder; a file of rows is needed", where=path)
+        raise DataError("this is a folder; a data file is needed", where=path)
     if not stat.S_ISREG(mode):
         remedy = "Name a file, or - for standard input."
         raise DataError("this is a pipe or a device, not a file", where=path, remedy=remedy)
 
 
 def kind_of(file: DataFile) -> str:
-    """The kind of a data file: a key of the readers, by its content and then its name.
+    """Recognises the kind of a data file by its content, and where that is not enough by its name.
+
+    Returns:
+        A key of `_READERS`.
 
     Raises:
-        DataError: The file is empty, or holds no rows.
+        DataError: The file is empty, or its content cannot be rows.
     """
     check_file(file.path)
     head = head_of(file)
@@ -113,25 +129,39 @@ def kind_of(file: DataFile) -> str:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of a file's name, without that of its compression."""
+    """Returns the suffix of a file's name in lower case, without the suffix of a compression."""
     if path.suffix.lower() in _COMPRESSED:
         path = path.with_suffix("")
     return path.suffix.lower()
 
 
 def _lines_or_document(file: DataFile, suffix: str, head: bytes) -> str:
-    """The kind of a file that starts with an object: one object per line, or one document."""
+    """Distinguishes JSON lines from one JSON document, for a file that starts with an object."""
     lines = ((number, line) for number, line in TextStream(file).lines() if line is None or line.strip())
     first = next(lines)[1]
     try:
-        whole = first is not None and not first[parse(first, len(first) - len(first.lstrip()))[1] :].strip()
+        line = (first or "").lstrip()
+        value, end = parse(line)
+        complete = not line[end:].strip()
     except (ValueError, RecursionError):
-        whole = False
-    if whole:
-        only = next(lines, None) is None
-        has_list = only and isinstance(parse(first or "", 0)[0].get("data"), list)
-        return "json" if has_list else "jsonl"
+        value, complete = None, False
+    if complete:
+        is_only_line = next(lines, None) is None
+        has_list = is_object(value) and is_list(value.get("data"))
+        return "json" if is_only_line and has_list else "jsonl"
     return "jsonl" if suffix in LINES or _SECOND_OBJECT.search(head) else "json"
+
+
+def _json(file: DataFile) -> Iterator[Row | Problem]:
+    return json_document(TextStream(file))
+
+
+def _json_lines(file: DataFile) -> Iterator[Row | Problem]:
+    return json_lines(TextStream(file))
+
+
+def _csv(file: DataFile) -> Iterator[Row | Problem]:
+    return csv_rows(TextStream(file))
 
 
 def _text(file: DataFile) -> Iterator[Row | Problem]:
@@ -139,10 +169,10 @@ def _text(file: DataFile) -> Iterator[Row | Problem]:
     yield Row(Place(file.name, 1), {"text": text})
 
 
-_READERS = {
-    "json": lambda file: json_document(TextStream(file)),
-    "jsonl": lambda file: json_lines(TextStream(file)),
-    "csv": lambda file: csv_rows(TextStream(file)),
+_READERS: dict[str, Callable[[DataFile], Iterator[Row | Problem]]] = {
+    "json": _json,
+    "jsonl": _json_lines,
+    "csv": _csv,
     "parquet": parquet_rows,
     "arrow": arrow_rows,
     "text": _text,

@@ -1,4 +1,4 @@
-"""Checks that a chat template writes all of a row, because text that it drops is not learned."""
+"""Checks that a chat template writes all content of a row, because dropped text cannot be learnt."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from talik.data.messages import Message
-from talik.data.reading.rows import RowError
+from talik.data.reading.rows import RowError, is_list, is_object
 
 NOT_WRITTEN = "not written by the chat template"
-_SWITCH = re.compile(r"/(?:no_)?think\b")  # in a text: read and taken out by some templates
+_SWITCH = re.compile(r"/(?:no_)?think\b")  # switches in a text that some templates interpret and remove
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 
 
 def thought_of(message: Message) -> str:
-    """The reasoning of an answer, from its own field or from the tags in its text."""
+    """Returns the reasoning of an answer, from its own field or from the tags in its text."""
     if message.reasoning:
         return message.reasoning.strip()
     found = _THOUGHT.match(message.content)
     return found[1].strip() if found else ""
 
 
-def said_of(message: Message) -> str:
-    """The text of a message without the reasoning of an answer."""
+def text_of(message: Message) -> str:
+    """Returns the text of a message without reasoning and switches."""
     if message.role != "assistant" or message.reasoning:
         return message.content if message.role == "assistant" else _SWITCH.sub("", message.content)
     return _THOUGHT.sub("", message.content)
 
 
 def check_answer(message: Message, number: int, written: str) -> None:
-    """Checks that an answer's text, reasoning and calls stand in what the model is to write.
+    """Checks that the text, reasoning and tool calls of an answer are in the text that the model learns.
+
+    Args:
+        message: The answer.
+        number: The number of the message in the conversation, starting at 1.
+        written: The text that the model learns to write.
 
     Raises:
-        RowError: One of them does not.
+        RowError: One of them is missing.
     """
-    if not is_in(said_of(message), written):
+    if not is_in(text_of(message), written):
         raise not_found(number)
     if (thought := thought_of(message)) and not is_in(thought, written):
         problem = f"the chat template does not write the reasoning of message {number}"
@@ -48,19 +53,19 @@ def check_answer(message: Message, number: int, written: str) -> None:
 
 
 def not_found(number: int) -> RowError:
-    """The error for an answer that stands nowhere in the template's text."""
-    problem = f"the answer in message {number} cannot be found in what the chat template writes"
+    """Returns the error for an answer that is not in the rendered text."""
+    problem = f"the answer in message {number} cannot be found in the text of the chat template"
     return RowError("answer not found", problem)
 
 
 def check_written(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> None:
-    """Checks that the messages and the tools stand in an example's text.
+    """Checks that the messages and the tools are in the text of an example.
 
     Raises:
-        RowError: The template has left one out.
+        RowError: The template does not write one of them.
     """
     for number, message in enumerate(messages, start=1):
-        if not is_in(said_of(message), text):
+        if not is_in(text_of(message), text):
             problem = f"the chat template does not write message {number} ({message.role})"
             raise RowError(NOT_WRITTEN, problem, "content")
         for call in message.tool_calls:
@@ -74,7 +79,7 @@ def check_written(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
 
 
 def is_in(part: str, text: str) -> bool:
-    """True if a text holds a part: as it is, without blanks around it or between, or as JSON writes it."""
+    """True if a text contains a part: as it is, as a JSON string, or when all blanks are ignored."""
     part = part.strip()
     if part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
         return True
@@ -82,11 +87,11 @@ def is_in(part: str, text: str) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a JSON value."""
-    if isinstance(value, Mapping):
+    """Yields the strings in a JSON value, without keys."""
+    if is_object(value):
         for inner in value.values():
             yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
+    elif is_list(value):
         for inner in value:
             yield from _leaves(inner)
     elif isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Checks of the texts of a row: each entry of TEXT_CHECKS finds one kind of problem."""
+"""Checks the texts of a row: each entry of TEXT_CHECKS finds one kind of problem."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class TextCheck:
     """One kind of problem in a text.
 
     Attributes:
-        kind: A few words, the same for all such rows.
-        find: Gives the part of a text that is wrong, or None.
-        remedy: What to do.
-        severity: "problem", or "note" for what may well be meant.
-        answers: Whether only answers are looked at.
-        certain: Makes a note a problem where the whole text leaves no doubt.
+        kind: The kind of problem: a few words, the same for all such rows.
+        find: Returns the part of a text with the problem, or None.
+        remedy: The action to take.
+        severity: "problem", or "note" for text that may be intended.
+        answers: True to check answers only.
+        certain: Returns True for a text in which a note is certainly a problem.
     """
 
     kind: str
@@ -51,24 +51,24 @@ _INVISIBLE = "\u200b\u2060\ufeff\u00ad"
 
 
 def _is_prose(text: str) -> bool:
-    """True if a text without its entities is neither code nor about markup."""
+    """True if a text, without its entities, is neither code nor about markup."""
     return not _CODE.search(_ENTITY.sub("", text))
 
 
 def _has_no_line(text: str) -> bool:
-    """True if a text has escapes in place of line breaks and nothing of code."""
+    """True if a text has escapes in place of line breaks and contains no code."""
     return "\n" not in text and not re.search(r"[\"'`{}()=;]", text.replace("\\n", ""))
 
 
 def _repeats_itself(text: str) -> str | None:
-    """The start of a text that says a few words over and over, as a model does that does not stop."""
+    """Returns the start of a text that repeats a few words, like the output of a model that does not stop."""
     words = text.split()
     if len(words) < 60 or len(set(words)) * 12 > len(words):
         return None
     return " ".join(words[:8]) if any(word.isalpha() for word in words) else None
 
 
-_SAY = "Write the answer, or take the row out."
+_WRITE = "Write the answer, or remove the row."
 TEXT_CHECKS = (
     TextCheck("wrong encoding", misread, "Read the source again in its own encoding."),
     TextCheck("replacement character", _pattern("\ufffd+"), "Characters were lost: get the text again."),
@@ -76,12 +76,12 @@ TEXT_CHECKS = (
     TextCheck(
         "control character",
         _pattern(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]"),
-        "Remove it: nobody types these, and a model would learn to write them.",
+        "Remove it: it was not typed, and a model would learn to write it.",
     ),
     TextCheck(
         "text direction",
         _pattern("[\u202a-\u202e\u2066-\u2069]"),
-        "Remove the marks of direction: they show another text than is trained.",
+        "Remove the direction marks: the text is shown in another order than it is trained.",
         "note",
         certain=lambda text: not _RIGHT_TO_LEFT.search(text),
     ),
@@ -91,27 +91,27 @@ TEXT_CHECKS = (
     TextCheck(
         "HTML tag",
         _pattern(r"</?(?:p|br|div|span|ul|li|td|tr|font)(?:\s[^<>]*)?/?>", re.I),
-        "Remove the tags if they are not meant.",
+        "Remove the tags if they are not intended.",
         "note",
     ),
     TextCheck(
         "escaped line break",
         _pattern(_ESCAPED.pattern),
-        "The text holds a backslash and an n: decode it once more.",
+        "The text contains a backslash and an n: decode it once more.",
         "note",
         certain=_has_no_line,
     ),
     TextCheck(
         "zero-width character",
         _pattern(f"[{_INVISIBLE}]"),
-        "Remove it: it changes the tokens and cannot be seen.",
+        "Remove it: it is invisible and changes the tokens.",
         "note",
         certain=lambda text: re.search(f"[a-zA-Z][{_INVISIBLE[:3]}][a-zA-Z]", text) is not None,
     ),
     TextCheck(
         "private character",
         _pattern("[\ue000-\uf8ff]"),
-        "Replace it: it means something in one font only.",
+        "Replace it: it has a meaning in one font only.",
         "note",
     ),
     TextCheck(
@@ -119,18 +119,18 @@ TEXT_CHECKS = (
         _pattern(
             r"\A\W*(?:todo|tbd|fixme|lorem ipsum\b.*|xxx+)\W*\Z|\A\s*(?:\.{2,}|…+|-+|_+)\s*\Z", re.I | re.S
         ),
-        _SAY,
+        _WRITE,
         answers=True,
     ),
-    TextCheck("missing value", _pattern(r"\A\s*(?:n/a|null|nan|#n/a)\.?\s*\Z", re.I), _SAY, answers=True),
+    TextCheck("missing value", _pattern(r"\A\s*(?:n/a|null|nan|#n/a)\.?\s*\Z", re.I), _WRITE, answers=True),
     TextCheck(
-        "missing value", _pattern(r"\A\s*(?:none|undefined|nil)\.?\s*\Z", re.I), _SAY, "note", answers=True
+        "missing value", _pattern(r"\A\s*(?:none|undefined|nil)\.?\s*\Z", re.I), _WRITE, "note", answers=True
     ),
-    TextCheck("answer is one sign", _pattern(r"\A\s*[^\w\s]\s*\Z"), _SAY, "note", answers=True),
+    TextCheck("answer is one sign", _pattern(r"\A\s*[^\w\s]\s*\Z"), _WRITE, "note", answers=True),
     TextCheck(
         "answer is only a link",
         _pattern(r"\A\s*(?:https?://|www\.)\S+\s*\Z"),
-        "Write what stands there, or take the row out: a model learns to invent links.",
+        "Write the content of the page, or remove the row: a model would learn to invent links.",
         "note",
         answers=True,
     ),
@@ -139,7 +139,7 @@ TEXT_CHECKS = (
         _pattern(
             r"\{\{\s*\w+\s*\}\}|<(?:your|insert)[ _][^<>]{1,40}>|\[(?:your|insert) [^\[\]]{1,40}\]", re.I
         ),
-        "Fill it in, or take the row out.",
+        "Fill it in, or remove the row.",
         "note",
     ),
     TextCheck(
@@ -151,7 +151,7 @@ TEXT_CHECKS = (
             and not re.search(r"[<>`=\\|$^]|\w\(", text)
             else None
         ),
-        "Fill it in, or take the row out.",
+        "Fill it in, or remove the row.",
         "note",
     ),
     TextCheck(
@@ -161,18 +161,18 @@ TEXT_CHECKS = (
             r"|作为一个?(?:AI|人工智能)(?:语言)?(?:模型|助手)",
             re.I,
         ),
-        "The model learns to answer like this: keep such rows only if that is meant.",
+        "The model learns to answer like this: keep such rows only if that is intended.",
         "note",
         answers=True,
     ),
     TextCheck(
-        "repeats itself", _repeats_itself, "Take the row out, or cut the answer.", "note", answers=True
+        "repeats itself", _repeats_itself, "Remove the row, or shorten the answer.", "note", answers=True
     ),
     TextCheck(
-        "media placeholder", _pattern(r"<(?:image|video|audio)>"), "Talik trains text only: take it out."
+        "media placeholder", _pattern(r"<(?:image|video|audio)>"), "Talik trains text only: remove it."
     ),
 )
-# Marks of turns that templates of other models write.
+# Turn marks in the templates of other models.
 FOREIGN_MARKS = re.compile(
     r"<\|(?:im_start|im_end|endoftext|begin_of_text|eot_id|start_header_id|end_header_id|eom_id|end|user|"
     r"assistant|system|channel|message)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<｜(?:User|Assistant)｜>"
@@ -183,7 +183,7 @@ FOREIGN_MARKS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TextProblem:
-    """A problem in a text of a row; `field` names the text."""
+    """A problem in a text of a row; `field` is the name of the text."""
 
     field: str
     kind: str
@@ -193,20 +193,20 @@ class TextProblem:
 
 
 def text_problems(row: Conversation | Document) -> Iterator[TextProblem]:
-    """The problems in the texts of a row, each kind once for each text."""
+    """Yields the problems in the texts of a row, each kind once for each text."""
     for field, text, is_answer in texts_with_roles(row):
         for check in TEXT_CHECKS:
             found = check.find(text) if is_answer or not check.answers else None
             if found is not None:
                 severity = "problem" if check.severity == "problem" or check.certain(text) else "note"
-                shown = f"holds {_shown(found)}"
+                shown = f"contains {_shown(found)}"
                 yield TextProblem(field, check.kind, shown, check.remedy, severity)
     if isinstance(row, Conversation):
         yield from _answer_problems(row)
 
 
 def texts_with_roles(row: Conversation | Document) -> Iterator[tuple[str, str, bool]]:
-    """The name of each text of a row, the text, and whether it is an answer."""
+    """Yields the name of each text of a row, the text, and True for an answer."""
     if isinstance(row, Document):
         yield "text", row.text, False
         return
@@ -217,18 +217,18 @@ def texts_with_roles(row: Conversation | Document) -> Iterator[tuple[str, str, b
 
 
 def _shown(part: str) -> str:
-    """A part of a text with quotes, at most 50 characters of it, and escapes for what cannot be seen."""
+    """Quotes a part of a text, cut to 50 characters, with invisible characters escaped."""
     shown = ascii(part) if not part.isprintable() else repr(part)
     return shown if len(shown) <= 50 else f"{shown[:47]}..."
 
 
 def _answer_problems(row: Conversation) -> Iterator[TextProblem]:
-    """Answers that repeat the question."""
+    """Yields the answers that repeat their question."""
     for number, (before, message) in enumerate(zip(row.messages, row.messages[1:], strict=False), start=2):
         same = _normalised(before.content) == _normalised(message.content)
         if message.role == "assistant" and before.role == "user" and same and len(message.content) > 15:
             field = f"message {number} (assistant)"
-            yield TextProblem(field, "answer repeats the question", "is the question again", _SAY, "problem")
+            yield TextProblem(field, "answer repeats the question", "repeats the question", _WRITE, "problem")
 
 
 def _normalised(text: str) -> str:

@@ -1,19 +1,19 @@
-"""The result of `talik check` as text for a terminal."""
+"""Renders the result of `talik check` as text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from talik.check.result import Check, Group
-from talik.check.statistics import LOST
 from talik.data.preview import length_histogram
 from talik.data.reading.rows import visible
+from talik.data.report import CUT_KINDS
 
-SHOWN = 10
+SHOWN = 10  # findings of each kind
 
 
 def check_text(check: Check) -> str:
-    """All kinds of findings with their first places, problems first, and the numbers."""
+    """Renders all kinds of findings with their first places, problems first, and the statistics."""
     lines = [summary(check)]
     for group in check.groups():
         lines += ["", *_group_lines(group)]
@@ -22,29 +22,29 @@ def check_text(check: Check) -> str:
 
 
 def summary(check: Check) -> str:
-    """The result in one sentence."""
+    """Returns the numbers of rows, problems and notes in one line."""
     problems = _counted(check.problems, "problem") if check.problems else "no problem"
     return f"{_counted(check.rows, 'row')}: {problems}, {_counted(check.notes, 'note')}"
 
 
 def numbers(check: Check) -> Iterator[tuple[str, str]]:
-    """The numbers of a data set: a name, and the numbers in words."""
-    of = check.statistics.as_dict()
-    yield "examples", f"{of['examples']:,}"
-    yield "tokens", f"{of['tokens']:,}, {100 * of['trained_share']:.1f} % of them trained"
+    """Yields the name and the text of each statistic."""
+    counted = check.statistics.as_dict()
+    yield "examples", f"{counted['examples']:,}"
+    yield "tokens", f"{counted['tokens']:,}, {100 * counted['trained_share']:.1f} % of them trained"
     yield from ((f"at --max-length {length:,}", text) for length, text in cuts(check))
-    yield "messages by role", ", ".join(f"{role} {n:,}" for role, n in of["roles"].items())
-    turns = of["answers_in_a_conversation"].items()
+    yield "messages by role", ", ".join(f"{role} {n:,}" for role, n in counted["roles"].items())
+    turns = counted["answers_in_a_conversation"].items()
     if turns:
         yield "answers in a conversation", ", ".join(f"{n} ({count:,} x)" for n, count in turns)
-    if of["answers_without_an_end_mark"]:
-        yield "long answers that end without a mark", f"{of['answers_without_an_end_mark']:,}"
-    shares = ((name, 100 * share) for name, share in of["scripts"].items() if share >= 0.0005)
+    if counted["answers_without_an_end_mark"]:
+        yield "long answers that end without a mark", f"{counted['answers_without_an_end_mark']:,}"
+    shares = ((name, 100 * share) for name, share in counted["scripts"].items() if share >= 0.0005)
     yield "letters by script", ", ".join(f"{name} {share:.1f} %" for name, share in shares)
-    for name, count in of["question_and_answer_scripts"].items():
+    for name, count in counted["question_and_answer_scripts"].items():
         asked, _, said = name.partition(" - ")
         yield f"questions in {asked} with answers in {said}", f"{count:,}"
-    yield from ((f"tokens of {name}", known_in_words(known)) for name, known in of["tokenizer"].items())
+    yield from ((f"tokens of {name}", known_in_words(known)) for name, known in counted["tokenizer"].items())
     if check.unread:
         yield "fields not used", ", ".join(f"{visible(n)} ({c:,} rows)" for n, c in check.unread.items())
     if check.media:
@@ -54,9 +54,9 @@ def numbers(check: Check) -> Iterator[tuple[str, str]]:
 
 
 def cuts(check: Check) -> Iterator[tuple[int, str]]:
-    """The lengths up to which some examples do not fit, and what becomes of these."""
+    """Yields each length that some examples exceed, and what a cut there would lose."""
     meant = dict(
-        zip(LOST, ("lose all of the answer", "lose a part of it", "lose the end of turn"), strict=True)
+        zip(CUT_KINDS, ("lose all of the answer", "lose a part of it", "lose the end of turn"), strict=True)
     )
     for length, counted in check.statistics.cuts.items():
         if counted:
@@ -66,7 +66,7 @@ def cuts(check: Check) -> Iterator[tuple[int, str]]:
 
 
 def known_in_words(known: dict[str, float]) -> str:
-    """How well a tokenizer knows a script."""
+    """Describes how a tokenizer encodes a script."""
     words = [f"{known['bytes_per_token']:.1f} bytes each"]
     if known["single_byte_share"] >= 0.001:
         words.append(f"{100 * known['single_byte_share']:.1f} % are parts of a character")

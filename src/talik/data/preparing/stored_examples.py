@@ -1,8 +1,9 @@
-"""Examples in flat arrays, in memory or mapped, so that millions of them take no memory as objects."""
+"""Sequences of examples that are stored as flat arrays: an `Example` object is made when it is asked for."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -13,16 +14,38 @@ import numpy as np
 from talik.data.examples import Example
 from talik.data.preparing.parts import TYPES, Part, gathered, joined, packed
 
-_BLOCK = 4096  # examples that are gathered at once
+_BLOCK = 4096  # examples that are copied at a time
 
 
-class StoredExamples(Sequence[Example]):
-    """Examples of some parts, all of them or those at some indices; each is made when it is asked for.
+class _Examples(Sequence[Example], ABC):
+    """A sequence of examples that are made when they are asked for."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> array[int]:
+        """The number of tokens of each example."""
+
+    @abstractmethod
+    def _example(self, index: int) -> Example:
+        """Makes the example at an index, which may be negative; IndexError if there is none."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._example(i) for i in range(*index.indices(len(self)))]
+        return self._example(index)
+
+
+class StoredExamples(_Examples):
+    """The examples of some parts, all of them or those at some indices.
 
     Args:
         parts: The arrays.
-        files: The name of each file, and what its places count: "line" or "row".
-        indices: Which of all examples, in which order; None: all of them.
+        files: The name of each file, and the unit of its places: "line" or "row".
+        indices: The indices of the examples among all, in order; None: all of them.
     """
 
     def __init__(self, parts: Sequence[Part], files: Sequence[tuple[str, str]], indices: Any = None) -> None:
@@ -32,9 +55,9 @@ class StoredExamples(Sequence[Example]):
         self._lengths: array[int] | None = None
 
     def column(self, name: str) -> Any:
-        """One of the arrays with an entry for each example, or "length"."""
+        """Returns an array with an entry for each example: one of `TYPES`, or "length"."""
         if name == "length":
-            columns = [np.diff(part.ends, prepend=0).astype(np.int32) for part in self._parts]
+            columns: list[Any] = [np.diff(part.ends, prepend=0).astype(np.int32) for part in self._parts]
         else:
             columns = [getattr(part, name) for part in self._parts]
         whole = np.concatenate(columns) if columns else np.zeros(0, np.int32)
@@ -42,33 +65,35 @@ class StoredExamples(Sequence[Example]):
 
     @property
     def lengths(self) -> array[int]:
-        """Tokens of each example."""
+        """The number of tokens of each example."""
         if self._lengths is None:
             self._lengths = array("i", np.ascontiguousarray(self.column("length")).tobytes())
         return self._lengths
 
     def at(self, indices: Any) -> StoredExamples:
-        """The examples at these indices of these examples, in that order."""
+        """Returns the examples at some indices, in that order."""
         own = indices if self._indices is None else self._indices[indices]
         return StoredExamples(self._parts, self._files, np.asarray(own, np.int64))
 
     def ids(self, index: int) -> bytes:
-        """The token ids of one example, as bytes."""
-        part, at = self._find(index)
+        """Returns the token ids of an example as bytes."""
+        part, at = self._locate(index)
         return part.ids_of(at).tobytes()
 
     def blocks(self) -> Iterator[Part]:
-        """All examples in order, some thousands at a time, as arrays of their own."""
+        """Yields all examples in order, some thousands at a time, copied into new parts."""
         for start in range(0, len(self), _BLOCK):
             own = np.arange(start, min(start + _BLOCK, len(self)))
             own = own if self._indices is None else self._indices[own]
             numbers = np.searchsorted(self._starts, own, side="right") - 1
             cuts = np.flatnonzero(np.diff(numbers)) + 1
             runs = zip(np.split(numbers, cuts), np.split(own, cuts), strict=True)
-            parts = [(self._parts[of[0]], at - self._starts[of[0]]) for of, at in runs]
+            parts: list[tuple[Part, Any]] = [
+                (self._parts[part[0]], at - self._starts[part[0]]) for part, at in runs
+            ]
             yield joined([gathered(part, at) for part, at in parts])
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def _locate(self, index: int) -> tuple[Part, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         at = index % len(self)
@@ -79,43 +104,36 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return self._starts[-1] if self._indices is None else len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        part, at = self._find(index)
+    def _example(self, index: int) -> Example:
+        part, at = self._locate(index)
         return part.example(at, self._files)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
 
-class Joined(Sequence[Example]):
-    """The examples of two sets, one after the other."""
+class JoinedExamples(_Examples):
+    """The examples of two sets, one set after the other."""
 
     def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
         self._first, self._second = first, second
-        self.lengths = array("i", [*lengths_of(first), *lengths_of(second)])
+        self._lengths = array("i", [*lengths_of(first), *lengths_of(second)])
+
+    @property
+    def lengths(self) -> array[int]:
+        """The number of tokens of each example."""
+        return self._lengths
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _example(self, index: int) -> Example:
         at, before = range(len(self))[index], len(self._first)
         return self._first[at] if at < before else self._second[at - before]
 
 
 def examples_digest(sets: Sequence[Sequence[Example]]) -> str:
-    """32 hexadecimal digits that name examples: every token and which are trained, in order."""
+    """Returns a digest of 32 hexadecimal digits over all tokens and masks, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for examples in sets:
         digest.update(len(examples).to_bytes(8, "little"))
@@ -133,28 +151,28 @@ def _stored(examples: Sequence[Example]) -> StoredExamples:
 
 
 def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
-    """Tokens of each example, without making the examples."""
-    if isinstance(examples, StoredExamples | Joined):
+    """Returns the number of tokens of each example without making the examples."""
+    if isinstance(examples, StoredExamples | JoinedExamples):
         return examples.lengths
     return array("i", [example.length for example in examples])
 
 
 def lengths_at(examples: Sequence[Example], indices: Sequence[int]) -> list[int]:
-    """Tokens of the examples at some indices, without making them."""
-    if isinstance(examples, StoredExamples | Joined):
+    """Returns the number of tokens of the examples at some indices without making them."""
+    if isinstance(examples, StoredExamples | JoinedExamples):
         return [examples.lengths[index] for index in indices]
     return [examples[index].length for index in indices]
 
 
 def ids_of(examples: Sequence[Example], index: int) -> bytes:
-    """The token ids of an example as bytes, without making the example."""
+    """Returns the token ids of an example as bytes without making the example."""
     return (
         examples.ids(index) if isinstance(examples, StoredExamples) else examples[index].input_ids.tobytes()
     )
 
 
 def not_longer(examples: Sequence[Example], limit: int) -> Sequence[Example]:
-    """The examples of at most `limit` tokens."""
+    """Returns the examples of at most `limit` tokens."""
     chosen = np.flatnonzero(np.asarray(lengths_of(examples)) <= limit)
     if isinstance(examples, StoredExamples):
         return examples.at(chosen)
