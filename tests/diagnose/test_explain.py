@@ -1,4 +1,4 @@
-"""Every row of the design's table, found in a script that contains it; and nothing in one that does not."""
+"""Every common mistake is found in a script that contains it, and nothing in a correct script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CUT = 2  # of three layers the last is trained
 
 @pytest.fixture(scope="module")
 def build_model(build_model: Build) -> Build:
-    """Three layers: every operator on fakes takes its time."""
+    """Three layers, because operators on fake tensors are slow."""
     return partial(build_model, num_hidden_layers=CUT + 1)
 
 
@@ -46,7 +46,7 @@ def frozen(model: Any, *, embeddings: bool = True) -> Any:
 
 
 def answered(tokenizer: Any, *texts: tuple[str, str]) -> Batch:
-    """A right batch, padded."""
+    """A correct, padded batch."""
     chats = [
         Conversation((Message("user", q), Message("assistant", a)), Place("made", i + 1))
         for i, (q, a) in enumerate(
@@ -94,7 +94,7 @@ def checkpointed(model: Any) -> Any:
 
 
 def saved_in_reality(model: Any, batch: Batch, layers: int) -> int:
-    """Bytes of distinct storages, parameters apart, that autograd saves while the first layers run."""
+    """Bytes of storages other than parameters that autograd saves while the first layers run."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
     inside = [False]
@@ -373,7 +373,7 @@ def test_a_module_gets_its_attributes_back() -> None:
     assert module.weight is weight and not hasattr(module, "extra")
 
 
-def test_what_cannot_be_explained_is_refused(build_model: Build, tokenizer: Any) -> None:
+def test_batches_and_models_of_other_kinds_are_refused(build_model: Build, tokenizer: Any) -> None:
     right = answered(tokenizer, ("What is 1 plus 2?", "1 plus 2 is 3."))
     with pytest.raises(UsageError, match="no tensor input_ids"):
         explain(build_model("qwen2"), {key: value.tolist() for key, value in right.items()})

@@ -1,4 +1,4 @@
-"""The habits of the design's table, each beside the same thing done right."""
+"""Each common mistake compared with the correct loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sides(report: Report) -> tuple[Side, Side]:
 
 
 def growth(side: Side) -> list[int]:
-    """By how many bytes each frozen layer's forward raises what is alive, but for the first."""
+    """Bytes that the forward of each frozen layer except the first adds to the allocated memory."""
     alive = [side.levels[f"layer {index}"] for index in range(3)]
     return [after - before for before, after in pairwise(alive)]
 
@@ -48,7 +48,7 @@ def layer_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize("name", MEMORY)
-def test_every_habit_of_memory_takes_more_than_what_is_right(folder: Path, name: str) -> None:
+def test_every_memory_habit_takes_more_than_the_correct_loop(folder: Path, name: str) -> None:
     report = small(name, folder)
     wrong, right = sides(report)
     assert list(wrong.levels) == ["embeddings", *(f"layer {index}" for index in range(4))]

@@ -1,4 +1,4 @@
-"""Runs keep what their plan promised, or end with the reason."""
+"""Runs stay within their planned memory, or end with a diagnosis."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, machine_json: 
         return talik.train(recipe, folder), folder
 
 
-def test_what_was_promised_was_allocated(run: tuple[Result, Path]) -> None:
+def test_allocated_memory_is_as_promised(run: tuple[Result, Path]) -> None:
     result, folder = run
     promised = read_json(folder / "plan.json")["promised"]
     for phase in ("forward", "loss", "backward", "update"):
@@ -71,7 +71,7 @@ def test_a_plan_of_another_cut_is_refused(recipe: Recipe, tmp_path: Path) -> Non
     plan = choose(recipe, ModelFolder(Path(recipe.model)))
     with pytest.raises(UsageError, match="cut at 3, and this run has 4 layers cut at 2"):
         talik.train(recipe, tmp_path / "run", plan=plan.model_copy(update={"cut": 3}))
-    with pytest.raises(UsageError, match="promises nothing"):
+    with pytest.raises(UsageError, match="no planned peaks"):
         talik.train(recipe, tmp_path / "run", plan=plan, enforce=True)
     assert not (tmp_path / "run").exists()
 
@@ -122,7 +122,7 @@ def test_a_broken_promise_ends_with_the_diagnosis(
 
     monkeypatch.setattr(Promise, "phase", eat)
     folder = tmp_path / "run"
-    with pytest.raises(DoesNotFitError, match=r"step 1, backward: 1\.0 GiB more were asked for"):
+    with pytest.raises(DoesNotFitError, match=r"step 1, backward: allocating 1\.0 GiB failed"):
         talik.train(recipe, folder, plan=plan, enforce=True)
     monkeypatch.undo()
     hungry.clear()
@@ -139,26 +139,26 @@ def test_a_limit_below_what_the_program_takes_ends_with_the_diagnosis(
 ) -> None:
     plan = Plan.model_validate(read_json(run[1] / "plan.json"))
     little = plan.model_copy(update={"promised": {"load": 32 << 20}})
-    with pytest.raises(DoesNotFitError, match=r"no memory was left in load: [\d,]+ bytes are held already"):
+    with pytest.raises(DoesNotFitError, match=r"out of memory in load: [\d,]+ bytes are held already"):
         talik.train(recipe, tmp_path / "run", plan=little, enforce=True)
     assert read_json(tmp_path / "run" / "broken.json")["memory"]["load"]["promised"] == 32 << 20
 
 
-def test_no_memory_is_known_behind_the_error_that_came_of_it(run: tuple[Result, Path]) -> None:
-    """CPython's own code may lose a MemoryError, and a library may make another error of it."""
+def test_out_of_memory_is_recognised_behind_another_error(run: tuple[Result, Path]) -> None:
+    """CPython itself may lose a MemoryError, and a library may raise another error in its place."""
     promise = Promise(Plan.model_validate(read_json(run[1] / "plan.json")))
     for lost in (SystemError("error return without exception set"), ChainError("cannot be run")):
         try:
             try:
                 raise MemoryError
             except MemoryError:
-                raise lost  # noqa: B904 - as where nobody says what it comes from
+                raise lost  # noqa: B904 - without a cause, as in such a library
         except Exception as error:
             assert promise.broken_by(error, run[1]) is not None
     assert promise.broken_by(ChainError("cannot be run"), run[1]) is None
 
 
-def test_what_is_free_stays_while_the_next_phase_finds_room(
+def test_free_memory_is_kept_while_the_next_phase_has_enough(
     run: tuple[Result, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, trims = [100 << 20], []
@@ -205,7 +205,7 @@ print(anonymous_bytes() - before)
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no products in bf16 by oneDNN here"
 )
 def test_memory_does_not_grow_with_the_number_of_lengths() -> None:
-    """From the first product on, before a run begins: where bf16 has instructions it took 230 MiB more."""
+    """Without the settings of `import talik`, processors with bf16 instructions took 230 MiB more."""
     env = {name: value for name, value in os.environ.items() if name not in talik.SETTLED}  # import sets them
     shown = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, env=env)
     assert int(shown.stdout) < 16 << 20

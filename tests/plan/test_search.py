@@ -1,4 +1,4 @@
-"""The way that is chosen, what is said of the others, and the changes that would fit."""
+"""The chosen way, the reasons why others are refused, and the changes that would fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from talik.model.freeze import trained_parameters
 from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
-from talik.plan.search import STAY, Search, plan_run
+from talik.plan.search import KEPT_CAUSES, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
@@ -46,7 +46,7 @@ def examples(*lengths: int) -> list[Example]:
 
 
 def target(memory: int, disk: int | None = None) -> Target:
-    """A described machine, so that the program's own memory is left out."""
+    """A target on a described machine, so that the memory of this program does not count."""
     machine: Machine = replace(this_machine(), name="another")
     return Target(machine, memory, memory, disk, 0)
 
@@ -103,7 +103,7 @@ def test_a_smaller_way_is_found_where_the_first_does_not_fit(
     assert "chosen: " in plan_text(smaller) and "refused: micro-batches of 2,048" in plan_text(smaller)
 
 
-def test_what_would_fit_is_simulated(recipe: Recipe, folder: Path) -> None:
+def test_proposed_changes_are_simulated(recipe: Recipe, folder: Path) -> None:
     sets = examples(LONG), []
     needed = ThriftiestWay(ModelFolder(folder), sets, target(64 << 30)).peak(recipe)
     tight = target(int(needed * 0.97) + LEAST_SLACK)
@@ -138,15 +138,15 @@ def test_the_most_layers_that_fit(recipe: Recipe, folder: Path) -> None:
         most_layers(recipe, ModelFolder(folder), sets, target(peaks[0] // 4 + LEAST_SLACK))
 
 
-def test_sizes_alone_refuse_what_stays_in_memory(
+def test_a_way_is_refused_by_its_sizes_alone(
     recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, gradients and AdamW's state of two trained layers, without a simulation."""
     search = Search(subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(64 << 30))
     tried = search.try_plan(search.first())
     (backward,) = (peak for peak in tried.phases if peak.phase == "backward")
-    stays = sum(backward.causes.get(cause, 0) for cause in STAY)
-    assert 0.9 * stays < search._stays(search.first()) <= stays
+    stays = sum(backward.causes.get(cause, 0) for cause in KEPT_CAUSES)
+    assert 0.9 * stays < search._resident_bytes(search.first()) <= stays
     tight = Search(
         subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(stays // 2 + LEAST_SLACK)
     )
@@ -155,10 +155,10 @@ def test_sizes_alone_refuse_what_stays_in_memory(
 
 
 @pytest.mark.parametrize("inputs", ["memory", "disk"])
-def test_a_glimpse_of_a_streamed_step_takes_what_the_step_takes(
+def test_a_glimpse_of_a_streamed_step_has_the_peaks_of_the_step(
     recipe: Recipe, folder: Path, inputs: str
 ) -> None:
-    """It stands for the whole; what waits does so until the update, which is too long."""
+    """Except in the update, until which the glimpse holds the pending micro-batches too long."""
     search = Search(subject_of(recipe, ModelFolder(folder)), examples(*[250] * 9), [], target(64 << 30))
     way = {"top": "streamed", "recompute": True, "micro_batch_tokens": 256, "inputs": inputs}
     plan = search.first().model_copy(update=way)
@@ -198,7 +198,7 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     little = replace(gpu, memory=gpu.needed(peaks[2]), ram=search.ram(plans[0]) + state)
     planned = plan_run(recipe, ModelFolder(tmp_path), made, target=little)
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
-    assert "streamed from a working copy, optimizer state and layers' inputs on disk" in plan_text(planned)
+    assert "streamed from a working copy, optimizer state and layer inputs on disk" in plan_text(planned)
     refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
     assert "of host RAM" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
@@ -246,7 +246,7 @@ def test_the_command_says_what_does_not_fit(folder: Path, capsys: pytest.Capture
     assert "0 B" in err and "leave out --device" in err and err.count("cannot be a .gif") == 1
 
 
-def test_what_is_planned_is_no_longer_than_the_model_has_positions(
+def test_assumed_examples_are_limited_by_the_positions_of_the_model(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = ["plan", str(model_folder), "--top-layers", "1"]
@@ -258,7 +258,7 @@ def test_what_is_planned_is_no_longer_than_the_model_has_positions(
     assert "the model has 256 positions" in capsys.readouterr().err
 
 
-def test_the_command_plans_for_what_is_free_and_for_all_layers(
+def test_the_command_plans_for_free_memory_and_chooses_layers(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(folder), "--top-layers", "auto"]) == 0
@@ -266,8 +266,8 @@ def test_the_command_plans_for_what_is_free_and_for_all_layers(
     assert out.startswith("fits: ") and "program" in out and HERE not in out
 
 
-def test_what_is_thawed_by_name_is_offered_less_of(recipe: Recipe, folder: Path) -> None:
-    """Fewer of the layers that were named, as the option that says so."""
+def test_fewer_layers_are_proposed_for_layers_given_by_name(recipe: Recipe, folder: Path) -> None:
+    """The proposal is the --thaw option with fewer of the named layers."""
     sets = examples(64, 64), []
     named = Recipe(model=str(folder), data="-", thaw="layers.0-1,layers.3,head", precision="fp32")
     needed = ThriftiestWay(ModelFolder(folder), sets, target(64 << 30)).peak(named)

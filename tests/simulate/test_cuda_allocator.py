@@ -1,4 +1,4 @@
-"""The caching allocator's rules, on sequences worked out by hand, and what holds for all of them."""
+"""The caching allocator's rules on sequences calculated by hand, and invariants on random ones."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_small_storages_share_a_segment(expandable: bool) -> None:
 
 
 @BOTH
-def test_a_dead_storage_s_block_is_used_again(expandable: bool) -> None:
+def test_the_block_of_a_freed_storage_is_used_again(expandable: bool) -> None:
     events = mib((1, 40), (1, 0), (2, 40), (2, -1), (3, 40))
     assert replay(events, expandable=expandable) == Replayed(40 * MIB, 40 * MIB, None)
 
@@ -94,7 +94,7 @@ def test_a_remainder_of_1_mib_is_split_off_in_expandable_segments_only() -> None
 
 
 def test_the_best_fit_is_taken() -> None:
-    """Were 14 MiB taken from the block of 40, the 40 that come after would need a segment of their own."""
+    """If the 14 MiB were taken from the block of 40, the next 40 would need another segment."""
     events = mib((1, 40), (2, 14), (1, 0), (2, 0), (3, 14), (4, 40))
     assert native(events).peak_reserved == 54 * MIB
 
@@ -140,7 +140,7 @@ def test_expandable_segments_need_less_where_native_ones_fragment() -> None:
 
 
 def test_pages_in_the_middle_are_unmapped_and_filled_first() -> None:
-    """Three blocks of 40 MiB, the middle one dead: under pressure its pages go, and come back in place."""
+    """Three blocks of 40 MiB, the middle one free: its pages are unmapped if needed, then mapped again."""
     allocator = ExpandableAllocator(140 * MIB)
     blocks = [_allocate(allocator, 40 * MIB) for _ in range(3)]
     allocator.free(blocks[1])
@@ -173,7 +173,7 @@ def test_a_storage_cannot_be_born_twice() -> None:
         replay([(7, 1), (7, 2)])
 
 
-def test_what_cannot_be_given_back_is_pages_that_hold_something() -> None:
+def test_held_bytes_are_the_pages_that_contain_a_storage() -> None:
     allocator = ExpandableAllocator()
     first, second = _allocate(allocator, 30 * MIB), _allocate(allocator, 25 * MIB)
     assert allocator.held == allocator.reserved == 60 * MIB
@@ -196,7 +196,7 @@ def _allocate(allocator: Allocator, size: int) -> Block:
 
 
 def _random_events(seed: int, count: int = 300) -> list[tuple[int, int]]:
-    """Births and deaths of storages from 1 byte to 40 MiB; in the end all die."""
+    """Allocations and releases of storages from 1 byte to 40 MiB; in the end all are free."""
     chance, live, events = random.Random(seed), [], []
     for key in range(count):
         events.append((key, int(2 ** chance.uniform(0, 25.3))))
@@ -208,7 +208,7 @@ def _random_events(seed: int, count: int = 300) -> list[tuple[int, int]]:
 
 @BOTH
 @pytest.mark.parametrize("seed", range(6))
-def test_what_holds_at_every_event(expandable: bool, seed: int) -> None:
+def test_invariants_hold_after_every_event(expandable: bool, seed: int) -> None:
     events = _random_events(seed)
     capacity = least_capacity(events, expandable=expandable)
     allocator = (ExpandableAllocator if expandable else Allocator)(capacity)

@@ -1,4 +1,4 @@
-"""What operators take without memory, beside what torch's profiler sees the same operators allocate."""
+"""Memory of operators on fake tensors compared with the allocations that torch's profiler records."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rounds_at_random() -> None:
 
 
 def updates_by(optimizer: str, rows: int = 200) -> Callable[[], None]:
-    """The second update of one matrix, as of a run in bf16-sr."""
+    """The second update of one matrix in bf16-sr."""
 
     def work() -> None:
         name, shape = "layers.0.weight", torch.Size([rows, 256])
@@ -140,7 +140,7 @@ def test_a_cuda_device_converts_nothing_beforehand() -> None:
 def test_temporaries_of_an_update_are_as_large_as_slices(
     monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    """But for Muon's, which takes a matrix as a whole."""
+    """Except for Muon, which needs the whole matrix."""
     for module in (optim_module, update_module):
         monkeypatch.setattr(module, "UPDATE_SLICE", 10 * 256)
     few, many = (simulated(updates_by(optimizer, rows), "cpu") for rows in (1000, 2000))
@@ -150,8 +150,10 @@ def test_temporaries_of_an_update_are_as_large_as_slices(
     assert many - few == pytest.approx(1000 * 256 * (2 + 4) + state, abs=4096)
 
 
-def test_bytes_and_what_is_computed_from_them_are_fake() -> None:
+def test_bytes_and_values_computed_from_them_are_fake() -> None:
     with fake_world(nn.Module()):
         codes = torch.zeros(COUNT, dtype=torch.uint8)
         assert isinstance(codes.int().add_(1), FakeTensor) and not isinstance(torch.arange(9), FakeTensor)
-        assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), "noise is for weights, and as fake"
+        assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), (
+            "random bits for rounding weights are fake too"
+        )

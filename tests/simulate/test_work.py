@@ -1,4 +1,4 @@
-"""What stands for a run in its simulation takes as much as the run."""
+"""The part of a run that is simulated has the same peaks as the whole run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_steps_of_every_epoch_are_looked_at(subject: Subject, tmp_path: Path
 
 
 def test_the_loss_that_takes_most_is_looked_at(subject: Subject, tmp_path: Path) -> None:
-    """Where it is of another micro-batch than the largest one: of these only the first is trained in full."""
+    """Also if it belongs to another micro-batch than the largest: only the first is trained completely."""
     _, plan, _ = problem(tmp_path, "fp32", loss_chunk=64, micro_batch_tokens=100)
     recipe = subject.recipe.model_copy(update={"batch_tokens": 100, "epochs": 1})
     long = [replace(e, spans=(Span(0, 99, False), Span(99, 100, True))) for e in examples(100, 100)]
@@ -73,7 +73,7 @@ def test_the_loss_that_takes_most_is_looked_at(subject: Subject, tmp_path: Path)
 
 
 def test_a_step_takes_as_much_a_second_time(subject: Subject, tmp_path: Path) -> None:
-    """But for two scalars: so those that are alike are simulated once."""
+    """Up to two scalars, so equal steps are simulated once."""
     for way in ({}, {"top": "streamed", "recompute": True}):
         _, plan, work = problem(tmp_path, "fp32", **way)
         one, two = (peaks(subject, plan, replace(work, steps=[[0, 1, 2]] * times)) for times in (1, 2))
@@ -81,7 +81,7 @@ def test_a_step_takes_as_much_a_second_time(subject: Subject, tmp_path: Path) ->
 
 
 def test_fewer_tokens_that_are_all_trained_may_take_more(subject: Subject, tmp_path: Path) -> None:
-    """The last layer keeps what its MLP makes of trained rows alone."""
+    """The MLP of the last layer keeps activations of trained positions only."""
     _, plan, _ = problem(tmp_path, "fp32", loss_chunk=16, micro_batch_tokens=100)
     recipe = subject.recipe.model_copy(update={"batch_tokens": 100, "epochs": 1})
     hardly, wholly = (Span(0, 80, False), Span(80, 100, True)), (Span(0, 1, False), Span(1, 96, True))

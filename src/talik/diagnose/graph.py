@@ -28,9 +28,7 @@ loss = talik.chunked_loss(talik.Chain(model), hidden, labels)  # hidden: the out
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What makes frozen layers part of the graph: a parameter or a hook, by name, and the line that
-    removes it.
-    """
+    """A parameter or hook that makes frozen layers part of the graph, and the line that removes it."""
 
     habit: str
     name: str
@@ -103,7 +101,7 @@ def causes(model: nn.Module, parts: Parts, block: str) -> list[Cause]:
         found += [_of_parameter(f"{name}.{own}", name, parts) for own, w in _trained_in(module)]
         for cause in _of_hooks(name, module):
             (found if cause.habit == "checkpointing" else others).append(cause)
-    unknown = f"what goes into {block} requires a gradient"
+    unknown = f"the input of {block} requires a gradient"
     return found or others or [Cause("in-the-graph", block, unknown, "hidden = hidden.detach()")]
 
 

@@ -1,8 +1,7 @@
 """Common mistakes of training loops, each simulated on a model and compared with the correct loop.
 
 Mistakes that cost memory run on fake tensors, so weights are not needed. Mistakes of labels are shown on one
-question
-and answer, with the model's tokenizer.
+question and answer, with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ HABITS = {
     ),
     "two-sequences": Habit(
         "The loss falls, and the model never learns to answer.",
-        "Input and output are tokenised as two sequences, so labels do not stand on the tokens they name.",
+        "Input and output are tokenised as two sequences, so labels differ from their input tokens.",
         "input_ids = prompt_ids + answer_ids; labels = [-100] * len(prompt_ids) + answer_ids",
     ),
     "prompt-trained": Habit(
@@ -147,8 +146,7 @@ def habit(
     """Simulates a mistake of HABITS on a model, and the correct loop.
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
-    them
-    trained; only config.json is read. Labels: the tokenizer is needed.
+    them trained; only config.json is read. Labels: the tokenizer is needed.
 
     Args:
         name: A key of HABITS.
@@ -163,7 +161,7 @@ def habit(
         UsageError: The name is unknown, the tokenizer is missing, or nothing would be frozen.
     """
     if name not in HABITS:
-        raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
+        raise UsageError(f"{name!r} is not a known habit", remedy=f"Choose one of: {', '.join(HABITS)}.")
     if name in LABELS:
         shown = LABELS[name](_tokenizer(model))
         return Report(name, HABITS[name], "one question and its answer", None, shown)
@@ -173,8 +171,8 @@ def habit(
         for done_right in (False, True)
     )
     assumed = (
-        f"bf16, AdamW over what is trained, the top {top_layers} layers trained, a batch of {batch_size} x "
-        f"{sequence:,} tokens, half of them trained; two steps, tensors alone"
+        f"bf16, AdamW for the trained parameters, the top {top_layers} layers trained, a batch of "
+        f"{batch_size} x {sequence:,} tokens, half of them trained; two steps, tensors alone"
     )
     return Report(name, HABITS[name], assumed, (wrong, right), None)
 
@@ -189,7 +187,7 @@ def _tokenizer(model: ModelFolder) -> Any:
 def _side(
     name: str, done_right: bool, folder: ModelFolder, sizes: tuple[int, int, int], room: int | None
 ) -> Side:
-    """Prepares a hollow model wrongly or correctly, and runs the loop on fake tensors."""
+    """Prepares a hollow model with the mistake or without it, and runs the loop on fake tensors."""
     top_layers, batch_size, sequence = sizes
     model = folder.hollow(torch.bfloat16).train()
     chain = Chain(model, "cpu")
@@ -205,7 +203,7 @@ def _side(
 
 
 def _prepare(name: str, done_right: bool, chain: Chain, cut: int) -> list[nn.Module]:
-    """Freezes the layers below `cut` and what else the mistake freezes; returns the offloaded modules."""
+    """Freezes the layers below `cut` and, by the mistake, other parts; returns the offloaded modules."""
     below, top = chain.layers[:cut], chain.layers[cut:]
     for layer in below:
         layer.requires_grad_(False)

@@ -1,8 +1,7 @@
 """Runs the plain loop on fake tensors: `model(**batch).loss.backward()` and AdamW.
 
 The model is not changed and nothing is allocated for it: its parameters are replaced by fakes, and offloaded
-weights are
-copied in for the forward of their module, as accelerate does.
+weights are copied in for the forward of their module, as accelerate does.
 """
 
 from __future__ import annotations
@@ -100,9 +99,7 @@ def run_loop(
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss; without labels, or with selected logits, the cross-entropy of the logits in
-    fp32.
-    """
+    """The model's own loss; without labels or with selected logits, fp32 cross-entropy of the logits."""
     if "labels" in batch and "logits_to_keep" not in batch:
         return model(**batch).loss
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -176,8 +173,9 @@ def _without_accelerate(model: nn.Module) -> None:
 
 @contextmanager
 def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[None]:
-    """Inside the context, offloaded weights are copied in for the forward of their module; only autograd
-    can keep the copies.
+    """Inside the context, offloaded weights are copied in for the forward of their module.
+
+    Only autograd can keep the copies.
     """
 
     def bring(own: dict[str, Any], module: nn.Module, args: Any) -> None:

@@ -23,17 +23,15 @@ def explain_run(folder: Path) -> list[Finding]:
     if (folder / BROKEN).is_file():
         return [_broken(folder, read_json(folder / BROKEN))]
     if not (folder / "results.json").is_file():
-        raise RunError(
-            "has neither ended nor broken", where=folder, remedy=f"Go on: talik resume {quoted(folder)}"
-        )
+        raise RunError("the run has not ended", where=folder, remedy=f"Go on: talik resume {quoted(folder)}")
     return list(_beyond(read_json(folder / "results.json")["memory"]))
 
 
 def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
     phase, rows = broken["phase"], broken["memory"]
     promised = rows.get(phase, {}).get("promised", 0)
-    had = rows.get(phase, {}).get("measured", 0)
-    if promised and had <= promised + slack_of(promised):
+    measured = rows.get(phase, {}).get("measured", 0)
+    if promised and measured <= promised + slack_of(promised):
         why = "The run kept its promise: something else on this machine, or a limit, took the memory."
         line = f"talik resume {quoted(folder)}  # once {format_bytes(promised + slack_of(promised))} are free"
     else:
@@ -41,7 +39,7 @@ def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
         line = "talik train ... --memory SIZE  # with a smaller SIZE: another way is chosen, with more room"
     what = f"{broken['problem'][0].upper()}{broken['problem'][1:]}. {why}"
     where = f"step {broken['step']}, {phase}" if broken["step"] else phase
-    return Finding("broken", what, where, had, "bytes", line)
+    return Finding("broken", what, where, measured, "bytes", line)
 
 
 def _beyond(memory: dict[str, dict[str, int]]) -> Iterator[Finding]:

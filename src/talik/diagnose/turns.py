@@ -70,7 +70,7 @@ def _ends(tokenizer: Any) -> set[int]:
 
 
 def _trained_prompt(row: _Row, header: str, ends: set[int]) -> int:
-    """The number of trained tokens, without blanks, before an answer and after its end."""
+    """The number of trained prompt tokens; blanks and the first token do not count."""
     text, stops = "".join(row.texts), list(accumulate(map(len, row.texts)))
     prompt, count, at = True, 0, text.find(header)
     if at < 0:
@@ -89,7 +89,7 @@ def _trains_end(row: _Row, ends: set[int]) -> bool:
 
 
 def _endless(rows: list[_Row], ends: set[int], tokenizer: Any) -> Finding:
-    """True if every row trains an answer and no row trains its end."""
+    """The finding for rows with trained answers of which none trains an end of turn."""
     name = tokenizer.convert_ids_to_tokens(min(ends)) if ends else "an end token"
     written = any(token in ends for row in rows for token in row.ids[_last_trained(row) + 1 :])
     if written:

@@ -11,7 +11,7 @@ from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of, not_longer
 from talik.model.folder import ModelFolder
 from talik.plan.planned import Change, Planned
-from talik.plan.search import STAY, Search, in_mebibytes
+from talik.plan.search import KEPT_CAUSES, Search, in_mebibytes
 from talik.plan.target import Target
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
@@ -30,12 +30,10 @@ def smallest_changes(
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     notify: Notify = silent,
 ) -> tuple[Change, ...]:
-    """Finds changes that would make a refused run fit: more memory, fewer layers, smaller precision or state,
-    ...
+    """Finds single changes that would make a refused run fit: more memory, fewer layers, less precision, ...
 
-    Each change is made by itself and simulated in the way that takes the least memory. If host RAM or disk
-    are too small,
-    the changes say how much is needed.
+    Each change is simulated by itself, in the way that takes the least memory. If host RAM or disk
+    are too small, the changes say how much is needed.
     """
     target, others = planned.target, _other_memory(planned)
     if planned.breaks is None:
@@ -71,9 +69,9 @@ def _more_memory(target: Target, peak: int, others: str) -> Change:
 
 
 def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
-    """A lower bound in bytes for a changed recipe, from what stays of the refused plan."""
+    """A lower bound in bytes for a changed recipe, from the causes that it shares with the refused plan."""
     causes = planned.peak.causes
-    fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
+    fixed = sum(causes.get(cause, 0) for cause in (*KEPT_CAUSES, "program"))
     if (changed.thaw, changed.optimizer) != (recipe.thaw, recipe.optimizer):
         return 0
     if recipe.precision == "fp32" != changed.precision:
@@ -122,7 +120,7 @@ def with_layers(recipe: Recipe, wanted: Thawed, layers: int) -> Recipe:
 
 
 def _option(recipe: Recipe) -> str:
-    """The option that gives what a recipe trains."""
+    """The command-line option that selects the trained layers and parts of a recipe."""
     return f"--top-layers {recipe.top_layers}" if recipe.thaw is None else f"--thaw {recipe.thaw}"
 
 
@@ -166,8 +164,7 @@ class ThriftiestWay:
         """The largest number of the highest layers of `wanted` that fit; 0 if not even one fits.
 
         The number is guessed from the difference between two and three layers, then corrected by simulation:
-        the last layer
-        takes less than the others, because it is run at trained positions only.
+        the last layer takes less than the others, because it is run at trained positions only.
         """
 
         def peak(layers: int) -> int:

@@ -46,9 +46,8 @@ def write_picture(simulation: Simulation, file: Path, *, budget: int, program: i
     """Draws the allocated bytes of a simulated run, stacked by cause, as .svg or .png.
 
     The x axis counts allocations and releases in order, until the last allocation, with the phases named. A
-    line shows
-    the `budget` in bytes; `program` bytes lie under everything. Long runs are thinned out so that every peak
-    stays.
+    line shows the `budget` in bytes; `program` bytes lie under everything. Long runs are thinned out so that
+    every peak stays.
 
     Raises:
         UsageError: The suffix is another one, or matplotlib is not installed.

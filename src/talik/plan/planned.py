@@ -44,8 +44,7 @@ class Planned:
 
     Attributes:
         least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
-            lies
-            between it and the planned peak.
+            lies between it and the planned peak.
         breaks: The first allocation that exceeds the memory.
         ram_missing: Bytes of host RAM that are missing.
         disk_missing: Bytes of disk that are missing.

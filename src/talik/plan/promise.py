@@ -71,10 +71,8 @@ class Promise:
         """Releases free memory if the coming phase might need more than planned.
 
         Memory that is kept is reused without being mapped again, which saves an eighth of a step of a small
-        model
-        (docs/log.md). The need of a phase is known from earlier ones of a similar size (within a power of
-        two); before the
-        first one, everything is released.
+        model (docs/log.md). The need of a phase is known from earlier ones of a similar size (within a power
+        of two); before the first one, everything is released.
         """
         if self._device.type != "cpu":  # on a device, the plan is about its own memory
             return
@@ -157,7 +155,7 @@ class Promise:
         planned = f" (planned: {format_bytes(promised)})" if promised else ""
         return DoesNotFitError(
             f"out of memory in {where}{asked} with {had}{planned}",
-            remedy=f"See what takes it: talik explain {quoted(run)}",
+            remedy=f"See which phase and tensors take it: talik explain {quoted(run)}",
         )
 
 

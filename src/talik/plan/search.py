@@ -14,7 +14,7 @@ from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan import ways
 from talik.plan.planned import Planned, Refusal
-from talik.plan.seconds import seconds_of, state_apart, token_bytes
+from talik.plan.seconds import offloaded_bytes, seconds_of, token_bytes
 from talik.plan.target import Target, machine_here, target_of
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
@@ -24,7 +24,7 @@ from talik.simulate.simulation import Subject, Work, simulate, subject_of
 from talik.simulate.work import assumed_examples, glimpse_of, padded_tokens, work_of
 from talik.training.run.checkpoints import checkpoint_bytes, scratch_bytes, state_bytes
 
-STAY = ("weights trained", "weights frozen", "gradients", "optimizer state")
+KEPT_CAUSES = ("weights trained", "weights frozen", "gradients", "optimizer state")
 
 
 def plan_run(
@@ -113,11 +113,10 @@ class Search:
         return max(lengths_of(self.examples))
 
     def ram(self, plan: Plan) -> int:
-        """Bytes of host RAM that a way takes on an accelerator, about.
+        """Approximate bytes of host RAM that a way takes on an accelerator.
 
         The program, buffers for transfers to the device, and offloaded tensors. Pinned memory for two layers
-        is rounded up
-        to powers of two (ATen/core/CachingHostAllocator.h).
+        is rounded up to powers of two (ATen/core/CachingHostAllocator.h).
         """
         chain = self.subject.chain
         layers = (sum(weight.nbytes for weight in layer.parameters()) for layer in chain.layers)
@@ -125,7 +124,7 @@ class Search:
         if "streamed" in (plan.trunk, plan.top):
             size += 2 * (1 << (max(layers) - 1).bit_length())
         if plan.state == "ram":
-            size += state_apart(self.subject, plan)
+            size += offloaded_bytes(self.subject, plan)
         return size + (_inputs(self.subject, plan, self.examples) if plan.inputs == "ram" else 0)
 
     def run(self) -> Tried:
@@ -174,7 +173,9 @@ class Search:
     def _simulated(self, plan: Plan, work: Work, routing: Routing, whole: bool = True) -> Tried:
         with self.target.kernels():
             result = simulate(self.subject, plan, work, routing)
-        self.target = self.target.now()  # planning itself also takes memory, which the run cannot use
+        self.target = (
+            self.target.now()
+        )  # planning itself also takes memory, which is then missing for the run
         return Tried(plan, work, result, *self.target.account(result), whole)
 
     def _fits(self, plan: Plan, way: dict[str, Any]) -> bool:
@@ -207,22 +208,22 @@ class Search:
         self.refused.append(Refusal(way, peak, _why(broken), change, simulated=tried.whole))
 
     def _least(self, plan: Plan) -> int:
-        """A lower bound for a way, in bytes: what stays in memory for all micro-batch sizes.
+        """A lower bound for a way, in bytes: the tensors that every micro-batch size keeps in memory.
 
         A smaller micro-batch keeps at least its share of the saved activations.
         """
-        least = self._stays(plan)
+        least = self._resident_bytes(plan)
         for tried in self._tried:
             share = min(1.0, plan.micro_batch_tokens / tried.plan.micro_batch_tokens)
             alike = plan.recompute == tried.plan.recompute and plan.state == tried.plan.state
             if plan.top == "resident" and alike:
                 causes = tried.peak.causes
-                fixed = sum(causes.get(cause, 0) for cause in STAY)
+                fixed = sum(causes.get(cause, 0) for cause in KEPT_CAUSES)
                 least = max(least, int(fixed + share * causes.get("saved activations", 0)))
         return least + (self.target.program if self.target.on_cpu else 0)
 
-    def _stays(self, plan: Plan) -> int:
-        """Bytes that are all in memory at the end of the backward of a step, from the sizes of the model."""
+    def _resident_bytes(self, plan: Plan) -> int:
+        """Bytes of weights, gradients and state that are in memory at the end of a backward."""
         recipe, chain = self.subject.recipe, self.subject.chain
         trained = trained_parameters(chain.model)
         if plan.top == "streamed":
@@ -246,7 +247,7 @@ def _disk(
     weights = sum(parameter.nbytes for parameter in trained.values())
     work = {} if subject.recipe.lora else {"working copy": weights}  # adapters stay in memory
     if plan.state == "disk":
-        work["optimizer state"] = state_apart(subject, plan)
+        work["optimizer state"] = offloaded_bytes(subject, plan)
     if plan.inputs == "disk":
         work["inputs"] = _inputs(subject, plan, examples)
     return {
@@ -257,7 +258,7 @@ def _disk(
 
 
 def _inputs(subject: Subject, plan: Plan, examples: Sequence[Example]) -> int:
-    """Bytes of the layer inputs of a streamed step, about."""
+    """Approximate bytes of the layer inputs of a streamed step."""
     tokens = padded_tokens(examples, plan, subject.recipe, subject.chain)
     return tokens * token_bytes(subject, plan) * (plan.layers - plan.cut)
 

@@ -44,8 +44,7 @@ def seconds_of(
     """Seconds of the simulated phases, each scaled from its tokens to all tokens.
 
     A phase takes its FLOPs over the rate of matrix products, plus the bytes moved by other operators over the
-    rate of
-    copies. A streamed trunk waits for the disk if that is slower.
+    rate of copies. A streamed trunk waits for the disk if that is slower.
     """
     recipe, rates = subject.recipe, machine.rates
     rate = rates.matmul["fp32" if machine.without_bf16 else PRECISIONS[recipe.precision]]
@@ -68,7 +67,7 @@ def seconds_of(
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
     if plan.state == "ram":  # both directions, in the update, which waits for it
-        epoch += steps * 2 * state_apart(subject, plan) / rates.to_device
+        epoch += steps * 2 * offloaded_bytes(subject, plan) / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
@@ -93,11 +92,11 @@ def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
         read += times * sizes[block]
         written += sum(own.nbytes for name, own in top.of(block) if top.last_block(name) == block)
     if plan.state == "disk":
-        read, written = read + state_apart(subject, plan), written + state_apart(subject, plan)
+        read, written = read + offloaded_bytes(subject, plan), written + offloaded_bytes(subject, plan)
     return read / min(rates.disk_read, rates.to_device) + written / rates.disk_write
 
 
-def state_apart(subject: Subject, plan: Plan) -> int:
+def offloaded_bytes(subject: Subject, plan: Plan) -> int:
     """Bytes of offloaded optimizer state and pending gradients."""
     bytes_of = scratch_bytes if plan.top == "streamed" else state_bytes
     return bytes_of(trained_parameters(subject.chain.model), subject.recipe)

@@ -115,9 +115,7 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
 
 
 def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
-    """Trained positions per chunk; more if the head is trained, because each chunk computes its whole
-    gradient.
-    """
+    """Trained positions per chunk; more for a trained head, whose whole gradient every chunk computes."""
     text, chunk = chain.model.config.get_text_config(decoder=True), CHUNK
     if head and recipe.lora is None:
         chunk = max(chunk, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
@@ -128,8 +126,7 @@ def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[st
     """The changes of each way to the first plan, fastest first: recomputation is slow, files are slower.
 
     A loss chunk is never made larger; a micro-batch is never smaller than the `longest` example. Without
-    `streamed`, the
-    top stays in the device's memory in all ways.
+    `streamed`, the top stays in the device's memory in all ways.
     """
     more = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
     chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}

@@ -63,7 +63,7 @@ class Simulation:
 
 
 def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
-    """For every event its number, its phase, and the bytes allocated after it."""
+    """Yields for every event its number, its phase, and the bytes allocated after it."""
     total, marks = 0, iter([*log.marks[1:], (len(log.events) + 1, "")])
     phase, (until, following) = log.marks[0][1], next(marks)
     for number, event in enumerate(log.events):
@@ -74,7 +74,7 @@ def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
 
 
 def account(log: StorageLog, *, routed: bool = False) -> Simulation:
-    """The peak of each phase, and what was allocated then."""
+    """Finds the peak of each phase and the bytes allocated at that moment, by cause."""
     highest: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
     for number, phase, total in levels(log):
         if total > highest[phase][0]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from talik.model.weights.safetensors_file import Entry
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Tier
-from talik.simulate.storage_log import APART, Log, StorageLog
+from talik.simulate.storage_log import OFF_DEVICE, Log, StorageLog
 from talik.training.memory.keys import GRADIENT, INPUT, PENDING, Key, layer_of_input
 from talik.training.memory.scratch import TieredScratch
 from talik.training.step.top import Top
@@ -24,9 +24,7 @@ CAUSE_OF = {GRADIENT: "gradients", PENDING: "gradients", INPUT: "saved activatio
 
 
 class FakeWeights(Weights):
-    """The weights of a checkpoint of which only the tensor tables are known: allocates, but reads no
-    bytes.
-    """
+    """Weights of which only the tensor tables are known: memory is allocated, but nothing is read."""
 
     log: StorageLog
 
@@ -80,8 +78,7 @@ class FakeCache:
     """A cache that stores nothing.
 
     Only some of the groups that a run holds at once are simulated. The hidden states of the others are
-    counted as
-    `others` times those of the simulated ones, up to `most` bytes in all.
+    counted as `others` times those of the simulated ones, up to `most` bytes in all.
     """
 
     def __init__(self, log: Log, others: float = 0.0, most: int = 0) -> None:
@@ -109,7 +106,7 @@ class FakeShard:
 
 
 class FakeCopy:
-    """A working copy that is not written to. Trained tensors are read from it, not from the source."""
+    """A working copy without files. Trained tensors are read from it, not from the source."""
 
     def __init__(self, top: Top) -> None:
         self._names = {name for name, _ in top.parameters()}
@@ -132,14 +129,12 @@ class MarkedScratch(TieredScratch):
     """A scratch that records the cause of its tensors by their names. Tensors in files take no memory.
 
     All fake tensors live on the CPU (fake CUDA has no backward). Host-RAM tensors are put on `meta` instead,
-    so that
-    code without a copy to the device fails here, as it would on a GPU.
+    so that code without a copy to the device fails here, as it would on a GPU.
 
     Attributes:
         waiting: By layer, shape and dtype of the layer inputs of micro-batches that are pending. They are
-            allocated
-            with those of the first computed micro-batch, and freed when the inputs of a lower layer are
-            freed.
+            allocated with those of the first computed micro-batch, and freed when the inputs of a lower layer
+            are freed.
     """
 
     def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
@@ -178,4 +173,4 @@ class MarkedScratch(TieredScratch):
 
     def _cause(self, key: Key) -> str:
         elsewhere = self._tier(key) == "disk" or (self._offloaded(key) and self._log.device != "cpu")
-        return APART if elsewhere else CAUSE_OF.get(key.kind, "optimizer state")
+        return OFF_DEVICE if elsewhere else CAUSE_OF.get(key.kind, "optimizer state")

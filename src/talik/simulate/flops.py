@@ -13,8 +13,7 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     """The FLOPs of one call of an operator; None for operators without products.
 
     Attention counts every pair of positions, masked or not, as in PyTorch's table; half of them if the kernel
-    is called
-    with `is_causal` and skips the others.
+    is called with `is_causal` and skips the others.
     """
     if (own := _LEFT_OUT.get(func._schema.name)) is not None:
         flops = own(*args)

@@ -1,8 +1,7 @@
 """Runs the real training code on fake tensors, to find its memory before a weight is loaded.
 
-The same functions as in a run are called: the store loads blocks, the trunk runs, steps go forward and
-backward,
-the update, the evaluation. Only files, threads and values are missing.
+It calls the same functions as a run: the store loads blocks, the trunk runs, and every step has its forward,
+backward and update. Only files, threads and values are missing.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from talik.training.trunk.trunk import TrunkInput, trunk_pass
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is simulated.
+    """The recipe and the model of a simulation.
 
     Attributes:
         recipe: The recipe.
@@ -102,7 +101,7 @@ def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
 
 
 def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
-    """Simulates a plan: of the trunk every kind of layer twice, everything else completely."""
+    """Simulates a plan: two trunk layers of each kind, and everything else completely."""
     chain, device = subject.chain, plan.device.partition(":")[0]
     plan = plan.model_copy(update={"device": "cpu"})  # fake CUDA tensors have no backward
     weights = FakeWeights(chain.model, subject.model.path, subject.tables)
@@ -118,9 +117,9 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
 
 
 def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
-    """Does everything that a run does with tensors, in its order, with the first `layers` trunk layers.
+    """Executes all tensor operations of a run in order, with only the first `layers` layers of the trunk.
 
-    Hidden states are not stored, and steps start from undefined ones.
+    Hidden states are not stored; steps read hidden states with undefined values.
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
@@ -195,7 +194,7 @@ def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) ->
 
 
 def _load_each(loaded: RunModel, store: Store, layers: int) -> None:
-    """Loads block after block, as the check of the chain does; its few tokens are not counted."""
+    """Loads one block after another, like the check of the chain, whose few tokens are ignored."""
     plan = loaded.plan
     store.get(EMBEDDINGS)
     for layer in (*range(layers), *range(plan.cut, plan.layers)):

@@ -1,8 +1,7 @@
 """Records when the memory of every tensor is allocated and freed while code runs.
 
 A StorageLog sees every PyTorch operator. A storage is born when it first appears in a result, and dies with
-the last
-tensor that views it. Its cause is assigned later, when its use is known.
+the last tensor that views it. Its cause is assigned later, when its use is known.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ CAUSES = (
     "logits and loss",
     "workspace",
 )
-APART = "apart"  # the cause of tensors in mapped files or in host RAM of a device: they take no device memory
+OFF_DEVICE = "off device"  # the cause of tensors in mapped files or host RAM, which take no device memory
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What code reports while it is recorded: phases, and the causes of tensors.
+    """The interface by which running code reports its phases and the causes of its tensors.
 
     `device` is the kind of device whose memory is recorded.
     """
@@ -113,7 +112,7 @@ class StorageLog(TorchDispatchMode):
         for tensor in tensors:
             made = self.births[self._see(tensor, "before")]
             made.cause = cause
-            if cause == APART:
+            if cause == OFF_DEVICE:
                 made.bytes = 0
 
     def __torch_dispatch__(
@@ -141,8 +140,9 @@ class StorageLog(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def workspace(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """Tensors as large as the workspace of an operator. For Talik's own operators only: modes do not
-        see inside them. The workspace of PyTorch's kernels is not counted.
+        """Tensors as large as the workspace of one of Talik's own operators.
+
+        A dispatch mode does not see inside these. The workspace of PyTorch's kernels is not counted.
         """
         if func.namespace != "talik":
             return []
@@ -160,7 +160,9 @@ class StorageLog(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, 0 if storage.filename else storage.nbytes()
         number = self._live.get(key)
-        if number is not None and (self.births[number].bytes == size or self.births[number].cause == APART):
+        if number is not None and (
+            self.births[number].bytes == size or self.births[number].cause == OFF_DEVICE
+        ):
             return number
         if number is not None:  # resized: the old storage has been freed
             self._die(key, number)
@@ -205,7 +207,7 @@ class StorageLog(TorchDispatchMode):
             yield
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
-        if self.phase_now == "trunk":  # what outlives a layer is its output
+        if self.phase_now == "trunk":  # only the output of a layer is still allocated
             self._settle("trunk", "cache and batches")
         self.block, self._began = name, len(self.births)
 

@@ -38,8 +38,7 @@ def work_of(
     """The two groups with the longest examples, and one to three steps.
 
     The steps are those with the largest micro-batch, the longest example, and the largest loss, if they
-    differ. The same
-    step a second time takes as much as the first (docs/log.md).
+    differ. The same step a second time takes as much as the first (docs/log.md).
     """
     both = Joined(examples, evaluated)
     lengths = both.lengths
@@ -133,4 +132,4 @@ def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:
         for number in range(count)
     ]
     each = f"{count} examples of {length:,} tokens" if count > 1 else f"one example of {length:,} tokens"
-    return made, f"an epoch is one step of {each}, half of them trained (name DATA for what is true)"
+    return made, f"an epoch is one step of {each}, half of them trained (name DATA for the true steps)"

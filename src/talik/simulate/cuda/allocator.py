@@ -1,12 +1,10 @@
 """Replays PyTorch's caching allocator for CUDA over a log of storages.
 
 The rules are those of DeviceCachingAllocator in c10/cuda/CUDACachingAllocator.cpp, for one device and one
-stream,
-without options of PYTORCH_CUDA_ALLOC_CONF other than expandable_segments. Not modelled: streams and
-record_stream,
-max_split_size, garbage collection, rounding to powers of two, private pools of CUDA graphs, the limit of 9/8
-of the
-device's memory on the addresses of one expandable segment. Compared with the source, not yet with a device.
+stream, without options of PYTORCH_CUDA_ALLOC_CONF other than expandable_segments. Not modelled: streams and
+record_stream, max_split_size, garbage collection, rounding to powers of two, private pools of CUDA graphs,
+the limit of 9/8 of the device's memory on the addresses of one expandable segment. Compared with the source,
+not yet with a device.
 
 The memory that a device must have is `least_capacity`, not `Replayed.peak_reserved`: with memory to spare the
 allocator keeps segments that it would release under pressure.
@@ -55,8 +53,7 @@ def replay(
 
     Args:
         events: (key, bytes): the storage `key` is born with bytes > 0 and dies with bytes <= 0. Empty
-            storages take
-            no memory.
+            storages take no memory.
         capacity: Bytes for the allocator; None for no limit.
 
     Raises:

@@ -1,18 +1,13 @@
 """Attention as CUDA computes it, on tensors that are not on a CUDA device.
 
 PyTorch chooses the kernel of scaled_dot_product_attention by the device, and each kernel saves different
-tensors for
-the backward. `cuda_attention` makes CUDA's choice and calls that kernel's operator, whose shapes need no
-device, so
-that the log of a step on fake CPU tensors is that of a CUDA device.
+tensors for the backward. `cuda_attention` makes CUDA's choice and calls that kernel's operator, whose shapes
+need no device, so that the log of a step on fake CPU tensors is that of a CUDA device.
 
 The rules are those of select_sdp_backend in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; padding and
-masks
-are those of scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp. Assumed: an
-NVIDIA
-device, the default kernels and order, cuDNN newer than 9.15. Not modelled: nested tensors, dropout that only
-cuDNN
-refuses, deterministic algorithms (no cuDNN), and workspaces that kernels allocate and free
+masks are those of scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp. Assumed:
+an NVIDIA device, the default kernels and order, cuDNN newer than 9.15. Not modelled: nested tensors, dropout
+that only cuDNN refuses, deterministic algorithms (no cuDNN), and workspaces that kernels allocate and free
 (`flash_backward_bytes` and `efficient_backward_bytes` give those of the backward).
 """
 
@@ -68,10 +63,8 @@ def cuda_attention(compute_capability: tuple[int, int] | None = None) -> Iterato
     """Inside the context, scaled_dot_product_attention runs as on a CUDA device of this capability.
 
     An unknown capability (None) counts as 8.0. Works for tensors anywhere, fake or not, but only fake ones
-    can run every
-    kernel without the device. Applies to callers that look the function up in torch.nn.functional at call
-    time, as
-    sdpa_attention_forward of Transformers does, in all threads.
+    can run every kernel without the device. Applies to callers that look the function up in
+    torch.nn.functional at call time, as sdpa_attention_forward of Transformers does, in all threads.
     """
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = partial(_attention, compute_capability or AMPERE)
@@ -98,10 +91,8 @@ def flash_backward_bytes(
     """Workspace of the backward of flash attention, in bytes.
 
     In mha_bwd of aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp: softmax_d and dq_accum in
-    fp32, and
-    dk_expanded and dv_expanded in 16 bits if there are fewer key heads than query heads. They are allocated
-    within the
-    kernel's operator, so a log does not show them.
+    fp32, and dk_expanded and dv_expanded in 16 bits if there are fewer key heads than query heads. They are
+    allocated within the kernel's operator, so a log does not show them.
     """
     rounded = _up(sequence, 128)
     softmax_d = 4 * batch * heads * rounded
@@ -122,11 +113,9 @@ def efficient_backward_bytes(
     """Workspace of the backward of memory-efficient attention, in bytes.
 
     In _efficient_attention_backward of aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta,
-    which an
-    fp32 kernel computes from a product as large as the query, and workspace_size() of
+    which an fp32 kernel computes from a product as large as the query, and workspace_size() of
     mem_eff_attention/kernel_backward.h: dq in fp32, and dk and dv as often as the keys are split, unless the
-    kernel keeps
-    them in registers.
+    kernel keeps them in registers.
     """
     rows, half = batch * heads, itemsize == 2
     of_queries, of_keys, in_registers = _backward_tile(head_dim, half, compute_capability)

@@ -1,10 +1,8 @@
 """The memory of a simulated run on a CUDA device: allocator pages, libraries, and the context.
 
 A simulation counts the bytes of tensors. A device holds more: storages are rounded and lie in pages that may
-be half
-empty; libraries and kernels allocate workspaces that no operator shows; the context comes on top. Computed
-from the
-sources of PyTorch 2.13, not measured on a device.
+be half empty; libraries and kernels allocate workspaces that no operator shows; the context comes on top.
+Computed from the sources of PyTorch 2.13, not measured on a device.
 """
 
 from __future__ import annotations
@@ -124,10 +122,8 @@ def on_cuda(simulation: Simulation, machine: Machine, *, context: int | None = N
     """The memory of a run on a machine's CUDA device, if it was simulated inside `target(machine)`.
 
     Expandable segments are assumed (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True). `context`: measured
-    bytes outside
-    the allocator; otherwise they are estimated. Workspaces of libraries other than cuBLAS and of kernels
-    other than
-    attention are not included.
+    bytes outside the allocator; otherwise they are estimated. Workspaces of libraries other than cuBLAS and
+    of kernels other than attention are not included.
     """
     demand = demand_of(simulation.log, machine.compute_capability)
     if context is None:
@@ -148,17 +144,14 @@ def context_bytes(name: str | None) -> int:
     """Bytes of device memory of a process outside the allocator; a rough estimate.
 
     They depend on the device (`name`), the driver and CUDA. To measure: the decrease of mem_get_info() since
-    the process
-    began, minus torch.cuda.memory_reserved().
+    the process began, minus torch.cuda.memory_reserved().
     """
     bare = (size for part, size in BARE_CONTEXTS.items() if part in (name or ""))
     return next(bare, BARE_CONTEXT) + LOADED_KERNELS
 
 
 def demand_of(log: StorageLog, compute_capability: tuple[int, int] | None) -> Demand:
-    """Adds the allocations of libraries and kernels to the events of a log, after the operators that call
-    them.
-    """
+    """Adds the allocations of libraries and kernels to a log, each after the operator that calls them."""
     workspace = {number: (size, stays) for number, size, stays in _workspace(log, compute_capability)}
     demand, key = Demand(log, [], []), len(log.births)
     for number, event in enumerate(log.events):
@@ -200,7 +193,7 @@ def _attention_bytes(of_query: Storage, of_key: Storage, compute_capability: tup
 
 
 def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
-    """The peak of every phase if the allocator has only what it needs; the highest phase takes all of it."""
+    """The peak of every phase with the least sufficient capacity, all of which the highest phase takes."""
     highest = _highest(demand, capacity)
     top = max(highest, key=lambda phase: highest[phase][:2])
     held = {phase: capacity if phase == top else pages for phase, (pages, *_) in highest.items()}
