@@ -25,7 +25,7 @@ from talik.model.folder import ModelFolder
 from talik.plan.promise import Promise
 from talik.plan.search import Search
 from talik.plan.target import target_of
-from talik.plan.ways import ON_DISK, STREAMED
+from talik.plan.ways import Way
 from talik.recipe.recipe import Recipe
 from talik.simulate.simulation import subject_of
 
@@ -50,11 +50,10 @@ def child(folder: Path, place: Path) -> dict[str, Any]:
     examples = made_examples(LENGTHS, SIZES["vocab_size"])
     target = target_of(this_machine("cpu", measure=False))
     search = Search(subject_of(recipe, ModelFolder(folder)), examples, [], target)
-    way = {**STREAMED, **ON_DISK, "micro_batch_tokens": 1024}
-    tried = search.try_plan(search.first().model_copy(update=way))
+    way = Way(top="streamed", state="disk", inputs="disk", micro_batch_tokens=1024)
+    tried = search.simulate_plan(way.apply(search.first))
     promised = {peak.phase: peak.bytes for peak in tried.phases}
     plan = tried.plan.model_copy(update={"promised": promised})
-    search.forget()
     with Promise(plan) as promise:
         one_step(recipe, plan, folder, examples, place, promise)
     phases = promise.table()

@@ -21,9 +21,9 @@ from talik.model.freeze import trained_parameters
 from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
 from talik.plan.planned import Planned
 from talik.plan.report import plan_text
-from talik.plan.search import KEPT_CAUSES, Search, plan_run
+from talik.plan.search import KEPT_CAUSES, Refused, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
-from talik.plan.ways import ways_of
+from talik.plan.ways import Way, ways_of
 from talik.recipe.recipe import Recipe
 from talik.recipe.thaw import parse_thaw
 from talik.simulate.simulation import subject_of
@@ -143,15 +143,28 @@ def test_a_way_is_refused_by_its_sizes_alone(
 ) -> None:
     """Weights, gradients and AdamW's state of two trained layers, without a simulation."""
     search = Search(subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(64 << 30))
-    tried = search.try_plan(search.first())
+    tried = search.simulate_plan(search.first)
     (backward,) = (peak for peak in tried.phases if peak.phase == "backward")
     stays = sum(backward.causes.get(cause, 0) for cause in KEPT_CAUSES)
-    assert 0.9 * stays < search._resident_bytes(search.first()) <= stays
+    assert 0.9 * stays < search._resident_bytes(search.first) <= stays
     tight = Search(
         subject_of(recipe, ModelFolder(folder)), examples(LONG), [], target(stays // 2 + LEAST_SLACK)
     )
-    monkeypatch.setattr(Search, "_simulated", None)
-    assert not tight._fits(tight.first(), {}) and not tight.refused[0].simulated
+    monkeypatch.setattr("talik.plan.search.simulate", None)
+    found = tight.evaluate(Way(micro_batch_tokens=LONG))
+    assert isinstance(found, Refused) and not found.refusal.simulated
+
+
+def test_a_way_is_chosen_again_if_planning_itself_took_the_memory(
+    roomy: Planned, recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first way fits the target, and no longer if the program is measured after the simulation."""
+    tight = target(roomy.peak.bytes + LEAST_SLACK)
+    grown = replace(tight, program=roomy.peak.bytes // 4)
+    monkeypatch.setattr(Target, "now", lambda _: grown)
+    planned = plan_run(recipe, ModelFolder(folder), examples(*[250] * 12), target=tight)
+    assert planned.fits and planned.target is grown and planned.plan.promised["program"] == grown.program
+    assert planned.refused[0].peak_bytes == roomy.peak.bytes + grown.program
 
 
 @pytest.mark.parametrize("inputs", ["memory", "disk"])
@@ -161,10 +174,10 @@ def test_a_glimpse_of_a_streamed_step_has_the_peaks_of_the_step(
     """Except in the update, until which the glimpse holds the pending micro-batches too long."""
     search = Search(subject_of(recipe, ModelFolder(folder)), examples(*[250] * 9), [], target(64 << 30))
     way = {"top": "streamed", "recompute": True, "micro_batch_tokens": 256, "inputs": inputs}
-    plan = search.first().model_copy(update=way)
+    plan = search.first.model_copy(update=way)
     glimpse, whole = (
-        {peak.phase: peak.bytes for peak in search.try_plan(plan, whole=whole).phases}
-        for whole in (False, True)
+        {peak.phase: peak.bytes for peak in search.simulate_plan(plan, glimpse=glimpse).phases}
+        for glimpse in (True, False)
     )
     for phase in whole:
         rel = 0.03 if phase == "update" else 0.001
@@ -188,10 +201,10 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     recipe = Recipe(model=str(tmp_path), data="-", top_layers=3)
     made, gpu = examples(LONG), Target(described_machine("RTX 4090"), 8 << 30, 32 << 30, None, 1 << 30)
     search = Search(subject_of(recipe, ModelFolder(tmp_path)), made, [], gpu)
-    plans = [search.first().model_copy(update=way) for way in ways_of(search.first(), LONG)][2:]
+    plans = [way.apply(search.first) for way in ways_of(search.first, LONG)][2:]
     tiers = [("resident", "memory"), ("resident", "ram"), ("streamed", "ram"), ("streamed", "ram")]
     assert [(plan.top, plan.state) for plan in plans] == [*tiers, ("streamed", "disk")]
-    peaks = [search.try_plan(plan).peak.bytes for plan in plans[:3]]
+    peaks = [search.simulate_plan(plan).peak.bytes for plan in plans[:3]]
     assert peaks[0] > peaks[1] > peaks[2]
     state = state_bytes(trained_parameters(search.subject.chain.model), recipe)
     assert search.ram(plans[1]) - search.ram(plans[0]) == state
@@ -199,7 +212,7 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     planned = plan_run(recipe, ModelFolder(tmp_path), made, target=little)
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
     assert "streamed from a working copy, optimizer state and layer inputs on disk" in plan_text(planned)
-    refused = next(r for r in planned.refused if r.way.get("inputs") == "ram")
+    refused = next(r for r in planned.refused if r.way.inputs == "ram")
     assert "of host RAM" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20
     enough = plan_run(recipe, ModelFolder(tmp_path), made, target=replace(little, ram=more))
@@ -219,14 +232,14 @@ def test_experts_have_a_range(build_model: Callable[..., Any], tmp_path: Path) -
 def test_the_trunk_is_streamed_where_it_does_not_fit(recipe: Recipe, folder: Path) -> None:
     one = recipe.model_copy(update={"thaw": "norm,head"})
     search = Search(subject_of(one, ModelFolder(folder)), examples(64, 64), [], target(64 << 30))
-    tried = search.try_plan(search.first())
+    tried = search.simulate_plan(search.first)
     trunk = max(peak.bytes for peak in tried.phases if peak.phase == "trunk")
     assert tried.plan.trunk == "resident"
     search = Search(
         subject_of(one, ModelFolder(folder)), examples(64, 64), [], target(trunk - 1 + LEAST_SLACK)
     )
-    plan = search.first().model_copy(update={"trunk": "resident"})
-    assert search.try_plan(plan).plan.trunk == "streamed"
+    plan = search.first.model_copy(update={"trunk": "resident"})
+    assert search.simulate_plan(plan).plan.trunk == "streamed"
 
 
 def test_the_command_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

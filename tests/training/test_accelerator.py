@@ -13,7 +13,7 @@ import talik
 from helpers.training import assert_same, make_recipe, trained
 from talik.model.folder import ModelFolder
 from talik.plan.target import slack_of
-from talik.plan.ways import IN_RAM, ON_DISK, STREAMED, choose
+from talik.plan.ways import choose
 from talik.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
@@ -22,6 +22,10 @@ pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="ne
 @pytest.fixture(scope="module")
 def device() -> str:
     return str(torch.accelerator.current_accelerator())
+
+
+STREAMED = {"top": "streamed", "recompute": True}
+IN_RAM, ON_DISK = ({"state": tier, "inputs": tier} for tier in ("ram", "disk"))
 
 
 @pytest.mark.parametrize("way", [{"state": "ram"}, STREAMED, {**STREAMED, **IN_RAM}, {**STREAMED, **ON_DISK}])

@@ -16,6 +16,7 @@ from talik.plan.target import Target
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
 from talik.recipe.thaw import Thawed, parse_thaw
+from talik.simulate.account import highest
 from talik.simulate.simulation import subject_of
 from talik.simulate.work import assumed_examples
 
@@ -147,10 +148,10 @@ class ThriftiestWay:
             self._notify(Status("plan", f"simulating {_in_words(recipe)}"))
             examples, evaluated = self._examples(recipe)
             search = Search(subject_of(recipe, self._model), examples, evaluated, self._target)
-            first = search.first()
-            way = ways_of(first, search.longest, streamed=self._streamed)[-1]
-            tried = search.try_plan(first.model_copy(update=way))
-            self._peaks[key] = tried.peak.bytes
+            way = ways_of(search.first, search.longest, streamed=self._streamed)[-1]
+            attempt = search.simulate_plan(way.apply(search.first))
+            phases, _ = self._target.now().account(attempt.simulation)  # planning itself has taken memory
+            self._peaks[key] = highest(phases).bytes
         return self._peaks[key]
 
     def _examples(self, recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:

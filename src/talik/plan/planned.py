@@ -8,8 +8,9 @@ from typing import Any
 from talik.base.files import format_bytes
 from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
+from talik.plan.ways import Way
 from talik.recipe.plan import Plan
-from talik.simulate.account import Break, Peak, Simulation
+from talik.simulate.account import Break, Peak, Simulation, highest
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +18,20 @@ class Refusal:
     """A way that does not fit.
 
     Attributes:
-        bytes: Its peak; a lower bound if `simulated` is false.
+        peak_bytes: Its peak; a lower bound if `simulated` is false.
         reason: Why it does not fit.
         change: An option with which it would fit.
     """
 
-    way: dict[str, Any]
+    way: Way
     peak_bytes: int
     reason: str
     change: str | None
     simulated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values, for JSON."""
+        return {**asdict(self), "way": self.way.as_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,8 @@ class Planned:
     """The result of planning. Peaks are bytes of the target's memory, `disk` is bytes by use.
 
     Attributes:
-        least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
-            lies between it and the planned peak.
+        least: For mixtures of experts, the peak if the router chooses all experts equally often. The planned
+            peak is for a router that always chooses the same experts; the real one is in between.
         breaks: The first allocation that exceeds the memory.
         ram_missing: Bytes of host RAM that are missing.
         disk_missing: Bytes of disk that are missing.
@@ -87,7 +92,7 @@ class Planned:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     @property
     def problem(self) -> str:
@@ -114,7 +119,7 @@ class Planned:
             ],
             "chosen": self.plan.model_dump() if self.fits else None,
             "assumed": self.assumed,
-            "refused": [asdict(refusal) for refusal in self.refused],
+            "refused": [refusal.as_dict() for refusal in self.refused],
             "changes": [asdict(change) for change in self.changes],
             "disk_bytes": self.disk_bytes,
             "seconds": asdict(self.seconds),

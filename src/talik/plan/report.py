@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from talik.base.files import format_bytes
 from talik.machine.machine import Machine
-from talik.plan import ways
 from talik.plan.planned import Planned
 from talik.plan.target import slack_of
+from talik.plan.ways import way_of
 from talik.recipe.recipe import Recipe
 
 WIDTH = 40  # characters of a bar for the whole budget
@@ -86,12 +86,10 @@ def _costs(planned: Planned) -> Iterator[str]:
 
 def _ways(planned: Planned) -> Iterator[str]:
     plan = planned.plan
-    what = {"micro_batch_tokens", "recompute", "top", "state", "loss_chunk"}
-    chosen = ways.in_words(plan.model_dump(include=what))
-    yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {chosen}"
+    yield f"{'chosen' if planned.fits else 'nearest'}: trunk {plan.trunk}, {way_of(plan)}"
     for refusal in planned.refused:
         helps = f"; would fit with {refusal.change}" if refusal.change else ""
-        yield f"refused: {ways.in_words(refusal.way)}: {refusal.reason}{helps}"
+        yield f"refused: {refusal.way}: {refusal.reason}{helps}"
     if planned.breaks:
         broken = planned.breaks
         where = f"{broken.phase}, {broken.block}" if broken.block else broken.phase

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 
@@ -14,32 +16,99 @@ from talik.model.anatomy import anatomy_of
 from talik.model.chain.chain import Chain
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
-from talik.recipe.plan import Plan
+from talik.recipe.plan import Plan, Tier
 from talik.recipe.recipe import Recipe, check_layers
 from talik.training.loading import working_dtype
 
 LOGITS_AT_ONCE = 128 << 20  # bytes of the bf16 logits of one chunk and of their gradient
 CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more exceed the CPU caches
-THRIFTY = {"micro_batch_tokens": 256, "loss_chunk": LEAST_CHUNK, "hidden_bytes": 64 << 20}
-STREAMED = {"top": "streamed", "recompute": True}
-ON_DISK = {"state": "disk", "inputs": "disk"}
-IN_RAM = {"state": "ram", "inputs": "ram"}
-# Settings that differ between ways. They change only the order of sums.
-RESIDENT_WAYS: tuple[dict[str, Any], ...] = (
-    *({"recompute": r, "micro_batch_tokens": tokens} for r in (False, True) for tokens in (2048, 1024, 512)),
-    {"recompute": True, **THRIFTY},
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """The settings that differ between ways to run. They change the results only by the order of sums.
+
+    Attributes:
+        top: See `Plan.top`.
+        recompute: See `Plan.recompute`.
+        state: See `Plan.state`.
+        inputs: See `Plan.inputs`.
+        micro_batch_tokens: See `Plan.micro_batch_tokens`.
+        loss_chunk: See `Plan.loss_chunk`; None keeps that of the plan.
+        hidden_bytes: See `Plan.hidden_bytes`; None keeps those of the plan.
+    """
+
+    top: Literal["resident", "streamed"] = "resident"
+    recompute: bool = True
+    state: Tier = "memory"
+    inputs: Tier = "memory"
+    micro_batch_tokens: int
+    loss_chunk: int | None = None
+    hidden_bytes: int | None = None
+
+    def apply(self, plan: Plan) -> Plan:
+        """The plan with the settings of this way."""
+        return plan.model_copy(update={k: v for k, v in asdict(self).items() if v is not None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Micro-batches, recomputation, and all other settings that differ from the defaults, for JSON."""
+        shown = {"recompute", "micro_batch_tokens"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in shown or getattr(self, field.name) != field.default
+        }
+
+    def __str__(self) -> str:
+        """For example "micro-batches of 512 tokens, layers recomputed in the backward"."""
+        parts = [f"micro-batches of {self.micro_batch_tokens:,} tokens", *self._memory_savings()]
+        if self.loss_chunk is not None:
+            parts.append(f"loss chunks of {self.loss_chunk}")
+        return ", ".join(parts)
+
+    def _memory_savings(self) -> Iterator[str]:
+        place = {"memory": "", "ram": " in host RAM", "disk": " on disk"}[self.state]
+        if self.top == "streamed":
+            yield "trained layers streamed from a working copy"
+        elif self.recompute:
+            yield "layers recomputed in the backward"
+        if place:
+            offloaded = "optimizer state" if self.top == "resident" else "optimizer state and layer inputs"
+            yield f"{offloaded}{place}"
+
+
+def way_of(plan: Plan) -> Way:
+    """The way of a plan, with its loss chunk."""
+    return Way(
+        top=plan.top,
+        recompute=plan.recompute,
+        state=plan.state,
+        inputs=plan.inputs,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        loss_chunk=plan.loss_chunk,
+    )
+
+
+def _thrifty(**settings: Any) -> Way:
+    """A way with the smallest micro-batches, loss chunks and shards of the cache."""
+    return Way(micro_batch_tokens=256, loss_chunk=LEAST_CHUNK, hidden_bytes=64 << 20, **settings)
+
+
+RESIDENT_WAYS = (
+    *(Way(recompute=r, micro_batch_tokens=tokens) for r in (False, True) for tokens in (2048, 1024, 512)),
+    _thrifty(),
 )
-STREAMED_WAYS: tuple[dict[str, Any], ...] = (
-    *({**STREAMED, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    *({**STREAMED, **ON_DISK, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    {**STREAMED, **ON_DISK, **THRIFTY},
+STREAMED_WAYS = (
+    *(Way(top="streamed", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    *(Way(top="streamed", state="disk", inputs="disk", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    _thrifty(top="streamed", state="disk", inputs="disk"),
 )
 # For devices with their own memory: host RAM is faster than disk.
-WAYS_WITH_RAM: tuple[dict[str, Any], ...] = (
-    *({"recompute": True, "state": "ram", "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    *({**STREAMED, **IN_RAM, "micro_batch_tokens": tokens} for tokens in (2048, 512)),
-    {**STREAMED, **IN_RAM, **THRIFTY},
-    {**STREAMED, **ON_DISK, **THRIFTY},
+WAYS_WITH_RAM = (
+    *(Way(state="ram", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    *(Way(top="streamed", state="ram", inputs="ram", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    _thrifty(top="streamed", state="ram", inputs="ram"),
+    _thrifty(top="streamed", state="disk", inputs="disk"),
 )
 
 
@@ -122,38 +191,23 @@ def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
     return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks up positions
 
 
-def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[dict[str, Any]]:
-    """The changes of each way to the first plan, fastest first: recomputation is slow, files are slower.
+def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[Way]:
+    """The ways to run, fastest first: recomputation is slow, files are slower.
 
-    A loss chunk is never made larger; a micro-batch is never smaller than the `longest` example. Without
-    `streamed`, the top stays in the device's memory in all ways.
+    Args:
+        first: The plan that the ways change. Loss chunks are never made larger than in this plan.
+        longest: Tokens of the longest example, which limit micro-batches from below. Of several ways with
+            the same micro-batches only one is returned.
+        streamed: Whether the trained layers may leave the memory of the device.
     """
-    more = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
-    chunk = {"loss_chunk": min(first.loss_chunk, LEAST_CHUNK)}
-    every = RESIDENT_WAYS + (more if streamed else ())
-    found = [{**way, **(chunk if "loss_chunk" in way else {})} for way in every]
-    differ = {
-        (
-            *(w.get(what) for what in ("recompute", "top", "state")),
-            "loss_chunk" in w,
-            max(longest, w["micro_batch_tokens"]),
-        ): w
-        for w in found[::-1]
-    }
-    return list(differ.values())[::-1]
-
-
-def in_words(way: dict[str, Any]) -> str:
-    """A way in words, as in "micro-batches of 512 tokens, layers recomputed in the backward"."""
-    recomputed = ", layers recomputed in the backward" if way["recompute"] else ""
-    apart = {"ram": " in host RAM", "disk": " on disk"}.get(way.get("state", "memory"), "")
-    if way.get("top") == "streamed":
-        offloaded = f", optimizer state and layer inputs{apart}" if apart else ""
-        recomputed = f", trained layers streamed from a working copy{offloaded}"
-    elif apart:
-        recomputed += f", optimizer state{apart}"
-    chunk = f", loss chunks of {way['loss_chunk']}" if "loss_chunk" in way else ""
-    return f"micro-batches of {way['micro_batch_tokens']:,} tokens{recomputed}{chunk}"
+    streamed_ways = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
+    distinct: dict[Way, Way] = {}
+    for way in RESIDENT_WAYS + (streamed_ways if streamed else ()):
+        if way.loss_chunk is not None:
+            way = replace(way, loss_chunk=min(first.loss_chunk, way.loss_chunk))
+        effective = replace(way, micro_batch_tokens=max(longest, way.micro_batch_tokens))
+        distinct.setdefault(effective, way)
+    return list(distinct.values())
 
 
 def _free_memory(device: torch.device) -> int:

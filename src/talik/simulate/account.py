@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from talik.simulate.storage_log import StorageLog
@@ -18,6 +18,11 @@ class Peak:
     causes: dict[str, int]
     block: str
     operator: str
+
+
+def highest(peaks: Iterable[Peak]) -> Peak:
+    """The highest of the peaks of several phases; the first of equal ones."""
+    return max(peaks, key=lambda peak: peak.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Simulation:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     def first_break(self, budget: int) -> Break | None:
         """The first storage with which more than `budget` bytes are allocated."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from talik.machine.machine import Machine
-from talik.simulate.account import Break, Peak, Simulation, levels
+from talik.simulate.account import Break, Peak, Simulation, highest, levels
 from talik.simulate.cuda.allocator import MIB, ExpandableAllocator, follow, least_capacity
 from talik.simulate.cuda.attention import (
     AMPERE,
@@ -93,7 +93,7 @@ class DeviceAccount:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     def first_break(self, budget: int) -> Break | None:
         """The first allocation that fails on a device with `budget` bytes for this process.
