@@ -157,3 +157,16 @@ def test_bytes_and_values_computed_from_them_are_fake() -> None:
         assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), (
             "random bits for rounding weights are fake too"
         )
+
+
+def test_operators_that_fake_tensors_need_handlers_for() -> None:
+    with fake_world(nn.Module()):
+        weight, mask = torch.ones(4, 16), torch.tensor([True, False, True, True])
+        assert isinstance(weight, FakeTensor) and not isinstance(mask, FakeTensor)
+        assert weight[mask].shape == (3, 16), "masks are real, so the number of rows is known"
+        assert weight.add_(weight) is weight
+        assert weight.sum().item() == 1.0
+        assert weight.T.device == torch.device("cpu")
+        ends = torch.tensor([1, 4], dtype=torch.int32)
+        assert torch._grouped_mm(weight, torch.ones(2, 16, 8), offs=ends).shape == (4, 8)  # in fp32
+        assert torch._grouped_mm(weight.T, torch.ones(4, 8), offs=ends).shape == (2, 16, 8)
