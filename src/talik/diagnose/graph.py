@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talik.base.files import format_bytes
 from talik.diagnose.findings import Finding
-from talik.diagnose.loop import Batch, Block, Loop, alive_at
+from talik.diagnose.loop import Batch, Block, Loop
 from talik.model.anatomy import Parts, parts_of
 from talik.simulate.account import levels
 
@@ -187,7 +187,7 @@ def logits_findings(model: nn.Module, batch: Batch, loop: Loop) -> Iterator[Find
     log = loop.simulation.log
     number = max(levels(log), key=lambda level: level[2])[0]
     vocabulary, labels = _vocabulary(model), batch.get("labels")
-    made = [s for s in alive_at(log, number) if s.shape[-1:] == (vocabulary,) and len(s.shape) > 1]
+    made = [s for s in log.alive(number) if s.shape[-1:] == (vocabulary,) and len(s.shape) > 1]
     made = [s for s in made if s.cause in (None, "logits and loss")]
     size, positions = sum(s.bytes for s in made), max((_rows(s.shape) for s in made), default=0)
     if not positions or not isinstance(labels, Tensor):

@@ -269,7 +269,7 @@ def _full_at(log: StorageLog, room: int) -> str | None:
     for number, phase, total in levels(log):
         if total > room:
             step = sum(begun == "forward" and at <= number for at, begun in log.marks)
-            return f"{phase} {log.births[log.events[number]].block}".strip() + f", step {step}"
+            return f"{phase} {log.storage(number).block}".strip() + f", step {step}"
     return None
 
 

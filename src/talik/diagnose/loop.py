@@ -21,7 +21,7 @@ from talik.model.anatomy import Parts, parts_of
 from talik.model.chain.probe import tensors_in
 from talik.simulate.account import Simulation, account, levels
 from talik.simulate.fake_log import fake_world
-from talik.simulate.storage_log import Storage, StorageLog
+from talik.simulate.storage_log import StorageLog
 
 STEPS = 2  # in the second step the optimizer state exists during the backward
 
@@ -105,17 +105,6 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits.float().flatten(0, 1)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-
-
-def alive_at(log: StorageLog, number: int) -> list[Storage]:
-    """The storages that are allocated after an event of a log."""
-    alive: dict[int, None] = {}
-    for event in log.events[: number + 1]:
-        if event >= 0:
-            alive[event] = None
-        else:
-            alive.pop(~event)
-    return [log.births[birth] for birth in alive]
 
 
 @contextmanager
@@ -290,7 +279,7 @@ def _blocks(log: StorageLog, seen: _Seen) -> tuple[Block, ...]:
     end = next(number for number, phase in log.marks if phase in ("loss", "backward"))
     kept: Counter[str] = Counter()
     copies: Counter[str] = Counter()
-    for made in alive_at(log, end - 1):
+    for made in log.alive(end - 1):
         if made.phase == "forward" and made.cause == "weights frozen":
             copies[made.block] += made.bytes
         elif made.phase == "forward" and made.cause == "saved activations":

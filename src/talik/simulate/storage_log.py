@@ -101,6 +101,27 @@ class StorageLog(TorchDispatchMode):
         self.phase_now, self.block = name, ""
         self.marks.append((len(self.events), name))
 
+    def key(self, number: int) -> int:
+        """The number of the storage that is allocated or freed by an event."""
+        event = self.events[number]
+        return event if event >= 0 else ~event
+
+    def storage(self, number: int) -> Storage:
+        """The storage that is allocated or freed by an event."""
+        return self.births[self.key(number)]
+
+    def changes(self) -> Iterator[tuple[str, int]]:
+        """Yields for every event its cause, and the bytes by which it changes the allocated memory."""
+        for number, event in enumerate(self.events):
+            made = self.storage(number)
+            yield made.cause or "workspace", made.bytes if event >= 0 else -made.bytes
+
+    def alive(self, number: int) -> list[Storage]:
+        """The storages that are allocated after an event."""
+        events = self.events[: number + 1]
+        dead = {~event for event in events if event < 0}
+        return [self.births[event] for event in events if event >= 0 and event not in dead]
+
     def unnamed(self) -> int:
         """Allocated bytes without a cause."""
         return sum(
