@@ -20,7 +20,7 @@ from talik.model.folder import ModelFolder
 from talik.model.freeze import trained_parameters
 from talik.plan.changes import ThriftiestWay, most_layers, smallest_changes
 from talik.plan.planned import Planned
-from talik.plan.report import plan_text
+from talik.plan.report import plan_text, short_text
 from talik.plan.search import KEPT_CAUSES, Refused, Search, plan_run
 from talik.plan.target import LEAST_SLACK, Target, slack_of
 from talik.plan.ways import Way, ways_of
@@ -78,7 +78,7 @@ def test_a_config_is_enough(recipe: Recipe, folder: Path) -> None:
         and "one step of 2 examples of 2,048 tokens" in planned.assumed
     )
     report = planned.as_dict()
-    assert report["chosen"]["cut"] == 2
+    assert report["chosen"]["cut"] == 2 and report["estimate"] is None
     assert report["peak_bytes"]["cpu"] == max(phase["peak_bytes"] for phase in report["phases"])
     assert report["chosen"]["promised"]["backward"] == planned.plan.promised["backward"]
     assert report["seconds"]["total"] > report["seconds"]["epoch"] > 0 < report["seconds"]["trunk"]
@@ -212,6 +212,8 @@ def test_a_device_keeps_in_ram_or_on_disk_what_it_has_no_room_for(
     planned = plan_run(recipe, ModelFolder(tmp_path), made, target=little)
     assert planned.fits and planned.plan.state == planned.plan.inputs == "disk"
     assert "streamed from a working copy, optimizer state and layer inputs on disk" in plan_text(planned)
+    for text in (plan_text(planned), "\n".join(short_text(planned)), str(planned.as_dict()["estimate"])):
+        assert "have not been compared with a device" in text
     refused = next(r for r in planned.refused if r.way.inputs == "ram")
     assert "of host RAM" in refused.reason
     more = int(str(refused.change).removeprefix("--ram ").removesuffix("MiB")) << 20

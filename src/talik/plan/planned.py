@@ -12,6 +12,8 @@ from talik.plan.ways import Way
 from talik.recipe.plan import Plan
 from talik.simulate.account import Break, Peak, Simulation, highest
 
+NOT_COMPARED = "an estimate: planned peaks of CUDA devices have not been compared with a device yet"
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -104,6 +106,11 @@ class Planned:
         lacking = {"RAM": self.ram_missing, "disk": self.disk_missing}
         return "; ".join(f"the {name} lacks {format_bytes(size)}" for name, size in lacking.items() if size)
 
+    @property
+    def estimate(self) -> str | None:
+        """A note if the planned memory has never been compared with a device of this kind."""
+        return None if self.target.on_cpu else NOT_COMPARED
+
     def as_dict(self) -> dict[str, Any]:
         """All values, for JSON."""
         return {
@@ -119,6 +126,7 @@ class Planned:
             ],
             "chosen": self.plan.model_dump() if self.fits else None,
             "assumed": self.assumed,
+            "estimate": self.estimate,
             "refused": [refusal.as_dict() for refusal in self.refused],
             "changes": [asdict(change) for change in self.changes],
             "disk_bytes": self.disk_bytes,
