@@ -73,7 +73,7 @@ def simulated_once() -> Iterator[None]:
             for name, entry in table.items()
         )
         lengths = [(example.length, example.spans) for example in work.examples]
-        rest = (work.groups, work.steps, work.evaluated, work.others, work.waiting, routing)
+        rest = (work.groups, work.steps, work.evaluated, work.others, work.pending, routing)
         key = repr((of_recipe, plan, config, files, lengths, rest))
         if not plan.device.startswith("cpu"):  # the kernels are those of the machine
             return simulate(subject, plan, work, routing)

@@ -36,14 +36,13 @@ def command(argv: list[str]) -> None:
     if (folder / REFUSED).is_file():
         _explain_refused(folder / REFUSED, parsed.json)
     elif of_run:
-        found = explain_run(folder)
+        explained = explain_run(folder)
         if parsed.json:
-            console.result_json([finding.as_dict() for finding in found])
-        elif found:
-            console.result("\n\n".join(map(str, found)))
+            console.result_json(explained.as_dict())
         else:
-            console.result("the run kept its promise")
-            console.result(tables.memory(read_json(folder / "results.json")["memory"]))
+            console.result(str(explained))
+            console.result("")
+            console.result(tables.memory(explained.memory))
     elif parsed.habit is None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
         raise UsageError(f"{parsed.target} is no run; of a model, name a habit with --habit:\n{shown}")

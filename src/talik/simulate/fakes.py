@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from talik.model.weights.safetensors_file import Entry
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Tier
+from talik.simulate.pending import Pending
 from talik.simulate.storage_log import OFF_DEVICE, Log, StorageLog
 from talik.training.memory.keys import GRADIENT, INPUT, PENDING, Key, layer_of_input
 from talik.training.memory.scratch import TieredScratch
@@ -132,23 +133,20 @@ class MarkedScratch(TieredScratch):
     so that code without a copy to the device fails here, as it would on a GPU.
 
     Attributes:
-        waiting: By layer, shape and dtype of the layer inputs of micro-batches that are pending. They are
-            allocated with those of the first computed micro-batch, and freed when the inputs of a lower layer
-            are freed.
+        pending: The pending micro-batches, whose layer inputs exist as long as those in this scratch.
     """
 
     def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
         super().__init__(torch.device("cpu"), Path(), tier)
         self._host = torch.device("cpu" if log.device == "cpu" else "meta")
         self._log = log
-        self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
-        self._inputs: dict[int, Tensor] = {}
+        self.pending: Pending | None = None
 
     def drop(self, key: Key) -> None:
         """Like `Scratch.drop`."""
         super().drop(key)
-        if (layer := layer_of_input(key)) is not None:
-            self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
+        if self.pending and (layer := layer_of_input(key)) is not None:
+            self.pending.free_inputs_above(layer)
 
     def zeros(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Like `Scratch.zeros`."""
@@ -157,9 +155,8 @@ class MarkedScratch(TieredScratch):
         return tensor
 
     def __setitem__(self, key: Key, tensor: Tensor) -> None:
-        if (layer := layer_of_input(key)) in self.waiting and layer not in self._inputs:
-            shape, dtype = self.waiting[layer]
-            self._inputs[layer] = torch.empty(shape, dtype=dtype)
+        if self.pending and (layer := layer_of_input(key)) is not None:
+            self.pending.allocate_inputs(layer)
         super().__setitem__(key, tensor)
         self._log.mark([self[key]], self._cause(key))
 

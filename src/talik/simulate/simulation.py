@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from talik.base.events import silent
 from talik.data.examples import Example
 from talik.data.preparing.store import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.block import EMBEDDINGS, REST, TAIL, Block
-from talik.model.chain.chain import Chain, Skeleton
+from talik.model.chain.chain import Chain
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
 from talik.model.weights.safetensors_file import Entry, weight_files
@@ -38,14 +35,15 @@ from talik.simulate.fakes import (
     MarkedScratch,
     assumed_table,
 )
+from talik.simulate.pending import Pending
 from talik.simulate.storage_log import Log
 from talik.training.loading import RunModel, new_run_model, working_dtype
 from talik.training.memory.store import Store
 from talik.training.run.evaluation import evaluate_top
-from talik.training.run.feed import load_micro_batches, run_step
+from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
-from talik.training.step.top import MicroBatch, Top, World
+from talik.training.step.top import World
 from talik.training.trunk.cache import BatchGroup
 from talik.training.trunk.interfaces import HiddenStates
 from talik.training.trunk.trunk import TrunkInput, trunk_pass
@@ -78,7 +76,7 @@ class Work:
         steps: The examples of each simulated step.
         evaluated: Examples that are evaluated.
         others: How many times the hidden states of `groups` are held for groups that are not simulated.
-        waiting: Examples of a step whose micro-batches are not computed, but pending while others are.
+        pending: Examples of a step whose micro-batches are not computed, but pending while others are.
     """
 
     examples: Sequence[Example]
@@ -86,7 +84,7 @@ class Work:
     steps: Sequence[Sequence[int]]
     evaluated: Sequence[int] = ()
     others: float = 0.0
-    waiting: Sequence[int] = ()
+    pending: Sequence[int] = ()
 
 
 def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
@@ -148,41 +146,20 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     states = states_of(work.examples)
     log.phase("forward")  # a step starts by creating its micro-batches
     for step, indices in enumerate(work.steps, start=1):
-        waiting = _waiting(top, work, states, plan, scratch)
-        run_step(
-            top=top,
-            examples=work.examples,
-            indices=indices,
-            states=states,
-            world=world,
-            recipe=recipe,
-            plan=plan,
-            step=step,
-            learning_rate=1e-5,
-        )
-        del waiting
+        with Pending(top, work.examples, work.pending, states, plan) as scratch.pending:
+            run_step(
+                top=top,
+                examples=work.examples,
+                indices=indices,
+                states=states,
+                world=world,
+                recipe=recipe,
+                plan=plan,
+                step=step,
+                learning_rate=1e-5,
+            )
     log.phase("save")
     loaded.store.drop_buffers()
-
-
-def _waiting(
-    top: Top, work: Work, states: HiddenStates | None, plan: Plan, scratch: MarkedScratch
-) -> list[MicroBatch | Skeleton | Tensor]:
-    """The tensors that pending micro-batches hold; with a streamed top also layer inputs."""
-    chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
-    held: list[MicroBatch | Skeleton | Tensor] = [*batches]
-    if plan.top == "resident" or not batches:
-        return held
-    sizes = [batch.input_ids.numel() for batch in batches]
-    dtype = chain.dtype_at(plan.cut)
-    for batch, size in zip(batches, sizes, strict=True):
-        held.append(chain.skeleton(batch.input_ids, embed=False))
-        held.append(torch.empty(size, chain.width_at(plan.cut), dtype=dtype))
-    groups = top.layer_spans()
-    for group in groups if states is None else groups[1:]:  # the first input belongs to the micro-batch
-        if plan.inputs == "memory":
-            scratch.waiting[group[0]] = (sum(sizes), chain.width_at(group[0])), dtype
-    return held
 
 
 def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:

@@ -29,7 +29,7 @@ LAST = 0.75
 def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
     """One step with the largest micro-batch of a plan's work; its memory is about that of the whole."""
     batches = _batches(work.steps[0], work.examples, plan, chain)
-    return replace(work, steps=[batches[0]], waiting=[*work.waiting, *_joined(batches[1:])])
+    return replace(work, steps=[batches[0]], pending=[*work.pending, *_joined(batches[1:])])
 
 
 def work_of(
@@ -53,7 +53,7 @@ def work_of(
         steps=[step for step, _ in steps],
         evaluated=held_out,
         others=tokens / sum(group.tokens for group in chosen) - 1,
-        waiting=max((waiting for _, waiting in steps), key=lambda some: sum(lengths[i] for i in some)),
+        pending=max((pending for _, pending in steps), key=lambda some: sum(lengths[i] for i in some)),
     )
 
 
