@@ -16,8 +16,10 @@ import talik
 from talik.base.errors import ChainError, DoesNotFitError, UsageError
 from talik.base.files import read_json
 from talik.cli.main import main
+from talik.diagnose.run import explain_run
 from talik.model.folder import ModelFolder
 from talik.plan.promise import Promise
+from talik.plan.target import slack_of
 from talik.plan.ways import choose
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe, checked_recipe
@@ -187,6 +189,32 @@ def test_free_memory_is_kept_while_the_next_phase_has_enough(
     assert trims == [*first, 150, "forward", 150, "forward", "forward", "forward", 181, "forward"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a limit to enforce")
+def test_a_run_ends_within_its_enforced_promise(recipe: Recipe, tmp_path: Path) -> None:
+    """In a process of its own, whose memory is that of a run and not of the tests."""
+    folder = tmp_path / "run"
+    command = ["train", recipe.model, recipe.data[0].path, "-o", str(folder), "--enforce"]
+    command += ["--precision", "fp32", "--top-layers", "2", "--batch-tokens", "300", "--steps", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"from talik.cli.main import main; raise SystemExit(main({command!r}))"],
+        capture_output=True,
+        text=True,
+        env={**fresh_environment(), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = read_json(folder / "results.json")
+    promised = max(read_json(folder / "plan.json")["promised"].values())
+    measured = max(row["measured"] for row in results["memory"].values())
+    assert results["steps"] == 3 and 0 < measured <= promised + slack_of(promised)
+    explained = explain_run(folder)
+    assert explained.kept and (explained.promised, explained.measured) == (promised, measured)
+
+
+def fresh_environment() -> dict[str, str]:
+    """The environment without the settings that `import talik` made in it."""
+    return {name: value for name, value in os.environ.items() if name not in talik.SETTLED}
+
+
 GROWS = """
 import torch, talik
 from talik.base.system import anonymous_bytes
@@ -206,6 +234,6 @@ print(anonymous_bytes() - before)
 )
 def test_memory_does_not_grow_with_the_number_of_lengths() -> None:
     """Without the settings of `import talik`, processors with bf16 instructions took 230 MiB more."""
-    env = {name: value for name, value in os.environ.items() if name not in talik.SETTLED}  # import sets them
-    shown = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True, env=env)
+    command = [sys.executable, "-c", GROWS]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=fresh_environment())
     assert int(shown.stdout) < 16 << 20
