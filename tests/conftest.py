@@ -19,7 +19,7 @@ from talik.machine.machine import this_machine
 from talik.recipe.plan import Plan
 from talik.simulate.account import Simulation
 from talik.simulate.fake_log import Routing
-from talik.simulate.simulation import Subject, Work, simulate
+from talik.simulate.simulation import Subject, Workload, simulate
 
 ROOT = Path(__file__).parent
 # Files of tests that take more than ten seconds together on one core.
@@ -64,7 +64,7 @@ def simulated_once() -> Iterator[None]:
     """Of runs that are planned, those that are the same are simulated once."""
     known: dict[str, Simulation] = {}
 
-    def remembered(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
+    def remembered(subject: Subject, plan: Plan, work: Workload, routing: Routing = "even") -> Simulation:
         of_recipe = subject.recipe.model_dump_json(exclude={"model", "data", "eval_data", "cache"})
         config = {**subject.chain.model.config.to_dict(), "_name_or_path": ""}
         files = sorted(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from talik.base.errors import UsageError
-from talik.diagnose.habits import HABITS, Report, Side, habit
+from talik.diagnose.habits import HABITS, HabitReport, Side, habit
 from talik.diagnose.habits_labels import LABELS
 from talik.model.folder import ModelFolder
 
@@ -28,11 +28,11 @@ def folder(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
 
 
 @cache
-def small(name: str, folder: Path, budget: int | None = None) -> Report:
+def small(name: str, folder: Path, budget: int | None = None) -> HabitReport:
     return habit(name, ModelFolder(folder), budget, top_layers=1, sequence=64)
 
 
-def sides(report: Report) -> tuple[Side, Side]:
+def sides(report: HabitReport) -> tuple[Side, Side]:
     assert report.sides is not None
     return report.sides
 

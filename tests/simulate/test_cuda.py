@@ -29,7 +29,7 @@ from talik.simulate.cuda.replay import (
     on_cuda,
     target,
 )
-from talik.simulate.simulation import Work, simulate, subject_of
+from talik.simulate.simulation import Workload, simulate, subject_of
 from talik.simulate.storage_log import CAUSES, Storage, StorageLog
 from talik.training.trunk.cache import groups_of
 
@@ -150,7 +150,7 @@ def simulated(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
          "loss_chunk": 256, "recompute": False}
     )  # fmt: skip
     examples = [_example(length) for length in (96, 60)]
-    work = Work(examples, groups_of(examples, 256), [[0, 1]])
+    work = Workload(examples, groups_of(examples, 256), [[0, 1]])
 
     def run(machine: Machine | None, **way: Any) -> Simulation:
         if machine is None:

@@ -16,7 +16,7 @@ from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.account import account
-from talik.simulate.simulation import Subject, Work, rehearse, simulate, subject_of
+from talik.simulate.simulation import Subject, Workload, rehearse, simulate, subject_of
 from talik.simulate.storage_log import CAUSES, StorageLog
 
 AGAIN = {"recompute": True, "trunk": "resident"}
@@ -89,7 +89,7 @@ def test_a_streamed_tops_peak_is_that_of_the_run(
     )
 
 
-def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) -> None:
+def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Workload) -> None:
     simulated = {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
     with StorageLog() as log:
         weights = Weights(subject.chain.model, folder)

@@ -23,7 +23,7 @@ from talik.diagnose.graph import (
     offload_findings,
     offloaded_modules,
 )
-from talik.diagnose.loop import Block, Loop, run_loop
+from talik.diagnose.loop import BlockMemory, Loop, run_loop
 from talik.model.anatomy import parts_of
 from talik.simulate.account import Break, Peak
 
@@ -46,7 +46,7 @@ class Explanation:
 
     findings: tuple[Finding, ...]
     peak: Peak | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockMemory, ...]
     why: str | None
     assumed: str
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talik.base.files import format_bytes
 from talik.diagnose.findings import Finding
-from talik.diagnose.loop import Batch, Block, Loop
+from talik.diagnose.loop import Batch, BlockMemory, Loop
 from talik.model.anatomy import Parts, parts_of
 from talik.simulate.account import levels
 
@@ -80,7 +80,7 @@ def graph_findings(model: nn.Module, loop: Loop) -> Iterator[Finding]:
         yield Finding(cause.habit, what, cause.name, kept, "bytes", cause.line)
 
 
-def _layers(loop: Loop) -> list[Block]:
+def _layers(loop: Loop) -> list[BlockMemory]:
     return [block for block in loop.blocks if block.name.startswith("layer ")]
 
 
@@ -153,7 +153,7 @@ def offload_findings(model: nn.Module, loop: Loop | None) -> Iterator[Finding]:
         yield _copied(copied, model, parts)
 
 
-def _copied(copied: list[Block], model: nn.Module, parts: Parts) -> Finding:
+def _copied(copied: list[BlockMemory], model: nn.Module, parts: Parts) -> Finding:
     total = sum(block.copies for block in copied)
     below = int(copied[0].name.split()[1]) < first_trained(model, parts)
     reasons = causes(model, parts, "layer 0") if below else []

@@ -109,7 +109,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HabitReport:
     """A mistake and the correct loop: two loops (memory), or one example (labels)."""
 
     name: str
@@ -142,7 +142,7 @@ def habit(
     top_layers: int = 5,
     batch_size: int = 1,
     sequence: int = 1024,
-) -> Report:
+) -> HabitReport:
     """Simulates a mistake of HABITS on a model, and the correct loop.
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
@@ -164,7 +164,7 @@ def habit(
         raise UsageError(f"{name!r} is not a known habit", remedy=f"Choose one of: {', '.join(HABITS)}.")
     if name in LABELS:
         shown = LABELS[name](_tokenizer(model))
-        return Report(name, HABITS[name], "one question and its answer", None, shown)
+        return HabitReport(name, HABITS[name], "one question and its answer", None, shown)
     room = parse_size(budget) if budget is not None else None
     wrong, right = (
         _side(name, done_right, model, (top_layers, batch_size, sequence), room)
@@ -174,7 +174,7 @@ def habit(
         f"bf16, AdamW for the trained parameters, the top {top_layers} layers trained, a batch of "
         f"{batch_size} x {sequence:,} tokens, half of them trained; two steps, tensors alone"
     )
-    return Report(name, HABITS[name], assumed, (wrong, right), None)
+    return HabitReport(name, HABITS[name], assumed, (wrong, right), None)
 
 
 def _tokenizer(model: ModelFolder) -> Any:
@@ -273,7 +273,7 @@ def _full_at(log: StorageLog, room: int) -> str | None:
     return None
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: HabitReport) -> Iterator[str]:
     yield f"{report.name}: {report.habit.see}"
     yield f"why      {report.habit.why}"
     yield f"change   {report.habit.right}"

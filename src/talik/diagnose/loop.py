@@ -30,7 +30,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockMemory:
     """A block in the first forward: whether it is part of the graph, and bytes.
 
     Attributes:
@@ -56,13 +56,13 @@ class Loop:
     """
 
     simulation: Simulation
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockMemory, ...]
     trained: int
     learning: int
 
 
 @dataclass
-class _Seen:
+class _BlockRecords:
     """By block: whether its input or result required a gradient, and where its forward ends in the log."""
 
     in_graph: dict[str, bool]
@@ -82,7 +82,7 @@ def run_loop(
         offloaded: Modules whose weights are copied in for their forward.
         loss: A function of model and batch; by default the model's own loss.
     """
-    parts, seen = parts_of(model), _Seen({}, {})
+    parts, seen = parts_of(model), _BlockRecords({}, {})
     foreach = any(parameter.is_cuda for parameter in model.parameters())  # PyTorch's default
     trained = {id(weight): weight.numel() for weight in model.parameters() if weight.requires_grad}
     with ExitStack() as stack:
@@ -141,7 +141,7 @@ def _fake_of(weight: Tensor, log: StorageLog) -> nn.Parameter:
     return nn.Parameter(memory, weight.requires_grad)
 
 
-class _Passing:
+class _NoTransfer:
     """Replaces accelerate's hook and moves nothing."""
 
     def __init__(self, hook: Any) -> None:
@@ -157,7 +157,7 @@ class _Passing:
 def _without_accelerate(model: nn.Module) -> None:
     for module in model.modules():
         if "_hf_hook" in vars(module):
-            vars(module)["_hf_hook"] = _Passing(vars(module)["_hf_hook"])
+            vars(module)["_hf_hook"] = _NoTransfer(vars(module)["_hf_hook"])
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[N
 
 
 @contextmanager
-def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _Seen) -> Iterator[None]:
+def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _BlockRecords) -> Iterator[None]:
     """Inside the context, the log records the running block and the start of the loss; `seen` is filled."""
     layers: Any = model.get_submodule(parts.layers)
     blocks = {"embeddings": model.get_submodule(parts.embedding)}
@@ -208,7 +208,7 @@ def _begin_loss(log: StorageLog) -> None:
 class _BlockWatch:
     """The hooks of one block."""
 
-    def __init__(self, name: str, log: StorageLog, seen: _Seen) -> None:
+    def __init__(self, name: str, log: StorageLog, seen: _BlockRecords) -> None:
         self._name, self._log, self._seen = name, log, seen
         self._began = 0
 
@@ -275,7 +275,7 @@ def _steps(
                 optimizer.zero_grad()
 
 
-def _blocks(log: StorageLog, seen: _Seen) -> tuple[Block, ...]:
+def _blocks(log: StorageLog, seen: _BlockRecords) -> tuple[BlockMemory, ...]:
     end = next(number for number, phase in log.marks if phase in ("loss", "backward"))
     kept: Counter[str] = Counter()
     copies: Counter[str] = Counter()
@@ -287,6 +287,6 @@ def _blocks(log: StorageLog, seen: _Seen) -> tuple[Block, ...]:
     wanted = set(seen.ends.values())
     after = {number: total for number, _, total in levels(log) if number in wanted}
     return tuple(
-        Block(name, seen.in_graph[name], after[number], kept[name], copies[name])
+        BlockMemory(name, seen.in_graph[name], after[number], kept[name], copies[name])
         for name, number in seen.ends.items()
     )

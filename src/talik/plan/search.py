@@ -19,8 +19,8 @@ from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.account import Break, Peak, Simulation, highest
 from talik.simulate.fake_log import Routing
-from talik.simulate.simulation import Subject, Work, simulate, subject_of
-from talik.simulate.work import assumed_examples, glimpse_of, padded_tokens, work_of
+from talik.simulate.simulation import Subject, Workload, simulate, subject_of
+from talik.simulate.work import assumed_examples, glimpse_of, padded_tokens, workload_of
 from talik.training.run.checkpoints import checkpoint_bytes, scratch_bytes, state_bytes
 
 KEPT_CAUSES = ("weights trained", "weights frozen", "gradients", "optimizer state")
@@ -92,7 +92,7 @@ class Attempt:
     """
 
     plan: Plan
-    work: Work
+    work: Workload
     simulation: Simulation
     phases: tuple[Peak, ...]
     breaks: Break | None
@@ -187,7 +187,7 @@ class Search:
         The trunk is streamed if it does not fit in memory and streaming is allowed.
         """
         recipe, chain = self.subject.recipe, self.subject.chain
-        work = work_of(self._examples, self._evaluated, plan, recipe, chain)
+        work = workload_of(self._examples, self._evaluated, plan, recipe, chain)
         complete = not glimpse or len(work.steps) == 1
         if not complete:
             work = glimpse_of(work, plan, chain)
@@ -227,11 +227,11 @@ class Search:
             return self.simulate_plan(thriftiest.apply(self.first))
         return lowest if lowest.complete else self.simulate_plan(lowest.plan)
 
-    def _simulated(self, plan: Plan, work: Work, complete: bool) -> Attempt:
+    def _simulated(self, plan: Plan, work: Workload, complete: bool) -> Attempt:
         simulation = self._log_of(plan, work, "same")
         return Attempt(plan, work, simulation, *self.target.account(simulation), complete)
 
-    def _log_of(self, plan: Plan, work: Work, routing: Routing) -> Simulation:
+    def _log_of(self, plan: Plan, work: Workload, routing: Routing) -> Simulation:
         with self.target.kernels():
             return simulate(self.subject, plan, work, routing)
 

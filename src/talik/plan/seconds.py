@@ -15,7 +15,7 @@ from talik.model.block import REST, TAIL, Block
 from talik.model.freeze import trained_parameters
 from talik.recipe.plan import Plan
 from talik.simulate.account import Simulation
-from talik.simulate.simulation import Subject, Work, enough_layers
+from talik.simulate.simulation import Subject, Workload, enough_layers
 from talik.training.run.checkpoints import scratch_bytes, state_bytes
 from talik.training.step.top import make_top
 from talik.training.step.update import needs_global_norm
@@ -36,7 +36,7 @@ def seconds_of(
     result: Simulation,
     subject: Subject,
     plan: Plan,
-    work: Work,
+    work: Workload,
     examples: Sequence[Example],
     evaluated: Sequence[Example],
     machine: Machine,

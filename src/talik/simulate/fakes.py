@@ -54,7 +54,7 @@ def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]
     return {file: entries}
 
 
-class AtOnce(Executor):
+class ImmediateExecutor(Executor):
     """An executor that runs jobs immediately in the caller's thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

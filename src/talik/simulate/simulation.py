@@ -27,11 +27,11 @@ from talik.recipe.recipe import Recipe, check_layers
 from talik.simulate.account import Simulation, account
 from talik.simulate.fake_log import Routing, fake_world
 from talik.simulate.fakes import (
-    AtOnce,
     FakeCache,
     FakeCopy,
     FakeStates,
     FakeWeights,
+    ImmediateExecutor,
     MarkedScratch,
     assumed_table,
 )
@@ -67,7 +67,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """The data of a simulation.
 
     Attributes:
@@ -98,7 +98,7 @@ def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 
-def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
+def simulate(subject: Subject, plan: Plan, work: Workload, routing: Routing = "even") -> Simulation:
     """Simulates a plan: two trunk layers of each kind, and everything else completely."""
     chain, device = subject.chain, plan.device.partition(":")[0]
     plan = plan.model_copy(update={"device": "cpu"})  # fake CUDA tensors have no backward
@@ -114,14 +114,16 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
     return account(log, routed=log.routed)
 
 
-def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
+def rehearse(
+    subject: Subject, weights: Weights, plan: Plan, work: Workload, log: Log, *, layers: int
+) -> None:
     """Executes all tensor operations of a run in order, with only the first `layers` layers of the trunk.
 
     Hidden states are not stored; steps read hidden states with undefined values.
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
-    loaded = new_run_model(chain, weights, plan, recipe.seed, AtOnce())
+    loaded = new_run_model(chain, weights, plan, recipe.seed, ImmediateExecutor())
     log.mark(adapter_weights(chain.model), "weights trained")
     log.phase("trunk")
     with loaded.trunk() as store:
@@ -162,7 +164,7 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     loaded.store.drop_buffers()
 
 
-def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:
+def _trunk(loaded: RunModel, store: Store, work: Workload, log: Log, layers: int) -> None:
     """Runs the trunk over the groups of the work."""
     groups = [TrunkInput(group, work.examples) for group in work.groups]
     cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
