@@ -63,7 +63,7 @@ def _shapes(batch: Batch) -> Iterator[Finding]:
 def _outside(ids: Tensor, labels: Any, model: nn.Module) -> Iterator[Finding]:
     """Ids outside the vocabulary."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    wrong = {"input_ids": (ids < 0) | (ids >= rows)}
+    wrong: dict[str, Tensor] = {"input_ids": (ids < 0) | (ids >= rows)}
     if isinstance(labels, Tensor):
         wrong["labels"] = ((labels < 0) & (labels != IGNORED)) | (labels >= rows)
     for key, places in wrong.items():

@@ -7,7 +7,7 @@ weights are copied in for the forward of their module, as accelerate does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +108,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Generator[None]:
     """Restores attributes, parameters, buffers and hooks of every module afterwards."""
 
     def tables(module: nn.Module) -> list[dict[Any, Any]]:
@@ -161,7 +161,7 @@ def _without_accelerate(model: nn.Module) -> None:
 
 
 @contextmanager
-def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[None]:
+def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Generator[None]:
     """Inside the context, offloaded weights are copied in for the forward of their module.
 
     Only autograd can keep the copies.
@@ -183,7 +183,7 @@ def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[N
 
 
 @contextmanager
-def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _BlockRecords) -> Iterator[None]:
+def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _BlockRecords) -> Generator[None]:
     """Inside the context, the log records the running block and the start of the loss; `seen` is filled."""
     layers: Any = model.get_submodule(parts.layers)
     blocks = {"embeddings": model.get_submodule(parts.embedding)}

@@ -63,9 +63,10 @@ def turn_findings(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Ite
 def _rows(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Iterator[_Row]:
     there = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else ids == ids
     for own, label, kept in zip(ids, labels, there, strict=True):
-        tokens = own[kept].tolist()
+        tokens: list[int] = own[kept].tolist()
         texts = ["".join(text.split()) for text in tokenizer.batch_decode([[token] for token in tokens])]
-        yield _Row(tokens, (label[kept] != IGNORED).tolist(), texts)
+        trained: list[bool] = (label[kept] != IGNORED).tolist()
+        yield _Row(tokens, trained, texts)
 
 
 def _header(tokenizer: Any) -> str:

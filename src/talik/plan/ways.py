@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -185,7 +185,8 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
 
 def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
     """Trained positions per chunk; more for a trained head, whose whole gradient every chunk computes."""
-    text, chunk = chain.model.config.get_text_config(decoder=True), CHUNK
+    config, chunk = cast(Any, chain.model.config), CHUNK
+    text = config.get_text_config(decoder=True)
     if head and recipe.lora is None:
         chunk = max(chunk, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
     return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks up positions

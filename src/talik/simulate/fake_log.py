@@ -7,7 +7,7 @@ Transformers takes other branches if everything is fake.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, Literal
@@ -200,14 +200,14 @@ def _large_floats_fake(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def fake_world(model: nn.Module, device: str = "cpu", routing: Routing = "even") -> Iterator[FakeLog]:
+def fake_world(model: nn.Module, device: str = "cpu", routing: Routing = "even") -> Generator[FakeLog]:
     """Makes tensors fake and records them inside the context; the model's real float buffers are replaced."""
     with FakeTensorMode(allow_non_fake_inputs=True), FakeLog(device, routing) as log, _fake_buffers(model):
         yield log
 
 
 @contextmanager
-def _fake_buffers(model: nn.Module) -> Iterator[None]:
+def _fake_buffers(model: nn.Module) -> Generator[None]:
     """Buffers, and tensors that modules hold as plain attributes."""
     made: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []

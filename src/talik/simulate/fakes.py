@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,9 @@ class FakeWeights(Weights):
 def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]]:
     """The tensor table of a checkpoint with the model's own tensors, for a folder without weights."""
     file = folder / "model.safetensors"
-    entries, start, seen = {}, 0, set()
+    entries: dict[str, Entry] = {}
+    seen: set[int] = set()
+    start = 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -86,9 +88,9 @@ class FakeCache:
         self._log, self._others, self._most = log, others, most
 
     @contextmanager
-    def new_shard(self, groups: Sequence[BatchGroup]) -> Iterator[FakeShard]:
+    def new_shard(self, groups: Sequence[BatchGroup]) -> Generator[FakeShard]:
         """Like `StatesCache.new_shard`."""
-        held = []
+        held: list[Tensor] = []
         if self._others:
             flows = self._log.unnamed()
             size = int(min(self._others * flows, max(0, self._most - flows)))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from talik.base.events import silent
 from talik.data.examples import Example
@@ -198,7 +198,8 @@ def enough_layers(chain: Chain, cut: int) -> int:
 
 def _kind(chain: Chain, index: int) -> Any:
     """Layers of one kind run the same operators with the same shapes."""
-    layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
+    layer, whole = chain.layers[index], cast(Any, chain.model.config)
+    config = whole.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
     return type(layer), types[index] if index < len(types) else None, shapes, chain.width_at(index + 1)

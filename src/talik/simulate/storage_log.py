@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -213,7 +213,7 @@ class StorageLog(TorchDispatchMode):
                 made.cause = cause
 
     @contextmanager
-    def blocks_of(self, chain: Chain) -> Iterator[None]:
+    def blocks_of(self, chain: Chain) -> Generator[None]:
         """Inside the context, records which block of the chain is running."""
         with ExitStack() as stack:
             for index, layer in enumerate(chain.layers):

@@ -195,7 +195,7 @@ def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
     top = max(highest, key=lambda phase: highest[phase][:2])
     held = {phase: capacity if phase == top else pages for phase, (pages, *_) in highest.items()}
     wanted = {index: phase for phase, (*_, index) in highest.items()}
-    peaks = {}
+    peaks: dict[str, Peak] = {}
     for index, allocated in enumerate(allocated_by_cause(demand.changes())):
         if index in wanted:
             phase, made = wanted[index], demand.storage(index)
