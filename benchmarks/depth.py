@@ -50,11 +50,10 @@ def child(folder: Path, place: Path) -> dict[str, Any]:
     examples = made_examples(LENGTHS, SIZES["vocab_size"])
     target = target_of(this_machine("cpu", measure=False))
     search = Search(subject_of(recipe, ModelFolder(folder)), examples, [], target)
-    way = Way(1024, recompute=True, top="streamed", state="disk", inputs="disk")
-    tried = search.try_plan(way.apply(search.first()))
+    way = Way(top="streamed", state="disk", inputs="disk", micro_batch_tokens=1024)
+    tried = search.simulate_plan(way.apply(search.first))
     promised = {peak.phase: peak.bytes for peak in tried.phases}
     plan = tried.plan.model_copy(update={"promised": promised})
-    search.forget()
     with Promise(plan) as promise:
         one_step(recipe, plan, folder, examples, place, promise)
     phases = promise.table()

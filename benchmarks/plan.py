@@ -31,7 +31,7 @@ from talik.model.folder import ModelFolder
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
-from talik.simulate.simulation import Subject, Work, rehearse, simulate, subject_of
+from talik.simulate.simulation import Subject, Workload, rehearse, simulate, subject_of
 from talik.training.trunk.cache import groups_of
 
 NAMES = (
@@ -65,7 +65,7 @@ def examples() -> list[Example]:
     return made
 
 
-def prepare(name: str, way: dict[str, Any], folder: Path) -> tuple[Subject, Plan, Work]:
+def prepare(name: str, way: dict[str, Any], folder: Path) -> tuple[Subject, Plan, Workload]:
     """What both sides run."""
     recipe = Recipe(model=str(folder), data="-", top_layers=way["top"], precision=way["precision"])
     subject = subject_of(recipe, ModelFolder(folder))
@@ -86,7 +86,7 @@ def prepare(name: str, way: dict[str, Any], folder: Path) -> tuple[Subject, Plan
         recompute=way["recompute"],
     )
     made = examples()
-    return subject, plan, Work(made, groups_of(made, 1024), [[0, 1, 2], [3, 4, 0]], [1, 2])
+    return subject, plan, Workload(made, groups_of(made, 1024), [[0, 1, 2], [3, 4, 0]], [1, 2])
 
 
 def save(name: str, folder: Path) -> None:

@@ -42,7 +42,7 @@ from talik.plan.target import slack_of, target_of
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.simulation import subject_of
-from talik.simulate.work import work_of
+from talik.simulate.work import workload_of
 from talik.training.loading import open_run_model
 from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
@@ -97,7 +97,7 @@ def child(way: str, folder: Path, place: Path, limited: bool) -> dict[str, Any]:
             row |= one_step(recipe, planned.plan, folder, examples, place, promise)
         row["phases"] = promise.table()
         row["peak"] = max(sizes["measured"] for sizes in row["phases"].values())
-        work = work_of(examples, [], planned.plan, recipe, subject_of(recipe, ModelFolder(folder)).chain)
+        work = workload_of(examples, [], planned.plan, recipe, subject_of(recipe, ModelFolder(folder)).chain)
         simulated = sum(examples[i].length for step in work.steps for i in step)
         flops = sum(planned.simulation.flops[phase] for phase in ("forward", "loss", "backward"))
         row["flops"] = flops * sum(LENGTHS) / simulated  # of one step

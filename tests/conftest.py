@@ -16,10 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import CHATML, QUESTIONS, SMALL, make_model
 from talik.cli.main import main
 from talik.machine.machine import this_machine
-from talik.recipe.plan import Plan
-from talik.simulate.account import Simulation
-from talik.simulate.fake_log import Routing
-from talik.simulate.simulation import Subject, Work, simulate
 
 ROOT = Path(__file__).parent
 # Files of tests that take more than ten seconds together on one core.
@@ -56,33 +52,6 @@ def measured_in_no_time() -> Iterator[None]:
     """Rates are taken from two repetitions: no test asks how fast this computer is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("talik.machine.rates.SECONDS", 0.0)
-        yield
-
-
-@pytest.fixture(scope="module")
-def simulated_once() -> Iterator[None]:
-    """Of runs that are planned, those that are the same are simulated once."""
-    known: dict[str, Simulation] = {}
-
-    def remembered(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
-        of_recipe = subject.recipe.model_dump_json(exclude={"model", "data", "eval_data", "cache"})
-        config = {**subject.chain.model.config.to_dict(), "_name_or_path": ""}
-        files = sorted(
-            (name, entry.dtype, entry.shape)
-            for table in subject.tables.values()
-            for name, entry in table.items()
-        )
-        lengths = [(example.length, example.spans) for example in work.examples]
-        rest = (work.groups, work.steps, work.evaluated, work.others, work.waiting, routing)
-        key = repr((of_recipe, plan, config, files, lengths, rest))
-        if not plan.device.startswith("cpu"):  # the kernels are those of the machine
-            return simulate(subject, plan, work, routing)
-        if key not in known:
-            known[key] = simulate(subject, plan, work, routing)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("talik.plan.search.simulate", remembered)
         yield
 
 

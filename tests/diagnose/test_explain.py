@@ -1,4 +1,4 @@
-"""Every row of the design's table, found in a script that contains it; and nothing in one that does not."""
+"""Every common mistake is found in a script that contains it, and nothing in a correct script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CUT = 2  # of three layers the last is trained
 
 @pytest.fixture(scope="module")
 def build_model(build_model: Build) -> Build:
-    """Three layers: every operator on fakes takes its time."""
+    """Three layers, because operators on fake tensors are slow."""
     return partial(build_model, num_hidden_layers=CUT + 1)
 
 
@@ -46,7 +46,7 @@ def frozen(model: Any, *, embeddings: bool = True) -> Any:
 
 
 def answered(tokenizer: Any, *texts: tuple[str, str]) -> Batch:
-    """A right batch, padded."""
+    """A correct, padded batch."""
     chats = [
         Conversation((Message("user", q), Message("assistant", a)), Place("made", i + 1))
         for i, (q, a) in enumerate(
@@ -94,7 +94,7 @@ def checkpointed(model: Any) -> Any:
 
 
 def saved_in_reality(model: Any, batch: Batch, layers: int) -> int:
-    """Bytes of distinct storages, parameters apart, that autograd saves while the first layers run."""
+    """Bytes of storages other than parameters that autograd saves while the first layers run."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
     inside = [False]
@@ -311,7 +311,36 @@ def test_answers_without_an_end(build_model: Build, tokenizer: Any) -> None:
     last = int((right["labels"][0] != -100).nonzero().max())
     batch = {key: value[:, :last] for key, value in right.items()}
     (finding,) = batch_findings(build_model("qwen2"), batch, tokenizer)
-    assert finding.habit == "masked-end" and "after no answer of any row (1)" in finding.what
+    assert finding.habit == "masked-end" and "no answer is followed by" in finding.what
+
+
+@pytest.mark.parametrize("prompt", ["masked", "trained"])
+def test_a_masked_end_before_a_line_break_of_the_template(
+    build_model: Build, tokenizer: Any, prompt: str
+) -> None:
+    """The template writes a line break after every end of turn."""
+    right = answered(tokenizer, ("What is 1 plus 2?", "1 plus 2 is 3."))
+    ids, end = right["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(ids[0, -2:]) == "<|im_end|>\n"
+    labels = (ids if prompt == "trained" else right["labels"]).masked_fill(ids == end, -100)
+    found = batch_findings(build_model("qwen2"), {**right, "labels": labels}, tokenizer)
+    (finding,) = (finding for finding in found if finding.habit == "masked-end")
+    assert "<|im_end|> follows the answers and is masked" in finding.what
+    assert [finding.habit for finding in found if finding.habit != "masked-end"] == (
+        ["prompt-trained"] if prompt == "trained" else []
+    )
+
+
+def test_an_end_of_the_next_question_is_not_that_of_an_answer(build_model: Build, tokenizer: Any) -> None:
+    """Two turns whose answers have no end of turn of their own."""
+    turns = (("user", "1 plus 1?"), ("assistant", "2."), ("user", "And 3?"), ("assistant", "5."))
+    chat = Conversation(tuple(Message(*turn) for turn in turns), Place("made", 1))
+    (made,), _ = make_examples([chat], tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    pairs = [p for p in zip(made.input_ids, made.labels, strict=True) if p != (end, end)]
+    ids, labels = (torch.tensor([list(values)]) for values in zip(*pairs, strict=True))
+    (finding,) = batch_findings(build_model("qwen2"), {"input_ids": ids, "labels": labels}, tokenizer)
+    assert finding.habit == "masked-end" and "no answer is followed by <|im_end|>" in finding.what
 
 
 def test_a_conversation_of_several_turns_is_right(build_model: Build, tokenizer: Any) -> None:
@@ -373,7 +402,7 @@ def test_a_module_gets_its_attributes_back() -> None:
     assert module.weight is weight and not hasattr(module, "extra")
 
 
-def test_what_cannot_be_explained_is_refused(build_model: Build, tokenizer: Any) -> None:
+def test_batches_and_models_of_other_kinds_are_refused(build_model: Build, tokenizer: Any) -> None:
     right = answered(tokenizer, ("What is 1 plus 2?", "1 plus 2 is 3."))
     with pytest.raises(UsageError, match="no tensor input_ids"):
         explain(build_model("qwen2"), {key: value.tolist() for key, value in right.items()})

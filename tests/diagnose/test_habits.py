@@ -1,4 +1,4 @@
-"""The habits of the design's table, each beside the same thing done right."""
+"""Each common mistake compared with the correct loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from talik.base.errors import UsageError
-from talik.diagnose.habits import HABITS, Report, Side, habit
+from talik.diagnose.habits import HABITS, HabitReport, Side, habit
 from talik.diagnose.habits_labels import LABELS
 from talik.model.folder import ModelFolder
 
@@ -28,17 +28,17 @@ def folder(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
 
 
 @cache
-def small(name: str, folder: Path, budget: int | None = None) -> Report:
+def small(name: str, folder: Path, budget: int | None = None) -> HabitReport:
     return habit(name, ModelFolder(folder), budget, top_layers=1, sequence=64)
 
 
-def sides(report: Report) -> tuple[Side, Side]:
+def sides(report: HabitReport) -> tuple[Side, Side]:
     assert report.sides is not None
     return report.sides
 
 
 def growth(side: Side) -> list[int]:
-    """By how many bytes each frozen layer's forward raises what is alive, but for the first."""
+    """Bytes that the forward of each frozen layer except the first adds to the allocated memory."""
     alive = [side.levels[f"layer {index}"] for index in range(3)]
     return [after - before for before, after in pairwise(alive)]
 
@@ -48,7 +48,7 @@ def layer_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize("name", MEMORY)
-def test_every_habit_of_memory_takes_more_than_what_is_right(folder: Path, name: str) -> None:
+def test_every_memory_habit_takes_more_than_the_correct_loop(folder: Path, name: str) -> None:
     report = small(name, folder)
     wrong, right = sides(report)
     assert list(wrong.levels) == ["embeddings", *(f"layer {index}" for index in range(4))]

@@ -11,7 +11,7 @@ from talik.data.reading.rows import Place
 from talik.model.folder import ModelFolder
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
-from talik.simulate.simulation import Subject, Work, subject_of
+from talik.simulate.simulation import Subject, Workload, subject_of
 from talik.training.trunk.cache import groups_of
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 512, "head_dim": 16}
@@ -28,7 +28,7 @@ def examples(*lengths: int) -> list[Example]:
 
 def problem(
     folder: Path, precision: str, optimizer: str = "adamw", lora: str | None = None, **changes: Any
-) -> tuple[Subject, Plan, Work]:
+) -> tuple[Subject, Plan, Workload]:
     """A folder's model with two layers trained, a plan, and two steps."""
     of = {"model": "-", "data": "-", "top_layers": 2, "precision": precision}
     recipe = Recipe.model_validate({**of, "optimizer": optimizer, "lora": lora})
@@ -48,5 +48,5 @@ def problem(
         "recompute": False,
     }
     made = examples(96, 60, 60, 31)
-    work = Work(made, groups_of(made, 256), [[0, 1, 2], [3, 0]], [1, 2])
+    work = Workload(made, groups_of(made, 256), [[0, 1, 2], [3, 0]], [1, 2])
     return subject, Plan.model_validate({**fields, **changes}), work

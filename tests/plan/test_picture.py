@@ -1,4 +1,4 @@
-"""Pictures of small logs: what is in them, their size, and what is refused."""
+"""Pictures of small logs: their contents, their size, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 def log_of(phases: list[tuple[str, list[tuple[str, int] | int]]]) -> StorageLog:
-    """A log of storages (cause, bytes) by phase; a number is the storage that dies."""
+    """A log of storages (cause, bytes) by phase; a number frees that storage."""
     log = StorageLog()
     log.marks = []
     for phase, events in phases:

@@ -1,4 +1,4 @@
-"""What a CUDA device takes: small logs worked out by hand, and a real model's simulation."""
+"""Memory of a CUDA device: small logs calculated by hand, and the simulation of a real model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from talik.simulate.cuda.replay import (
     on_cuda,
     target,
 )
-from talik.simulate.simulation import Work, simulate, subject_of
+from talik.simulate.simulation import Workload, simulate, subject_of
 from talik.simulate.storage_log import CAUSES, Storage, StorageLog
 from talik.training.trunk.cache import groups_of
 
@@ -81,8 +81,8 @@ def test_a_phase_holds_whole_pages_and_the_context() -> None:
     assert load.bytes == result.capacity == 48 * MIB + CONTEXT  # two pages of 20, to the next 16
 
 
-def test_what_breaks_a_budget_breaks_it_in_pages() -> None:
-    """A hole of 30 MiB between two storages has room for 30 MiB, and not for 31 in three pages more."""
+def test_a_budget_is_exceeded_in_whole_pages() -> None:
+    """A hole of 30 MiB between two storages is too small for 31 MiB, which need three more pages."""
     result = taken({"load": [made(30), made(30), made(20), 1], "forward": [made(31)]})
     assert result.capacity - CONTEXT == 112 * MIB
     assert result.first_break(result.capacity) is None
@@ -139,7 +139,7 @@ def test_a_log_without_storages_takes_the_context() -> None:
 
 @pytest.fixture(scope="module")
 def simulated(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small Qwen2's step with padded examples in bf16, simulated as the CPU runs it or for a machine."""
+    """A bf16 step of a small Qwen2 with padded examples, simulated for a CPU or for a machine."""
     folder = tmp_path_factory.mktemp("model")
     build_model("qwen2", **SMALL).config.save_pretrained(folder)
     recipe = Recipe.model_validate({"model": "-", "data": "-", "top_layers": 2, "precision": "bf16"})
@@ -150,7 +150,7 @@ def simulated(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
          "loss_chunk": 256, "recompute": False}
     )  # fmt: skip
     examples = [_example(length) for length in (96, 60)]
-    work = Work(examples, groups_of(examples, 256), [[0, 1]])
+    work = Workload(examples, groups_of(examples, 256), [[0, 1]])
 
     def run(machine: Machine | None, **way: Any) -> Simulation:
         if machine is None:
@@ -169,7 +169,9 @@ def _example(length: int) -> Example:
 def test_a_simulation_runs_the_kernels_of_its_target(simulated: Any) -> None:
     cpu, ada, turing = (simulated(machine) for machine in (None, ADA, described_machine("T4")))
     assert not _kernels(ada) & _kernels(cpu)
-    assert {FLASH, EFFICIENT} & _kernels(ada) == {FLASH}  # which knows no mask, and there is none
+    assert {FLASH, EFFICIENT} & _kernels(ada) == {
+        FLASH
+    }  # flash attention takes no mask, and this model passes none
     assert _kernels(turing) == {"aten::_scaled_dot_product_attention_math"}  # and nothing fused bf16
     scores = 2 * 2 * 4 * 96 * 96  # bytes: batch, heads, queries, keys
     assert abs(_saved(ada) - _saved(cpu)) < scores
@@ -188,16 +190,18 @@ def test_a_simulation_runs_the_kernels_of_its_target(simulated: Any) -> None:
 
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 @pytest.mark.parametrize("top", ["resident", "streamed"])
-def test_what_is_apart_takes_the_device_only_what_is_brought(simulated: Any, top: str, tier: str) -> None:
-    """A tensor that was not brought would fail: it is on another device than what it meets."""
+def test_offloaded_state_takes_only_the_copied_slices_on_the_device(
+    simulated: Any, top: str, tier: str
+) -> None:
+    """A tensor that is not copied to the device would fail here, because it is on meta."""
     way = {"top": top, "recompute": True}
-    near, apart = simulated(ADA, **way), simulated(ADA, **way, state=tier, inputs=tier)
-    updates = [next(p for p in of.phases if p.phase == "update").causes for of in (near, apart)]
+    near, offloaded = simulated(ADA, **way), simulated(ADA, **way, state=tier, inputs=tier)
+    updates = [next(p for p in of.phases if p.phase == "update").causes for of in (near, offloaded)]
     state = 3 * 4 * sum(shape.numel() for shape in SHAPES)
     assert updates[0]["optimizer state"] >= state and "optimizer state" not in updates[1]
-    brought = 3 * 4 * max(shape.numel() for shape in SHAPES)
-    assert updates[1]["workspace"] >= brought > updates[0]["workspace"]
-    assert on_cuda(apart, ADA).peak.bytes <= on_cuda(near, ADA).peak.bytes
+    copied = 3 * 4 * max(shape.numel() for shape in SHAPES)
+    assert updates[1]["workspace"] >= copied > updates[0]["workspace"]
+    assert on_cuda(offloaded, ADA).peak.bytes <= on_cuda(near, ADA).peak.bytes
 
 
 def test_on_a_cpu_the_target_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The caching allocator's rules, on sequences worked out by hand, and what holds for all of them."""
+"""The caching allocator's rules on sequences calculated by hand, and invariants on random ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from talik.simulate.cuda import allocator
 from talik.simulate.cuda.allocator import (
@@ -18,14 +16,10 @@ from talik.simulate.cuda.allocator import (
     MIB,
     Allocator,
     Block,
-    ExpandableAllocator,
     Replayed,
-    follow,
     least_capacity,
     replay,
 )
-
-BOTH = pytest.mark.parametrize("expandable", [False, True])
 
 
 def mib(*events: tuple[int, float]) -> list[tuple[int, int]]:
@@ -33,40 +27,18 @@ def mib(*events: tuple[int, float]) -> list[tuple[int, int]]:
     return [(key, int(size * MIB)) for key, size in events]
 
 
-def native(events: list[tuple[int, int]], capacity: int | None = None) -> Replayed:
-    return replay(events, capacity=capacity, expandable=False)
-
-
 def test_constants_are_those_of_the_installed_torch() -> None:
     header = Path(torch.__file__).parent / "include/c10/core/AllocatorConfig.h"
     found = dict(re.findall(r"constexpr size_t (k\w+) = (\d+);", header.read_text(encoding="utf-8")))
     names = {"kMinBlockSize": "ROUNDING", "kSmallSize": "SMALL_LIMIT", "kSmallBuffer": "SMALL_SEGMENT"}
-    names |= {"kMinLargeAlloc": "LARGE_LIMIT", "kRoundLarge": "LARGE_ROUNDING"}
     assert {ours: int(found[theirs]) for theirs, ours in names.items()} == {
         ours: getattr(allocator, ours) for ours in names.values()
     }
 
 
-@BOTH
-def test_sizes_are_rounded_to_512_bytes_and_nothing_takes_nothing(expandable: bool) -> None:
-    assert replay([(1, 1), (2, 513), (3, 0)], expandable=expandable) == Replayed(1536, 2 * MIB, None)
-    assert replay([(1, 0), (1, 0)], expandable=expandable) == Replayed(0, 0, None)
-
-
-@pytest.mark.parametrize(
-    ("size", "segment"),
-    [
-        (1, 2),
-        (MIB, 2),
-        (MIB + 1, 20),
-        (10 * MIB - 512, 20),
-        (10 * MIB, 10),
-        (10 * MIB + 1, 12),
-        (30 * MIB, 30),
-    ],
-)
-def test_native_segments(size: int, segment: int) -> None:
-    assert native([(1, size)]).peak_reserved == segment * MIB
+def test_sizes_are_rounded_to_512_bytes_and_nothing_takes_nothing() -> None:
+    assert replay([(1, 1), (2, 513), (3, 0)]) == Replayed(1536, 2 * MIB, None)
+    assert replay([(1, 0), (1, 0)]) == Replayed(0, 0, None)
 
 
 @pytest.mark.parametrize(("size", "pages"), [(1, 2), (MIB, 2), (MIB + 1, 20), (20 * MIB, 20), (21 * MIB, 40)])
@@ -74,77 +46,56 @@ def test_expandable_segments_grow_by_pages(size: int, pages: int) -> None:
     assert replay([(1, size)]).peak_reserved == pages * MIB
 
 
-@BOTH
-def test_small_storages_share_a_segment(expandable: bool) -> None:
+def test_small_storages_share_a_segment() -> None:
     events = mib((1, 1), (2, 1), (3, 0.5))  # the third needs a second segment of 2 MiB
-    assert replay(events[:2], expandable=expandable).peak_reserved == 2 * MIB
-    assert replay(events, expandable=expandable).peak_reserved == 4 * MIB
+    assert replay(events[:2]).peak_reserved == 2 * MIB
+    assert replay(events).peak_reserved == 4 * MIB
 
 
-@BOTH
-def test_a_dead_storage_s_block_is_used_again(expandable: bool) -> None:
+def test_the_block_of_a_freed_storage_is_used_again() -> None:
     events = mib((1, 40), (1, 0), (2, 40), (2, -1), (3, 40))
-    assert replay(events, expandable=expandable) == Replayed(40 * MIB, 40 * MIB, None)
+    assert replay(events) == Replayed(40 * MIB, 40 * MIB, None)
 
 
-def test_a_remainder_of_1_mib_is_split_off_in_expandable_segments_only() -> None:
-    assert native(mib((1, 19))).peak_allocated == 20 * MIB  # of a segment of 20
-    assert native([(1, 19 * MIB - 512)]).peak_allocated == 19 * MIB - 512
+def test_a_remainder_of_512_bytes_is_split_off() -> None:
     assert replay([(1, 20 * MIB - 512)]).peak_allocated == 20 * MIB - 512
-    events = mib((1, 19), (2, 1.5))
-    assert native(events).peak_reserved == replay(events).peak_reserved == 40 * MIB
+    assert replay(mib((1, 19), (2, 1.5))).peak_reserved == 40 * MIB
     assert replay(mib((1, 18.5), (2, 1.5))).peak_reserved == 20 * MIB
 
 
 def test_the_best_fit_is_taken() -> None:
-    """Were 14 MiB taken from the block of 40, the 40 that come after would need a segment of their own."""
-    events = mib((1, 40), (2, 14), (1, 0), (2, 0), (3, 14), (4, 40))
-    assert native(events).peak_reserved == 54 * MIB
+    """If the 8 MiB were taken from the block of 40, the next 40 would need two more pages."""
+    events = mib((1, 40), (2, 5), (3, 10), (4, 5), (1, 0), (3, 0), (5, 8), (6, 40))
+    assert replay(events).peak_reserved == 60 * MIB
 
 
-@BOTH
-def test_neighbours_are_merged_whatever_the_order_of_deaths(expandable: bool) -> None:
+def test_neighbours_are_merged_whatever_the_order_of_deaths() -> None:
     for order in ([1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 2, 4], [2, 4, 1, 3]):
         events = mib(*((key, 5) for key in range(1, 5)), *((key, 0) for key in order), (9, 20))
-        assert replay(events, expandable=expandable) == Replayed(20 * MIB, 20 * MIB, None), order
+        assert replay(events) == Replayed(20 * MIB, 20 * MIB, None), order
 
 
-def test_segments_are_not_merged_with_each_other() -> None:
-    assert native(mib((1, 20), (2, 20), (1, 0), (2, 0), (3, 40))).peak_reserved == 80 * MIB
+def test_unused_pages_are_given_back_when_the_device_is_full() -> None:
+    """Free small pages become large ones, and a large page that is partly in use stays."""
+    events = mib((1, 1), (1, 0), (2, 60))
+    assert replay(events).peak_reserved == 62 * MIB
+    assert replay(events, capacity=60 * MIB) == Replayed(60 * MIB, 60 * MIB, None)
+    partly_used = mib((1, 25), (2, 5), (1, 0), (3, 60), (4, 1))
+    assert replay(partly_used, capacity=81 * MIB).failed == 4
+    assert replay(partly_used, capacity=82 * MIB).failed is None
 
 
-def test_unused_segments_are_given_back_when_the_device_is_full() -> None:
-    events = mib((1, 30), (1, 0), (2, 60))
-    assert native(events).peak_reserved == 90 * MIB
-    assert native(events, 60 * MIB) == Replayed(60 * MIB, 60 * MIB, None)
-    assert native(mib((1, 1), (1, 0), (2, 60)), 60 * MIB).failed is None
-    split = mib((1, 20), (1, 0), (2, 5), (3, 60))  # 2 holds the first segment
-    assert native(split, 70 * MIB).failed == 3
-    assert native(split, 80 * MIB).failed is None
-
-
-@BOTH
-def test_the_event_that_does_not_fit_is_named(expandable: bool) -> None:
+def test_the_event_that_does_not_fit_is_named() -> None:
     events = mib((1, 40), (2, 40), (1, 0), (3, 60), (4, 1))
-    assert replay(events, capacity=102 * MIB, expandable=expandable) == Replayed(101 * MIB, 102 * MIB, None)
-    assert replay(events, capacity=100 * MIB, expandable=expandable).failed == 4
-    assert replay(events, capacity=90 * MIB, expandable=expandable).failed == 3
-    assert replay(events, capacity=60 * MIB, expandable=expandable) == Replayed(40 * MIB, 40 * MIB, 1)
-
-
-def test_expandable_segments_need_less_where_native_ones_fragment() -> None:
-    """Sizes that grow by a little: no dead native segment fits, though each is held by a small storage."""
-    events = []
-    for turn in range(8):
-        events += mib((turn, 30 + 2 * turn), (100 + turn, 2), (turn, 0))
-        events += mib((200 + turn, 4 + 2 * turn))
-    assert replay(events).failed is None
-    assert least_capacity(events) < least_capacity(events, expandable=False)
+    assert replay(events, capacity=102 * MIB) == Replayed(101 * MIB, 102 * MIB, None)
+    assert replay(events, capacity=100 * MIB).failed == 4
+    assert replay(events, capacity=90 * MIB).failed == 3
+    assert replay(events, capacity=60 * MIB) == Replayed(40 * MIB, 40 * MIB, 1)
 
 
 def test_pages_in_the_middle_are_unmapped_and_filled_first() -> None:
-    """Three blocks of 40 MiB, the middle one dead: under pressure its pages go, and come back in place."""
-    allocator = ExpandableAllocator(140 * MIB)
+    """Three blocks of 40 MiB, the middle one free: its pages are unmapped if needed, then mapped again."""
+    allocator = Allocator(140 * MIB)
     blocks = [_allocate(allocator, 40 * MIB) for _ in range(3)]
     allocator.free(blocks[1])
     large = _allocate(allocator, 60 * MIB)  # not where 40 are free: at the end, for pages of the middle
@@ -156,7 +107,7 @@ def test_pages_in_the_middle_are_unmapped_and_filled_first() -> None:
 
 
 def test_a_page_in_use_is_not_unmapped() -> None:
-    allocator = ExpandableAllocator(60 * MIB)
+    allocator = Allocator(60 * MIB)
     first, second = _allocate(allocator, 25 * MIB), _allocate(allocator, 10 * MIB)
     allocator.free(first)  # of its two pages, the second holds `second`, too
     assert allocator.allocate(50 * MIB) is None
@@ -165,10 +116,9 @@ def test_a_page_in_use_is_not_unmapped() -> None:
     assert _allocate(allocator, 50 * MIB).address == 0
 
 
-@BOTH
-def test_least_capacity_is_where_the_replay_begins_to_succeed(expandable: bool) -> None:
-    assert least_capacity([], expandable=expandable) == 0
-    assert least_capacity(mib((1, 40), (1, 0), (2, 60)), expandable=expandable) == 64 * MIB
+def test_least_capacity_is_where_the_replay_begins_to_succeed() -> None:
+    assert least_capacity([]) == 0
+    assert least_capacity(mib((1, 40), (1, 0), (2, 60))) == 64 * MIB
 
 
 def test_a_storage_cannot_be_born_twice() -> None:
@@ -176,8 +126,8 @@ def test_a_storage_cannot_be_born_twice() -> None:
         replay([(7, 1), (7, 2)])
 
 
-def test_what_cannot_be_given_back_is_pages_that_hold_something() -> None:
-    allocator = ExpandableAllocator()
+def test_held_bytes_are_the_pages_that_contain_a_storage() -> None:
+    allocator = Allocator()
     first, second = _allocate(allocator, 30 * MIB), _allocate(allocator, 25 * MIB)
     assert allocator.held == allocator.reserved == 60 * MIB
     allocator.free(first)  # of its two pages, the second holds `second`, too
@@ -199,7 +149,7 @@ def _allocate(allocator: Allocator, size: int) -> Block:
 
 
 def _random_events(seed: int, count: int = 300) -> list[tuple[int, int]]:
-    """Births and deaths of storages from 1 byte to 40 MiB; in the end all die."""
+    """Allocations and releases of storages from 1 byte to 40 MiB; in the end all are free."""
     chance, live, events = random.Random(seed), [], []
     for key in range(count):
         events.append((key, int(2 ** chance.uniform(0, 25.3))))
@@ -209,12 +159,11 @@ def _random_events(seed: int, count: int = 300) -> list[tuple[int, int]]:
     return events + [(key, 0) for key in live]
 
 
-@BOTH
 @pytest.mark.parametrize("seed", range(6))
-def test_what_holds_at_every_event(expandable: bool, seed: int) -> None:
+def test_invariants_hold_after_every_event(seed: int) -> None:
     events = _random_events(seed)
-    capacity = least_capacity(events, expandable=expandable)
-    allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
+    capacity = least_capacity(events)
+    allocator = Allocator(capacity)
     live: dict[int, Block] = {}
     for key, size in events:
         if size:
@@ -224,8 +173,8 @@ def test_what_holds_at_every_event(expandable: bool, seed: int) -> None:
             allocator.free(live.pop(key))
         _check(allocator, list(live.values()))
     assert allocator.allocated == 0
-    assert replay(events, capacity=capacity, expandable=expandable).failed is None
-    assert replay(events, capacity=capacity - GRID, expandable=expandable).failed is not None
+    assert replay(events, capacity=capacity).failed is None
+    assert replay(events, capacity=capacity - GRID).failed is not None
 
 
 def _check(allocator: Allocator, live: list[Block]) -> None:
@@ -240,65 +189,3 @@ def _check(allocator: Allocator, live: list[Block]) -> None:
         assert pool.free == sorted(free)
         mapped += sum(block.size for block in blocks if block.mapped)
     assert mapped == allocator.reserved
-
-
-# Sizes at the limits of the rules, and any others; False kills a storage that lives, chosen by the number.
-EDGES = [512, MIB - 1, MIB, MIB + 1, 2 * MIB, 10 * MIB - 1, 10 * MIB, 20 * MIB, 20 * MIB + 1, 40 * MIB]
-SIZES = st.one_of(st.integers(1, 45 * MIB), st.sampled_from(EDGES))
-ACTIONS = st.lists(st.tuples(st.booleans(), SIZES), min_size=1, max_size=60)
-
-
-def _events(actions: list[tuple[bool, int]]) -> list[tuple[int, int]]:
-    """Births and deaths of storages, each of which dies at most once."""
-    live: list[int] = []
-    events: list[tuple[int, int]] = []
-    for key, (born, size) in enumerate(actions):
-        if born or not live:
-            events.append((key, size))
-            live.append(key)
-        else:
-            events.append((live.pop(size % len(live)), 0))
-    return events
-
-
-@BOTH
-@given(ACTIONS, st.one_of(st.none(), st.integers(1, 12)))
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_what_holds_for_any_events(
-    expandable: bool, actions: list[tuple[bool, int]], grids: int | None
-) -> None:
-    """Live blocks do not overlap, and reserved >= allocated >= live bytes; also on a device that is full."""
-    capacity = None if grids is None else grids * GRID
-    allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
-    live: dict[int, tuple[Block, int]] = {}
-    most = 0
-    for key, size in _events(actions):
-        if not size:
-            if key in live:
-                allocator.free(live.pop(key)[0])
-        elif (block := allocator.allocate(size)) is not None:
-            assert block.size >= size and block.address >= 0
-            live[key] = (block, size)
-        _check(allocator, [block for block, _ in live.values()])
-        assert capacity is None or allocator.reserved <= capacity
-        alive = sum(size for _, size in live.values())
-        most = max(most, alive)
-        assert allocator.reserved >= allocator.allocated >= alive
-    assert allocator.peak_reserved >= allocator.peak_allocated >= most
-
-
-@BOTH
-@given(ACTIONS)
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_replay_without_a_limit_and_on_the_least_device(
-    expandable: bool, actions: list[tuple[bool, int]]
-) -> None:
-    events = _events(actions)
-    allocator = (ExpandableAllocator if expandable else Allocator)(None)
-    assert list(follow(events, allocator)) == list(range(len(events)))
-    unlimited = replay(events, expandable=expandable)
-    assert unlimited == Replayed(allocator.peak_allocated, allocator.peak_reserved, None)
-    least = least_capacity(events, expandable=expandable)
-    within = replay(events, capacity=least, expandable=expandable)
-    assert within.failed is None and within.peak_reserved <= least
-    assert replay(events, capacity=least - GRID, expandable=expandable).failed is not None

@@ -1,4 +1,4 @@
-"""What operators take without memory, beside what torch's profiler sees the same operators allocate."""
+"""Memory of operators on fake tensors compared with the allocations that torch's profiler records."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rounds_at_random() -> None:
 
 
 def updates_by(optimizer: str, rows: int = 200) -> Callable[[], None]:
-    """The second update of one matrix, as of a run in bf16-sr."""
+    """The second update of one matrix in bf16-sr."""
 
     def work() -> None:
         name, shape = "layers.0.weight", torch.Size([rows, 256])
@@ -95,8 +95,7 @@ def test_a_causal_kernel_computes_half() -> None:
 def simulated(work: Callable[[], object], device: str) -> int:
     with fake_world(nn.Module(), device) as log:
         work()
-    sizes = (log.births[event].bytes if event >= 0 else -log.births[~event].bytes for event in log.events)
-    return max(itertools.accumulate(sizes))
+    return max(itertools.accumulate(change for _, change in log.changes()))
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -140,7 +139,7 @@ def test_a_cuda_device_converts_nothing_beforehand() -> None:
 def test_temporaries_of_an_update_are_as_large_as_slices(
     monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
-    """But for Muon's, which takes a matrix as a whole."""
+    """Except for Muon, which needs the whole matrix."""
     for module in (optim_module, update_module):
         monkeypatch.setattr(module, "UPDATE_SLICE", 10 * 256)
     few, many = (simulated(updates_by(optimizer, rows), "cpu") for rows in (1000, 2000))
@@ -150,8 +149,23 @@ def test_temporaries_of_an_update_are_as_large_as_slices(
     assert many - few == pytest.approx(1000 * 256 * (2 + 4) + state, abs=4096)
 
 
-def test_bytes_and_what_is_computed_from_them_are_fake() -> None:
+def test_bytes_and_values_computed_from_them_are_fake() -> None:
     with fake_world(nn.Module()):
         codes = torch.zeros(COUNT, dtype=torch.uint8)
         assert isinstance(codes.int().add_(1), FakeTensor) and not isinstance(torch.arange(9), FakeTensor)
-        assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), "noise is for weights, and as fake"
+        assert isinstance(torch.randint(0, 9, (COUNT,)) + 1, FakeTensor), (
+            "random bits for rounding weights are fake too"
+        )
+
+
+def test_operators_that_fake_tensors_need_handlers_for() -> None:
+    with fake_world(nn.Module()):
+        weight, mask = torch.ones(4, 16), torch.tensor([True, False, True, True])
+        assert isinstance(weight, FakeTensor) and not isinstance(mask, FakeTensor)
+        assert weight[mask].shape == (3, 16), "masks are real, so the number of rows is known"
+        assert weight.add_(weight) is weight
+        assert weight.sum().item() == 1.0
+        assert weight.T.device == torch.device("cpu")
+        ends = torch.tensor([1, 4], dtype=torch.int32)
+        assert torch.ops.aten._grouped_mm(weight, torch.ones(2, 16, 8), offs=ends).shape == (4, 8)  # in fp32
+        assert torch.ops.aten._grouped_mm(weight.T, torch.ones(4, 8), offs=ends).shape == (2, 16, 8)

@@ -1,4 +1,4 @@
-"""A simulated run beside the same run on real tensors, and the plan that is made of it."""
+"""A simulated run compared with the same run on real tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from talik.model.weights.weights import Weights
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
 from talik.simulate.account import account
-from talik.simulate.simulation import Subject, Work, rehearse, simulate, subject_of
+from talik.simulate.simulation import Subject, Workload, rehearse, simulate, subject_of
 from talik.simulate.storage_log import CAUSES, StorageLog
 
 AGAIN = {"recompute": True, "trunk": "resident"}
@@ -45,7 +45,7 @@ def test_every_peak_is_that_of_the_run_on_real_tensors(
 def test_every_peak_is_that_of_the_run_where_bf16_is_multiplied_as_fp32(
     build_model: Callable[..., Any], tmp_path: Path, way: dict[str, Any]
 ) -> None:
-    """Both experts have all rows: the pieces of their products are those of the largest group."""
+    """Both experts get all rows, so their products have the slices of the largest group."""
     changes = {"num_hidden_layers": 3, "num_local_experts": 2}
     build_model("mixtral", **SMALL, **changes, dtype=torch.bfloat16).save_pretrained(tmp_path)
     with bf16_as_fp32(True):
@@ -59,7 +59,7 @@ def test_every_peak_is_that_of_the_run_where_bf16_is_multiplied_as_fp32(
 def test_every_optimizers_peak_is_that_of_the_run(
     build_model: Callable[..., Any], tmp_path: Path, optimizer: str, precision: str
 ) -> None:
-    """Of experts, too, which Muon takes one by one."""
+    """With experts, which Muon updates one after another."""
     changes = {"num_hidden_layers": 2, "num_local_experts": 4}
     build_model("mixtral", **SMALL, **changes, dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert_same_peaks(tmp_path, *problem(tmp_path, precision, optimizer))
@@ -89,7 +89,7 @@ def test_a_streamed_tops_peak_is_that_of_the_run(
     )
 
 
-def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) -> None:
+def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Workload) -> None:
     simulated = {peak.phase: peak.bytes for peak in simulate(subject, plan, work).phases}
     with StorageLog() as log:
         weights = Weights(subject.chain.model, folder)
@@ -100,7 +100,7 @@ def assert_same_peaks(folder: Path, subject: Subject, plan: Plan, work: Work) ->
         assert simulated[phase] == pytest.approx(size, rel=0.002, abs=8192), phase
 
 
-def test_causes_are_what_the_bytes_are_for(build_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_bytes_have_the_right_causes(build_model: Callable[..., Any], tmp_path: Path) -> None:
     build_model("qwen2", **SMALL).save_pretrained(tmp_path)
     subject, plan, work = problem(tmp_path, "bf16")
     trained = sum(p.numel() for p in subject.chain.model.parameters() if p.requires_grad)
@@ -119,7 +119,9 @@ def test_causes_are_what_the_bytes_are_for(build_model: Callable[..., Any], tmp_
     assert {p.phase: p for p in again.phases}["loss"].causes["saved activations"] < kept / 2
 
 
-def test_adapters_take_little_beside_frozen_weights(build_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_adapters_take_little_memory_compared_with_frozen_weights(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
     build_model("qwen2", **SMALL).save_pretrained(tmp_path)
     subject, plan, work = problem(tmp_path, "bf16", lora="rank=4")
     adapters = [p for p in subject.chain.model.parameters() if p.requires_grad]
@@ -132,7 +134,9 @@ def test_adapters_take_little_beside_frozen_weights(build_model: Callable[..., A
         adapters = [p for p in subject.chain.model.parameters() if p.requires_grad]
 
 
-def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_trained_head_that_was_tied_takes_memory_of_its_own(
+    build_model: Callable[..., Any], tmp_path: Path
+) -> None:
     build_model("qwen2", **SMALL, tie_word_embeddings=True).save_pretrained(tmp_path)
     size = SMALL["vocab_size"] * SMALL["hidden_size"] * 4
     trained = []
@@ -144,7 +148,7 @@ def test_a_head_that_was_tied_takes_its_own_room(build_model: Callable[..., Any]
     assert trained[1] - trained[0] == size
 
 
-def test_the_model_is_as_it_was_afterwards(build_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_simulation_leaves_the_model_unchanged(build_model: Callable[..., Any], tmp_path: Path) -> None:
     build_model("qwen2", **SMALL).save_pretrained(tmp_path)
     subject, plan, work = problem(tmp_path, "fp32")
     one = simulate(subject, plan, work)

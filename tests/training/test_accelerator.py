@@ -25,15 +25,10 @@ def device() -> str:
 
 
 STREAMED = {"top": "streamed", "recompute": True}
-WAYS = [
-    {"state": "ram"},
-    STREAMED,
-    {**STREAMED, "state": "ram", "inputs": "ram"},
-    {**STREAMED, "state": "disk", "inputs": "disk"},
-]
+IN_RAM, ON_DISK = ({"state": tier, "inputs": tier} for tier in ("ram", "disk"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [{"state": "ram"}, STREAMED, {**STREAMED, **IN_RAM}, {**STREAMED, **ON_DISK}])
 @pytest.mark.parametrize("precision", ["bf16", "bf16-sr", "fp32"])
 def test_offloading_does_not_change_the_numbers(
     build_model: Callable[..., Any], tmp_path: Path, device: str, precision: str, way: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from talik.base.errors import UsageError
 from talik.base.files import read_json
@@ -24,6 +23,7 @@ def command(argv: list[str]) -> None:
     parsed = parse(
         "explain", wanted, argv, "Why memory ends: in a common habit, or in a run that did not fit."
     )
+    from talik.cli.show import tables
     from talik.diagnose.habits import HABITS, habit
     from talik.diagnose.run import explain_run
     from talik.model.folder import open_model
@@ -36,11 +36,13 @@ def command(argv: list[str]) -> None:
     if (folder / REFUSED).is_file():
         _explain_refused(folder / REFUSED, parsed.json)
     elif of_run:
-        found = explain_run(folder)
+        explained = explain_run(folder)
         if parsed.json:
-            console.result_json([finding.as_dict() for finding in found])
+            console.result_json(explained.as_dict())
         else:
-            _show_run(folder, found)
+            console.result(str(explained))
+            console.result("")
+            console.result(tables.memory(explained.memory))
     elif parsed.habit is None:
         shown = "\n".join(f"  {name:<21}{about.see}" for name, about in HABITS.items())
         raise UsageError(f"{parsed.target} is not a run; of a model, name a habit with --habit:\n{shown}")
@@ -48,21 +50,6 @@ def command(argv: list[str]) -> None:
         model = open_model(parsed.target, weights=False)
         report = habit(parsed.habit, model, parsed.memory, top_layers=parsed.top_layers)
         console.result_json(report.as_dict()) if parsed.json else console.result(str(report))
-
-
-def _show_run(folder: Path, found: list[Any]) -> None:
-    """Prints whether a run kept its plan, what is wrong, and the memory of each phase."""
-    from talik.cli.show import tables
-    from talik.diagnose.run import verdict
-
-    results = folder / "results.json"
-    memory = read_json(results)["memory"] if results.is_file() else None
-    if memory:
-        console.result(verdict(memory))
-    for finding in found:
-        console.result(f"{finding}\n")
-    if memory:
-        console.result(tables.memory(memory))
 
 
 def _explain_refused(file: Path, as_json: bool) -> None:

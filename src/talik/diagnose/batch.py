@@ -49,13 +49,13 @@ def _shapes(batch: Batch) -> Iterator[Finding]:
         shape = tuple(batch[extra[0]].shape)
         what = (
             f"{', '.join(extra)} have the shape {shape}: the tokenizer was called with return_tensors='pt' "
-            "for one row, which gave (1, sequence), and the collate stacked these. The model wants "
+            "for one row, which gave (1, sequence), and the collate stacked these. The model expects "
             "(batch, sequence)."
         )
         line = "return {key: value.squeeze(0) for key, value in tokens.items()}  # in __getitem__"
         yield Finding("extra-dimension", what, extra[0], batch[extra[0]].dim(), "dimensions", line)
     elif isinstance(ids := batch.get("input_ids"), Tensor) and ids.dim() != 2:
-        what = f"input_ids have the shape {tuple(ids.shape)}; the model wants (batch, sequence)."
+        what = f"input_ids have the shape {tuple(ids.shape)}; the model expects (batch, sequence)."
         line = "input_ids = input_ids.reshape(batch_size, -1)"
         yield Finding("extra-dimension", what, "input_ids", ids.dim(), "dimensions", line)
 
@@ -63,13 +63,15 @@ def _shapes(batch: Batch) -> Iterator[Finding]:
 def _outside(ids: Tensor, labels: Any, model: nn.Module) -> Iterator[Finding]:
     """Ids outside the vocabulary."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    wrong = {"input_ids": (ids < 0) | (ids >= rows)}
+    wrong: dict[str, Tensor] = {"input_ids": (ids < 0) | (ids >= rows)}
     if isinstance(labels, Tensor):
         wrong["labels"] = ((labels < 0) & (labels != IGNORED)) | (labels >= rows)
     for key, places in wrong.items():
         if count := int(places.sum()):
-            what = f"{key} hold {count:,} numbers that are not tokens: the model has {rows:,} tokens."
-            line = f"{key}[{key} < 0] = {IGNORED}  # what the loss leaves out" if key == "labels" else ""
+            what = f"{key} contain {count:,} ids outside the vocabulary: the model has {rows:,} tokens."
+            line = (
+                f"{key}[{key} < 0] = {IGNORED}  # positions that the loss ignores" if key == "labels" else ""
+            )
             fix = line or "model.resize_token_embeddings(len(tokenizer))"
             yield Finding("outside-vocabulary", what, key, count, "tokens", fix)
 
@@ -78,7 +80,7 @@ def _untrained(labels: Tensor) -> Iterator[Finding]:
     """Rows without a trained token; the first label never counts."""
     empty = int((labels[:, 1:] == IGNORED).all(1).sum())
     if empty:
-        what = f"In {empty:,} of {len(labels):,} rows every label is {IGNORED}: nothing of them is trained."
+        what = f"In {empty:,} of {len(labels):,} rows every label is {IGNORED}: no token of them is trained."
         line = "labels[prompt_length:] = input_ids[prompt_length:]  # and drop rows cut before the answer"
         yield Finding("nothing-trained", what, "labels", empty, "rows", line)
 
@@ -88,7 +90,7 @@ def _misplaced(ids: Tensor, labels: Tensor) -> Iterator[Finding]:
     if ids.shape != labels.shape:
         what = (
             f"labels have the shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}: input and output "
-            "were tokenised as two sequences. A causal model reads one, and learns the later part of it."
+            "were tokenised as two sequences. A causal model reads one sequence and learns its answer part."
         )
         yield Finding("two-sequences", what, "labels", labels.shape[-1], "tokens", ONE_SEQUENCE)
         return
@@ -98,13 +100,15 @@ def _misplaced(ids: Tensor, labels: Tensor) -> Iterator[Finding]:
     if not wrong:
         return
     if int(trained[:, :-1].sum()) and not int(shifted.sum()):
-        what = f"labels are one place ahead of input_ids ({wrong:,} tokens), and the model shifts them again."
+        what = (
+            f"labels are already shifted by one position ({wrong:,} tokens), and the model shifts them again."
+        )
         line = "labels = input_ids.clone()  # the model shifts"
         yield Finding("shifted-labels", what, "labels", wrong, "tokens", line)
     else:
         what = (
-            f"{wrong:,} of {int(trained.sum()):,} trained labels are not the token at their own place: input "
-            "and output were tokenised as two sequences, and the labels do not stand on the prompt's."
+            f"{wrong:,} of {int(trained.sum()):,} trained labels differ from the token at their position: "
+            "input and output were tokenised as two sequences of the same length."
         )
         yield Finding("two-sequences", what, "labels", wrong, "tokens", ONE_SEQUENCE)
 

@@ -23,13 +23,13 @@ from talik.diagnose.graph import (
     offload_findings,
     offloaded_modules,
 )
-from talik.diagnose.loop import Block, Loop, run_loop
+from talik.diagnose.loop import BlockMemory, Loop, run_loop
 from talik.model.anatomy import parts_of
 from talik.simulate.account import Break, Peak
 
 ASSUMED = (
-    "loss = model(**batch).loss, loss.backward(), one AdamW over what is trained; two steps, one device, "
-    "in the model's present mode"
+    "loss = model(**batch).loss, loss.backward(), one AdamW for the trained parameters; two steps, one "
+    "device, in the model's present mode"
 )
 
 
@@ -39,14 +39,14 @@ class Explanation:
 
     Attributes:
         blocks: Embeddings and layers in the first forward.
-        why: What makes the first of them part of the graph.
+        why: The reason why the first block in the graph is part of it.
         peak: Bytes of tensors; None if the loop cannot be simulated.
         assumed: The simulated loop, or why it was not simulated.
     """
 
     findings: tuple[Finding, ...]
     peak: Peak | None
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockMemory, ...]
     why: str | None
     assumed: str
 
@@ -82,10 +82,10 @@ def explain(
         UsageError: The batch has no tensors.
     """
     if not any(isinstance(batch.get(key), Tensor) for key in ("input_ids", "inputs_embeds")):
-        remedy = "Pass what goes into model(**batch): tensors of (batch, sequence)."
+        remedy = "Pass the arguments of model(**batch): tensors of shape (batch, sequence)."
         raise UsageError("the batch has no tensor input_ids", remedy=remedy)
     if not hasattr(model, "config"):
-        raise SourceError(f"{type(model).__name__} is not a model of Transformers")
+        raise SourceError(f"{type(model).__name__} is not a Transformers model")
     parts_of(model)
     loop, assumed = _simulated(model, squeezed(batch))
     found = [*batch_findings(model, batch, tokenizer), *offload_findings(model, loop)]
@@ -106,7 +106,7 @@ def _simulated(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Loop | None,
 
 
 def _why(model: nn.Module, loop: Loop) -> str | None:
-    """What makes the first block of the graph part of it."""
+    """The reason why the first block in the graph is part of it."""
     parts, blocks = parts_of(model), [block for block in loop.blocks if block.in_graph]
     if not blocks:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from talik.base.files import format_bytes
 from talik.diagnose.findings import Finding
-from talik.diagnose.loop import Batch, Block, Loop, alive_at
+from talik.diagnose.loop import Batch, BlockMemory, Loop
 from talik.model.anatomy import Parts, parts_of
 from talik.simulate.account import levels
 
@@ -28,9 +28,7 @@ loss = talik.chunked_loss(talik.Chain(model), hidden, labels)  # hidden: the out
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What makes frozen layers part of the graph: a parameter or a hook, by name, and the line that
-    removes it.
-    """
+    """A parameter or hook that makes frozen layers part of the graph, and the line that removes it."""
 
     habit: str
     name: str
@@ -82,7 +80,7 @@ def graph_findings(model: nn.Module, loop: Loop) -> Iterator[Finding]:
         yield Finding(cause.habit, what, cause.name, kept, "bytes", cause.line)
 
 
-def _layers(loop: Loop) -> list[Block]:
+def _layers(loop: Loop) -> list[BlockMemory]:
     return [block for block in loop.blocks if block.name.startswith("layer ")]
 
 
@@ -103,7 +101,7 @@ def causes(model: nn.Module, parts: Parts, block: str) -> list[Cause]:
         found += [_of_parameter(f"{name}.{own}", name, parts) for own, w in _trained_in(module)]
         for cause in _of_hooks(name, module):
             (found if cause.habit == "checkpointing" else others).append(cause)
-    unknown = f"what goes into {block} requires a gradient"
+    unknown = f"the input of {block} requires a gradient"
     return found or others or [Cause("in-the-graph", block, unknown, "hidden = hidden.detach()")]
 
 
@@ -155,7 +153,7 @@ def offload_findings(model: nn.Module, loop: Loop | None) -> Iterator[Finding]:
         yield _copied(copied, model, parts)
 
 
-def _copied(copied: list[Block], model: nn.Module, parts: Parts) -> Finding:
+def _copied(copied: list[BlockMemory], model: nn.Module, parts: Parts) -> Finding:
     total = sum(block.copies for block in copied)
     below = int(copied[0].name.split()[1]) < first_trained(model, parts)
     reasons = causes(model, parts, "layer 0") if below else []
@@ -189,7 +187,7 @@ def logits_findings(model: nn.Module, batch: Batch, loop: Loop) -> Iterator[Find
     log = loop.simulation.log
     number = max(levels(log), key=lambda level: level[2])[0]
     vocabulary, labels = _vocabulary(model), batch.get("labels")
-    made = [s for s in alive_at(log, number) if s.shape[-1:] == (vocabulary,) and len(s.shape) > 1]
+    made = [s for s in log.alive(number) if s.shape[-1:] == (vocabulary,) and len(s.shape) > 1]
     made = [s for s in made if s.cause in (None, "logits and loss")]
     size, positions = sum(s.bytes for s in made), max((_rows(s.shape) for s in made), default=0)
     if not positions or not isinstance(labels, Tensor):

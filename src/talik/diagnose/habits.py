@@ -71,7 +71,7 @@ HABITS = {
     ),
     "two-sequences": Habit(
         "The loss falls, and the model never learns to answer.",
-        "Input and output are tokenised as two sequences, so labels do not stand on the tokens they name.",
+        "Input and output are tokenised as two sequences, so labels differ from their input tokens.",
         "input_ids = prompt_ids + answer_ids; labels = [-100] * len(prompt_ids) + answer_ids",
     ),
     "prompt-trained": Habit(
@@ -109,7 +109,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HabitReport:
     """A mistake and the correct loop: two loops (memory), or one example (labels)."""
 
     name: str
@@ -142,7 +142,7 @@ def habit(
     top_layers: int = 5,
     batch_size: int = 1,
     sequence: int = 1024,
-) -> Report:
+) -> HabitReport:
     """Simulates a mistake of HABITS on a model, and the correct loop.
 
     Memory: bf16, AdamW, the last `top_layers` layers trained, `batch_size` rows of `sequence` tokens, half of
@@ -161,20 +161,20 @@ def habit(
         UsageError: The name is unknown, the tokenizer is missing, or nothing would be frozen.
     """
     if name not in HABITS:
-        raise UsageError(f"there is no habit {name!r}", remedy=f"Choose one of: {', '.join(HABITS)}.")
+        raise UsageError(f"{name!r} is not a known habit", remedy=f"Choose one of: {', '.join(HABITS)}.")
     if name in LABELS:
         shown = LABELS[name](_tokenizer(model))
-        return Report(name, HABITS[name], "one question and its answer", None, shown)
+        return HabitReport(name, HABITS[name], "one question and its answer", None, shown)
     room = parse_size(budget) if budget is not None else None
     wrong, right = (
         _side(name, done_right, model, (top_layers, batch_size, sequence), room)
         for done_right in (False, True)
     )
     assumed = (
-        f"bf16, AdamW over what is trained, the top {top_layers} layers trained, a batch of {batch_size} x "
-        f"{sequence:,} tokens, half of them trained; two steps, tensors alone"
+        f"bf16, AdamW for the trained parameters, the top {top_layers} layers trained, a batch of "
+        f"{batch_size} x {sequence:,} tokens, half of them trained; two steps, tensors alone"
     )
-    return Report(name, HABITS[name], assumed, (wrong, right), None)
+    return HabitReport(name, HABITS[name], assumed, (wrong, right), None)
 
 
 def _tokenizer(model: ModelFolder) -> Any:
@@ -187,7 +187,7 @@ def _tokenizer(model: ModelFolder) -> Any:
 def _side(
     name: str, done_right: bool, folder: ModelFolder, sizes: tuple[int, int, int], room: int | None
 ) -> Side:
-    """Prepares a hollow model wrongly or correctly, and runs the loop on fake tensors."""
+    """Prepares a hollow model with the mistake or without it, and runs the loop on fake tensors."""
     top_layers, batch_size, sequence = sizes
     model = folder.hollow(torch.bfloat16).train()
     chain = Chain(model, "cpu")
@@ -203,7 +203,7 @@ def _side(
 
 
 def _prepare(name: str, done_right: bool, chain: Chain, cut: int) -> list[nn.Module]:
-    """Freezes the layers below `cut` and what else the mistake freezes; returns the offloaded modules."""
+    """Freezes the layers below `cut` and, by the mistake, other parts; returns the offloaded modules."""
     below, top = chain.layers[:cut], chain.layers[cut:]
     for layer in below:
         layer.requires_grad_(False)
@@ -269,11 +269,11 @@ def _full_at(log: StorageLog, room: int) -> str | None:
     for number, phase, total in levels(log):
         if total > room:
             step = sum(begun == "forward" and at <= number for at, begun in log.marks)
-            return f"{phase} {log.births[log.events[number]].block}".strip() + f", step {step}"
+            return f"{phase} {log.storage(number).block}".strip() + f", step {step}"
     return None
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: HabitReport) -> Iterator[str]:
     yield f"{report.name}: {report.habit.see}"
     yield f"why      {report.habit.why}"
     yield f"change   {report.habit.right}"

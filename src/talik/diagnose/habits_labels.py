@@ -23,7 +23,7 @@ PADDING = 2  # padding tokens after the example
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A batch of one row: each token, what the mistake trains there, and what is right (None: masked).
+    """A batch of one row: each token with its wrong and its right label (None: masked).
 
     Attributes:
         shapes: Shape of input_ids, with the mistake and correct.

@@ -7,7 +7,7 @@ weights are copied in for the forward of their module, as accelerate does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talik.model.anatomy import Parts, parts_of
-from talik.model.chain.forms import tensors_in
+from talik.model.chain.probe import tensors_in
 from talik.simulate.account import Simulation, account, levels
 from talik.simulate.fake_log import fake_world
-from talik.simulate.storage_log import Storage, StorageLog
+from talik.simulate.storage_log import StorageLog
 
 STEPS = 2  # in the second step the optimizer state exists during the backward
 
@@ -30,7 +30,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockMemory:
     """A block in the first forward: whether it is part of the graph, and bytes.
 
     Attributes:
@@ -56,13 +56,13 @@ class Loop:
     """
 
     simulation: Simulation
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockMemory, ...]
     trained: int
     learning: int
 
 
 @dataclass
-class _Seen:
+class _BlockRecords:
     """By block: whether its input or result required a gradient, and where its forward ends in the log."""
 
     in_graph: dict[str, bool]
@@ -82,7 +82,7 @@ def run_loop(
         offloaded: Modules whose weights are copied in for their forward.
         loss: A function of model and batch; by default the model's own loss.
     """
-    parts, seen = parts_of(model), _Seen({}, {})
+    parts, seen = parts_of(model), _BlockRecords({}, {})
     foreach = any(parameter.is_cuda for parameter in model.parameters())  # PyTorch's default
     trained = {id(weight): weight.numel() for weight in model.parameters() if weight.requires_grad}
     with ExitStack() as stack:
@@ -99,9 +99,7 @@ def run_loop(
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss; without labels, or with selected logits, the cross-entropy of the logits in
-    fp32.
-    """
+    """The model's own loss; without labels or with selected logits, fp32 cross-entropy of the logits."""
     if "labels" in batch and "logits_to_keep" not in batch:
         return model(**batch).loss
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -109,19 +107,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
 
-def alive_at(log: StorageLog, number: int) -> list[Storage]:
-    """The storages that are allocated after an event of a log."""
-    alive: dict[int, None] = {}
-    for event in log.events[: number + 1]:
-        if event >= 0:
-            alive[event] = None
-        else:
-            alive.pop(~event)
-    return [log.births[birth] for birth in alive]
-
-
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Generator[None]:
     """Restores attributes, parameters, buffers and hooks of every module afterwards."""
 
     def tables(module: nn.Module) -> list[dict[Any, Any]]:
@@ -154,7 +141,7 @@ def _fake_of(weight: Tensor, log: StorageLog) -> nn.Parameter:
     return nn.Parameter(memory, weight.requires_grad)
 
 
-class _Passing:
+class _NoTransfer:
     """Replaces accelerate's hook and moves nothing."""
 
     def __init__(self, hook: Any) -> None:
@@ -170,13 +157,14 @@ class _Passing:
 def _without_accelerate(model: nn.Module) -> None:
     for module in model.modules():
         if "_hf_hook" in vars(module):
-            vars(module)["_hf_hook"] = _Passing(vars(module)["_hf_hook"])
+            vars(module)["_hf_hook"] = _NoTransfer(vars(module)["_hf_hook"])
 
 
 @contextmanager
-def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[None]:
-    """Inside the context, offloaded weights are copied in for the forward of their module; only autograd
-    can keep the copies.
+def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Generator[None]:
+    """Inside the context, offloaded weights are copied in for the forward of their module.
+
+    Only autograd can keep the copies.
     """
 
     def bring(own: dict[str, Any], module: nn.Module, args: Any) -> None:
@@ -195,7 +183,7 @@ def _brought_in(offloaded: Collection[nn.Module], log: StorageLog) -> Iterator[N
 
 
 @contextmanager
-def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _Seen) -> Iterator[None]:
+def _watched(model: nn.Module, parts: Parts, log: StorageLog, seen: _BlockRecords) -> Generator[None]:
     """Inside the context, the log records the running block and the start of the loss; `seen` is filled."""
     layers: Any = model.get_submodule(parts.layers)
     blocks = {"embeddings": model.get_submodule(parts.embedding)}
@@ -220,7 +208,7 @@ def _begin_loss(log: StorageLog) -> None:
 class _BlockWatch:
     """The hooks of one block."""
 
-    def __init__(self, name: str, log: StorageLog, seen: _Seen) -> None:
+    def __init__(self, name: str, log: StorageLog, seen: _BlockRecords) -> None:
         self._name, self._log, self._seen = name, log, seen
         self._began = 0
 
@@ -287,11 +275,11 @@ def _steps(
                 optimizer.zero_grad()
 
 
-def _blocks(log: StorageLog, seen: _Seen) -> tuple[Block, ...]:
+def _blocks(log: StorageLog, seen: _BlockRecords) -> tuple[BlockMemory, ...]:
     end = next(number for number, phase in log.marks if phase in ("loss", "backward"))
     kept: Counter[str] = Counter()
     copies: Counter[str] = Counter()
-    for made in alive_at(log, end - 1):
+    for made in log.alive(end - 1):
         if made.phase == "forward" and made.cause == "weights frozen":
             copies[made.block] += made.bytes
         elif made.phase == "forward" and made.cause == "saved activations":
@@ -299,6 +287,6 @@ def _blocks(log: StorageLog, seen: _Seen) -> tuple[Block, ...]:
     wanted = set(seen.ends.values())
     after = {number: total for number, _, total in levels(log) if number in wanted}
     return tuple(
-        Block(name, seen.in_graph[name], after[number], kept[name], copies[name])
+        BlockMemory(name, seen.in_graph[name], after[number], kept[name], copies[name])
         for name, number in seen.ends.items()
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +13,97 @@ from talik.diagnose.findings import Finding
 from talik.plan.target import slack_of
 
 BROKEN = "broken.json"
+Rows = Mapping[str, Mapping[str, int]]  # of phases: "promised" and "measured" bytes
 
 
-def explain_run(folder: Path) -> list[Finding]:
-    """The findings about the memory of a run that ended or ran out of memory.
+@dataclass(frozen=True, slots=True)
+class RunExplanation:
+    """The memory of a run compared with its plan.
+
+    Attributes:
+        memory: Promised and measured bytes by phase.
+        findings: Why the run ended, and the phases that took more than promised.
+    """
+
+    memory: Rows
+    findings: tuple[Finding, ...]
+
+    @property
+    def promised(self) -> int:
+        """The highest promised peak of all phases in bytes; 0 if the plan has none."""
+        return _highest(self.memory, "promised")
+
+    @property
+    def measured(self) -> int:
+        """The highest measured peak of all phases in bytes."""
+        return _highest(self.memory, "measured")
+
+    @property
+    def kept(self) -> bool | None:
+        """True if the measured peak is within the promised one and its slack; None without a promise."""
+        return self.measured <= self.promised + slack_of(self.promised) if self.promised else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values, for JSON."""
+        return {
+            "kept_promise": self.kept,
+            "promised_bytes": self.promised,
+            "measured_bytes": self.measured,
+            "memory": self.memory,
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join([self._verdict(), *map(str, self.findings)])
+
+    def _verdict(self) -> str:
+        measured = f"{format_bytes(self.measured)} measured at the peak"
+        if self.kept is None:
+            return f"the plan has no planned peaks: {measured}"
+        promised, slack = format_bytes(self.promised), format_bytes(slack_of(self.promised))
+        did = "kept" if self.kept else "broke"
+        return f"the run {did} its promise: {measured}, {promised} promised with a slack of {slack}"
+
+
+def explain_run(folder: Path) -> RunExplanation:
+    """Compares the memory of a run that ended or ran out of memory with its plan.
 
     Raises:
         RunError: The folder is not a run, or the run has not ended.
     """
     if (folder / BROKEN).is_file():
-        return [_broken(folder, read_json(folder / BROKEN))]
+        broken = read_json(folder / BROKEN)
+        return RunExplanation(broken["memory"], (_broken(folder, broken),))
     if not (folder / "results.json").is_file():
-        raise RunError(
-            "has neither ended nor run out of memory",
-            where=folder,
-            remedy=f"Go on: talik resume {quoted(folder)}",
-        )
-    return list(_exceeded(read_json(folder / "results.json")["memory"]))
+        raise RunError("the run has not ended", where=folder, remedy=f"Go on: talik resume {quoted(folder)}")
+    memory = read_json(folder / "results.json")["memory"]
+    return RunExplanation(memory, tuple(_beyond(memory)))
+
+
+def _highest(memory: Rows, use: str) -> int:
+    return max((row.get(use, 0) for row in memory.values()), default=0)
 
 
 def _broken(folder: Path, broken: dict[str, Any]) -> Finding:
-    phase, rows = broken["phase"], broken["memory"]
-    promised = rows.get(phase, {}).get("promised", 0)
-    had = rows.get(phase, {}).get("measured", 0)
-    if promised and had <= promised + slack_of(promised):
-        why = "The run stayed within its plan: another program, or a limit, took the memory."
-        line = f"talik resume {quoted(folder)}  # once {format_bytes(promised + slack_of(promised))} are free"
+    phase, memory = broken["phase"], broken["memory"]
+    measured = memory.get(phase, {}).get("measured", 0)
+    needed = format_bytes(_highest(memory, "promised") + slack_of(_highest(memory, "promised")))
+    if RunExplanation(memory, ()).kept:
+        why = "The run kept its promise: another program on this machine, or a limit, took the memory."
+        line = f"talik resume {quoted(folder)}  # once {needed} are free"
     else:
-        why = "The run took more than planned."
-        line = "talik train ... --memory SIZE  # with a smaller SIZE: another way with more room is chosen"
+        why = "The run took more memory than promised."
+        line = "talik train ... --memory SIZE  # with a smaller SIZE: another way is chosen, with more room"
     what = f"{broken['problem'][0].upper()}{broken['problem'][1:]}. {why}"
     where = f"step {broken['step']}, {phase}" if broken["step"] else phase
-    return Finding("broken", what, where, had, "bytes", line)
+    return Finding("broken", what, where, measured, "bytes", line)
 
 
-def verdict(memory: dict[str, dict[str, int]]) -> str:
-    """One sentence: whether a run stayed within its planned peak and the slack."""
-    planned, (phase, measured) = _peaks(memory)
-    if not planned:
-        return f"the run had no planned memory; it took {format_bytes(measured)} ({phase})"
-    kept = "kept" if measured <= planned + slack_of(planned) else "exceeded"
-    sizes = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({phase})"
-    return f"the run {kept} its plan: {sizes}"
-
-
-def _peaks(memory: dict[str, dict[str, int]]) -> tuple[int, tuple[str, int]]:
-    """The highest planned peak, and the phase with the highest measured one."""
-    measured = {phase: row.get("measured", 0) for phase, row in memory.items()}
-    return max((row.get("promised", 0) for row in memory.values()), default=0), max(
-        measured.items(), key=lambda item: item[1]
-    )
-
-
-def _exceeded(memory: dict[str, dict[str, int]]) -> Iterator[Finding]:
-    """One finding if the run as a whole exceeded its plan; phases by themselves are details."""
-    planned, (phase, measured) = _peaks(memory)
-    if planned and measured > planned + slack_of(planned):
-        what = f"{format_bytes(measured)} were measured, and {format_bytes(planned)} were planned."
-        line = "talik train ... --memory SIZE  # SIZE smaller by that much"
-        yield Finding("beyond-promise", what, phase, measured - planned, "bytes", line)
+def _beyond(memory: Rows) -> Iterator[Finding]:
+    """The phases that took more than their own promise and its slack."""
+    for phase, row in memory.items():
+        promised, measured = row.get("promised", 0), row.get("measured", 0)
+        if promised and measured > promised + slack_of(promised):
+            what = f"{format_bytes(measured)} measured in this phase, {format_bytes(promised)} promised."
+            line = "talik train ... --memory SIZE  # SIZE smaller by that much"
+            yield Finding("beyond-promise", what, phase, measured - promised, "bytes", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,6 +26,22 @@ class _Row:
     trained: list[bool]
     texts: list[str]
 
+    def answers(self, header: str, ends: set[int]) -> Iterator[range]:
+        """The positions of each answer, its end of turn included, as training would label them.
+
+        Args:
+            header: The text of the template before an answer, without blanks; not empty.
+            ends: Ids that end a turn. An answer without one lasts until the end of the row.
+        """
+        text, stops = "".join(self.texts), list(accumulate(map(len, self.texts)))
+        at = text.find(header)
+        while at >= 0:
+            first = bisect_right(stops, at + len(header))  # the first token that reaches beyond the header
+            places = (place for place in range(first, len(self.ids)) if self.ids[place] in ends)
+            last = next(places, len(self.ids) - 1)
+            yield range(first, last + 1)
+            at = text.find(header, stops[last])
+
 
 def turn_findings(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Iterator[Finding]:
     """Trained prompt tokens, and an end of turn that is never trained."""
@@ -32,21 +49,24 @@ def turn_findings(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Ite
         return
     rows = [row for row in _rows(ids, labels, mask, tokenizer) if any(row.trained[1:])]
     header, ends = _header(tokenizer), _ends(tokenizer)
-    prompt = sum(_trained_prompt(row, header, ends) for row in rows) if header else 0
+    answers = [list(row.answers(header, ends)) if header else [] for row in rows]
+    prompt = sum(map(_trained_prompt, rows, answers))
     if prompt:
         what = f"{prompt:,} tokens of prompts are trained: the model learns to write questions, too."
         line = f"labels[:prompt_length] = {IGNORED}  # prompt_length: up to the answer's first token"
         yield Finding("prompt-trained", what, "labels", prompt, "tokens", line)
     if rows and not any(_trains_end(row, ends) for row in rows):
-        yield _endless(rows, ends, tokenizer)
+        masked = any(_has_masked_end(*pair, ends) for pair in zip(rows, answers, strict=True))
+        yield _endless(len(rows), masked, ends, tokenizer)
 
 
 def _rows(ids: Tensor, labels: Tensor, mask: Any, tokenizer: Any) -> Iterator[_Row]:
     there = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else ids == ids
     for own, label, kept in zip(ids, labels, there, strict=True):
-        tokens = own[kept].tolist()
+        tokens: list[int] = own[kept].tolist()
         texts = ["".join(text.split()) for text in tokenizer.batch_decode([[token] for token in tokens])]
-        yield _Row(tokens, (label[kept] != IGNORED).tolist(), texts)
+        trained: list[bool] = (label[kept] != IGNORED).tolist()
+        yield _Row(tokens, trained, texts)
 
 
 def _header(tokenizer: Any) -> str:
@@ -69,39 +89,45 @@ def _ends(tokenizer: Any) -> set[int]:
     return known | set(stops_of(tokenizer).ids) if getattr(tokenizer, "is_fast", False) else known
 
 
-def _trained_prompt(row: _Row, header: str, ends: set[int]) -> int:
-    """The number of trained tokens, without blanks, before an answer and after its end."""
-    text, stops = "".join(row.texts), list(accumulate(map(len, row.texts)))
-    prompt, count, at = True, 0, text.find(header)
-    if at < 0:
+def _trained_prompt(row: _Row, answers: list[range]) -> int:
+    """The number of trained tokens outside the answers; blanks and the first token do not count."""
+    if not answers:
         return 0
-    for place, (token, stop) in enumerate(zip(row.ids, stops, strict=True)):
-        if prompt and at >= 0 and stop > at + len(header):
-            prompt = False
-        count += prompt and place > 0 and row.trained[place] and bool(row.texts[place])
-        if not prompt and token in ends:
-            prompt, at = True, text.find(header, stop)
-    return count
+    expected = {place for answer in answers for place in answer}
+    tokens = enumerate(zip(row.trained, row.texts, strict=True))
+    return sum(trained and bool(text) for place, (trained, text) in tokens if place and place not in expected)
 
 
 def _trains_end(row: _Row, ends: set[int]) -> bool:
     return any(trained and token in ends for token, trained in zip(row.ids, row.trained, strict=True))
 
 
-def _endless(rows: list[_Row], ends: set[int], tokenizer: Any) -> Finding:
-    """The finding for rows that all train an answer but never its end."""
+def _has_masked_end(row: _Row, answers: list[range], ends: set[int]) -> bool:
+    """True if an end of turn, which is not trained, follows a trained answer; blanks may be between them."""
+    if not answers:  # the template's header is unknown
+        return any(token in ends for token in row.ids[_last_trained(row, range(len(row.ids))) + 1 :])
+    return any(
+        row.ids[answer[-1]] in ends
+        and (last := _last_trained(row, answer)) >= 0
+        and not any(row.texts[last + 1 : answer[-1]])
+        for answer in answers
+        if answer
+    )
+
+
+def _last_trained(row: _Row, places: range) -> int:
+    return max((place for place in places if row.trained[place]), default=-1)
+
+
+def _endless(rows: int, masked: bool, ends: set[int], tokenizer: Any) -> Finding:
+    """The finding for rows with trained answers of which none trains an end of turn."""
     name = tokenizer.convert_ids_to_tokens(min(ends)) if ends else "an end token"
-    written = any(token in ends for row in rows for token in row.ids[_last_trained(row) + 1 :])
-    if written:
-        why = f"{name} follows the answers and is masked in every row ({len(rows):,})"
+    if masked:
+        why = f"{name} follows the answers and is masked in every row ({rows:,})"
         line = f"labels[attention_mask == 0] = {IGNORED}  # by the mask; not labels == tokenizer.pad_token_id"
         if tokenizer.pad_token_id in ends:
             why += ", because it is the pad token as well"
     else:
-        why = f"{name} stands after no answer of any row ({len(rows):,})"
+        why = f"no answer is followed by {name} in any row ({rows:,})"
         line = "answer_ids = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids"
-    return Finding("masked-end", f"{why}: the model never learns to stop.", "labels", len(rows), "rows", line)
-
-
-def _last_trained(row: _Row) -> int:
-    return max(place for place, trained in enumerate(row.trained) if trained)
+    return Finding("masked-end", f"{why}: the model never learns to stop.", "labels", rows, "rows", line)

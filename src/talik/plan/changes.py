@@ -11,11 +11,12 @@ from talik.data.examples import Example
 from talik.data.preparing.stored_examples import lengths_of, not_longer
 from talik.model.folder import ModelFolder
 from talik.plan.planned import Change, Planned
-from talik.plan.search import STAY, Search, in_mebibytes
+from talik.plan.search import KEPT_CAUSES, Search, in_mebibytes
 from talik.plan.target import Target
 from talik.plan.ways import ways_of
 from talik.recipe.recipe import Recipe
 from talik.recipe.thaw import Thawed, parse_thaw
+from talik.simulate.account import highest
 from talik.simulate.simulation import subject_of
 from talik.simulate.work import assumed_examples
 
@@ -30,10 +31,9 @@ def smallest_changes(
     sets: tuple[Sequence[Example] | None, Sequence[Example]],
     notify: Notify = silent,
 ) -> tuple[Change, ...]:
-    """Finds changes that would make a refused run fit: more memory, fewer layers, smaller precision or state,
-    ...
+    """Finds single changes that would make a refused run fit: more memory, fewer layers, less precision, ...
 
-    Each change is made by itself and simulated in the way that takes the least memory. If host RAM or disk
+    Each change is simulated by itself, in the way that takes the least memory. If host RAM or disk
     are too small, the changes say how much is needed.
     """
     target, others = planned.target, _other_memory(planned)
@@ -70,9 +70,9 @@ def _more_memory(target: Target, peak: int, others: str) -> Change:
 
 
 def _least(planned: Planned, recipe: Recipe, changed: Recipe) -> int:
-    """A lower bound in bytes for a changed recipe, from what stays of the refused plan."""
+    """A lower bound in bytes for a changed recipe, from the causes that it shares with the refused plan."""
     causes = planned.peak.causes
-    fixed = sum(causes.get(cause, 0) for cause in (*STAY, "program"))
+    fixed = sum(causes.get(cause, 0) for cause in (*KEPT_CAUSES, "program"))
     if (changed.thaw, changed.optimizer) != (recipe.thaw, recipe.optimizer):
         return 0
     if recipe.precision == "fp32" != changed.precision:
@@ -121,7 +121,7 @@ def with_layers(recipe: Recipe, wanted: Thawed, layers: int) -> Recipe:
 
 
 def _option(recipe: Recipe) -> str:
-    """The option that gives what a recipe trains."""
+    """The command-line option that selects the trained layers and parts of a recipe."""
     return f"--top-layers {recipe.top_layers}" if recipe.thaw is None else f"--thaw {recipe.thaw}"
 
 
@@ -148,10 +148,10 @@ class ThriftiestWay:
             self._notify(Status("plan", f"simulating {_in_words(recipe)}"))
             examples, evaluated = self._examples(recipe)
             search = Search(subject_of(recipe, self._model), examples, evaluated, self._target)
-            first = search.first()
-            way = ways_of(first, search.longest, streamed=self._streamed)[-1]
-            tried = search.try_plan(way.apply(first))
-            self._peaks[key] = tried.peak.bytes
+            way = ways_of(search.first, search.longest, streamed=self._streamed)[-1]
+            attempt = search.simulate_plan(way.apply(search.first))
+            phases, _ = self._target.now().account(attempt.simulation)  # planning itself has taken memory
+            self._peaks[key] = highest(phases).bytes
         return self._peaks[key]
 
     def _examples(self, recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from talik.base.errors import UsageError
 from talik.base.files import atomic
-from talik.simulate.account import Simulation, levels
+from talik.simulate.account import Simulation, allocated_by_cause, levels
 from talik.simulate.storage_log import CAUSES, StorageLog
 
 if TYPE_CHECKING:
@@ -105,17 +103,9 @@ def thinned(log: StorageLog, program: int = 0) -> tuple[list[int], list[dict[str
     ranges = [range(start, min(start + size, len(totals))) for start in range(0, len(totals), size)]
     chosen = [max(numbers, key=lambda number: totals[number]) for numbers in ranges]
     wanted = set(chosen)
-    stacked = [dict(alive) for number, alive in enumerate(_alive(log, program)) if number in wanted]
+    allocated = enumerate(allocated_by_cause(log.changes(), {"program": program}))
+    stacked = [dict(causes) for number, causes in allocated if number in wanted]
     return chosen, stacked
-
-
-def _alive(log: StorageLog, program: int) -> Iterator[Counter[str]]:
-    """After every event the allocated bytes by cause; always the same object."""
-    alive = Counter({"program": program})
-    for event in log.events:
-        made = log.births[event if event >= 0 else ~event]
-        alive[made.cause or "workspace"] += made.bytes if event >= 0 else -made.bytes
-        yield alive
 
 
 def phases_of(log: StorageLog) -> list[tuple[int, int, str]]:

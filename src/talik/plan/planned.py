@@ -10,7 +10,9 @@ from talik.plan.seconds import Seconds
 from talik.plan.target import Target, slack_of
 from talik.plan.ways import Way
 from talik.recipe.plan import Plan
-from talik.simulate.account import Break, Peak, Simulation
+from talik.simulate.account import Break, Peak, Simulation, highest
+
+NOT_COMPARED = "an estimate: planned peaks of CUDA devices have not been compared with a device yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Refusal:
     """A way that does not fit.
 
     Attributes:
-        bytes: Its peak; a lower bound if `simulated` is false.
+        peak_bytes: Its peak; a lower bound if `simulated` is false.
         reason: Why it does not fit.
         change: An option with which it would fit.
     """
@@ -28,6 +30,10 @@ class Refusal:
     reason: str
     change: str | None
     simulated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values, for JSON."""
+        return {**asdict(self), "way": self.way.as_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,9 @@ class Planned:
     """The result of planning. Peaks are bytes of the target's memory, `disk` is bytes by use.
 
     Attributes:
-        least: For mixtures of experts, the peak if the router always chooses the same experts; the real one
-            lies between it and the planned peak.
-        checkpoints: The most checkpoints on disk at once: those to keep, the best one, and one being written.
+        least: For mixtures of experts, the peak if the router chooses all experts equally often. The planned
+            peak is for a router that always chooses the same experts; the real one is in between.
+        checkpoints: The most checkpoints on disk at once: those to keep, the best, and one being written.
         breaks: The first allocation that exceeds the memory.
         ram_missing: Bytes of host RAM that are missing.
         disk_missing: Bytes of disk that are missing.
@@ -90,7 +96,7 @@ class Planned:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     @property
     def problem(self) -> str:
@@ -101,6 +107,11 @@ class Planned:
             return f"no way to run this fits {format_bytes(self.target.memory)}: {short} are missing"
         lacking = {"RAM": self.ram_missing, "disk": self.disk_missing}
         return "; ".join(f"the {name} lacks {format_bytes(size)}" for name, size in lacking.items() if size)
+
+    @property
+    def estimate(self) -> str | None:
+        """A note if the planned memory has never been compared with a device of this kind."""
+        return None if self.target.on_cpu else NOT_COMPARED
 
     def as_dict(self) -> dict[str, Any]:
         """All values, for JSON."""
@@ -117,7 +128,8 @@ class Planned:
             ],
             "chosen": self.plan.model_dump() if self.fits else None,
             "assumed": self.assumed,
-            "refused": [{**asdict(refusal), "way": refusal.way.fields()} for refusal in self.refused],
+            "estimate": self.estimate,
+            "refused": [refusal.as_dict() for refusal in self.refused],
             "changes": [asdict(change) for change in self.changes],
             "disk_bytes": self.disk_bytes,
             "seconds": asdict(self.seconds),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ class Promise:
         return self._memory.take()
 
     @contextmanager
-    def step(self, top: Top, scratch: Scratch) -> Iterator[None]:
+    def step(self, top: Top, scratch: Scratch) -> Generator[None]:
         """Entered around a step; the first steps are recorded."""
         self.steps += 1
         if self.steps > TRACKED or self._device.type != "cpu":
@@ -155,7 +155,7 @@ class Promise:
         planned = f" (planned: {format_bytes(promised)})" if promised else ""
         return DoesNotFitError(
             f"out of memory in {where}{asked}{had}{planned}",
-            remedy=f"See what takes it: talik explain {quoted(run)}",
+            remedy=f"See which phase and tensors take it: talik explain {quoted(run)}",
         )
 
 

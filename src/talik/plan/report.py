@@ -22,7 +22,8 @@ def plan_text(planned: Planned) -> str:
 
 def short_text(planned: Planned) -> list[str]:
     """The verdict and the chosen way."""
-    return [next(_verdict(planned)), next(_ways(planned)), *_costs(planned)]
+    estimate = [planned.estimate] if planned.estimate else []
+    return [next(_verdict(planned)), *estimate, next(_ways(planned)), *_costs(planned)]
 
 
 def slow_precision(recipe: Recipe, machine: Machine) -> str | None:
@@ -49,6 +50,8 @@ def _verdict(planned: Planned) -> Iterator[str]:
         f"of {format_bytes(slack_of(peak.bytes))}, of {format_bytes(planned.target.memory)} "
         f"({planned.plan.device})"
     )
+    if planned.estimate:
+        yield planned.estimate
     if planned.least is not None:
         yield f"between {format_bytes(planned.least)} and this, by what the router chooses"
     if planned.ram_missing:

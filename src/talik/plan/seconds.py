@@ -15,7 +15,7 @@ from talik.model.block import REST, TAIL, Block
 from talik.model.freeze import trained_parameters
 from talik.recipe.plan import Plan
 from talik.simulate.account import Simulation
-from talik.simulate.simulation import Subject, Work, enough_layers
+from talik.simulate.simulation import Subject, Workload, enough_layers
 from talik.training.run.checkpoints import scratch_bytes, state_bytes
 from talik.training.step.top import make_top
 from talik.training.step.update import needs_global_norm
@@ -36,7 +36,7 @@ def seconds_of(
     result: Simulation,
     subject: Subject,
     plan: Plan,
-    work: Work,
+    work: Workload,
     examples: Sequence[Example],
     evaluated: Sequence[Example],
     machine: Machine,
@@ -67,7 +67,7 @@ def seconds_of(
     if plan.top == "streamed":
         epoch = max(epoch, steps * _moving(subject, plan, rates))
     if plan.state == "ram":  # both directions, in the update, which waits for it
-        epoch += steps * 2 * state_apart(subject, plan) / rates.to_device
+        epoch += steps * 2 * offloaded_bytes(subject, plan) / rates.to_device
     evaluation = 0.0
     if work.evaluated and held_out:
         evaluation = of_phase("evaluate") * held_out / sum(work.examples[i].length for i in work.evaluated)
@@ -92,11 +92,11 @@ def _moving(subject: Subject, plan: Plan, rates: Rates) -> float:
         read += times * sizes[block]
         written += sum(own.nbytes for name, own in top.of(block) if top.last_block(name) == block)
     if plan.state == "disk":
-        read, written = read + state_apart(subject, plan), written + state_apart(subject, plan)
+        read, written = read + offloaded_bytes(subject, plan), written + offloaded_bytes(subject, plan)
     return read / min(rates.disk_read, rates.to_device) + written / rates.disk_write
 
 
-def state_apart(subject: Subject, plan: Plan) -> int:
+def offloaded_bytes(subject: Subject, plan: Plan) -> int:
     """Bytes of offloaded optimizer state and pending gradients."""
     bytes_of = scratch_bytes if plan.top == "streamed" else state_bytes
     return bytes_of(trained_parameters(subject.chain.model), subject.recipe)

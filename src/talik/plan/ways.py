@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast
 
 import torch
 
@@ -24,65 +24,92 @@ LOGITS_AT_ONCE = 128 << 20  # bytes of the bf16 logits of one chunk and of their
 CHUNK, LEAST_CHUNK = 256, 128  # trained positions: fewer read the head too often, more exceed the CPU caches
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How a run saves memory. Ways differ only in the order of sums; None leaves a setting of the first plan.
+    """The settings that differ between ways to run. They change the results only by the order of sums.
 
-    `str` gives it in words, as in "micro-batches of 512 tokens, layers recomputed in the backward".
+    Attributes:
+        top: See `Plan.top`.
+        recompute: See `Plan.recompute`.
+        state: See `Plan.state`.
+        inputs: See `Plan.inputs`.
+        micro_batch_tokens: See `Plan.micro_batch_tokens`.
+        loss_chunk: See `Plan.loss_chunk`; None keeps that of the plan.
+        hidden_bytes: See `Plan.hidden_bytes`; None keeps those of the plan.
     """
 
-    micro_batch_tokens: int
-    recompute: bool = False
     top: Literal["resident", "streamed"] = "resident"
+    recompute: bool = True
     state: Tier = "memory"
     inputs: Tier = "memory"
+    micro_batch_tokens: int
     loss_chunk: int | None = None
     hidden_bytes: int | None = None
 
-    def __str__(self) -> str:
-        offloaded = {"memory": "", "ram": " in host RAM", "disk": " on disk"}[self.state]
-        words = [f"micro-batches of {self.micro_batch_tokens:,} tokens"]
-        if self.top == "streamed":
-            words.append("trained layers streamed from a working copy")
-        elif self.recompute:
-            words.append("layers recomputed in the backward")
-        if offloaded:
-            inputs = " and layer inputs" if self.top == "streamed" else ""
-            words.append(f"optimizer state{inputs}{offloaded}")
-        if self.loss_chunk:
-            words.append(f"loss chunks of {self.loss_chunk}")
-        return ", ".join(words)
+    def apply(self, plan: Plan) -> Plan:
+        """The plan with the settings of this way."""
+        return plan.model_copy(update={k: v for k, v in asdict(self).items() if v is not None})
 
-    def fields(self) -> dict[str, Any]:
-        """The settings that this way changes, by the names of Plan."""
-        always = ("micro_batch_tokens", "recompute")
+    def as_dict(self) -> dict[str, Any]:
+        """Micro-batches, recomputation, and all other settings that differ from the defaults, for JSON."""
+        shown = {"recompute", "micro_batch_tokens"}
         return {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name in always or getattr(self, field.name) != field.default
+            for field in fields(self)
+            if field.name in shown or getattr(self, field.name) != field.default
         }
 
-    def apply(self, plan: Plan) -> Plan:
-        """The plan carried out in this way."""
-        return plan.model_copy(update=self.fields())
+    def __str__(self) -> str:
+        """For example "micro-batches of 512 tokens, layers recomputed in the backward"."""
+        parts = [f"micro-batches of {self.micro_batch_tokens:,} tokens", *self._memory_savings()]
+        if self.loss_chunk is not None:
+            parts.append(f"loss chunks of {self.loss_chunk}")
+        return ", ".join(parts)
+
+    def _memory_savings(self) -> Iterator[str]:
+        place = {"memory": "", "ram": " in host RAM", "disk": " on disk"}[self.state]
+        if self.top == "streamed":
+            yield "trained layers streamed from a working copy"
+        elif self.recompute:
+            yield "layers recomputed in the backward"
+        if place:
+            offloaded = "optimizer state" if self.top == "resident" else "optimizer state and layer inputs"
+            yield f"{offloaded}{place}"
 
 
 def way_of(plan: Plan) -> Way:
-    """The way of a plan."""
-    names = ("micro_batch_tokens", "recompute", "top", "state", "inputs", "loss_chunk")
-    return Way(**{name: getattr(plan, name) for name in names})
+    """The way of a plan, with its loss chunk."""
+    return Way(
+        top=plan.top,
+        recompute=plan.recompute,
+        state=plan.state,
+        inputs=plan.inputs,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        loss_chunk=plan.loss_chunk,
+    )
 
 
-_SMALL = Way(256, recompute=True, loss_chunk=LEAST_CHUNK, hidden_bytes=64 << 20)
-RESIDENT = (
-    *(Way(tokens, recompute=recompute) for recompute in (False, True) for tokens in (2048, 1024, 512)),
-    _SMALL,
+def _thrifty(**settings: Any) -> Way:
+    """A way with the smallest micro-batches, loss chunks and shards of the cache."""
+    return Way(micro_batch_tokens=256, loss_chunk=LEAST_CHUNK, hidden_bytes=64 << 20, **settings)
+
+
+RESIDENT_WAYS = (
+    *(Way(recompute=r, micro_batch_tokens=tokens) for r in (False, True) for tokens in (2048, 1024, 512)),
+    _thrifty(),
 )
-STREAMED = tuple(Way(tokens, recompute=True, top="streamed") for tokens in (2048, 512))
-ON_DISK = tuple(replace(way, top="streamed", state="disk", inputs="disk") for way in (*STREAMED, _SMALL))
+STREAMED_WAYS = (
+    *(Way(top="streamed", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    *(Way(top="streamed", state="disk", inputs="disk", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    _thrifty(top="streamed", state="disk", inputs="disk"),
+)
 # For devices with their own memory: host RAM is faster than disk.
-STATE_IN_RAM = tuple(Way(tokens, recompute=True, state="ram") for tokens in (2048, 512))
-IN_RAM = tuple(replace(way, state="ram", inputs="ram") for way in ON_DISK)
+WAYS_WITH_RAM = (
+    *(Way(state="ram", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    *(Way(top="streamed", state="ram", inputs="ram", micro_batch_tokens=tokens) for tokens in (2048, 512)),
+    _thrifty(top="streamed", state="ram", inputs="ram"),
+    _thrifty(top="streamed", state="disk", inputs="disk"),
+)
 
 
 def choose(recipe: Recipe, model: ModelFolder, notify: Notify = silent) -> Plan:
@@ -157,31 +184,31 @@ def first_plan(recipe: Recipe, chain: Chain, device: str, memory: int, notify: N
 
 
 def _loss_chunk(recipe: Recipe, chain: Chain, head: bool) -> int:
-    """Trained positions per chunk; more if the head is trained, because each chunk computes its whole
-    gradient.
-    """
-    text, chunk = chain.model.config.get_text_config(decoder=True), CHUNK
+    """Trained positions per chunk; more for a trained head, whose whole gradient every chunk computes."""
+    config, chunk = cast(Any, chain.model.config), CHUNK
+    text = config.get_text_config(decoder=True)
     if head and recipe.lora is None:
         chunk = max(chunk, min(1024, LOGITS_AT_ONCE // (4 * text.vocab_size)))
     return min(chunk, getattr(text, "max_position_embeddings", None) or chunk)  # the tail looks up positions
 
 
 def ways_of(first: Plan, longest: int, *, streamed: bool = True) -> list[Way]:
-    """All different ways to carry out a plan, fastest first: recomputation is slow, files are slower.
+    """The ways to run, fastest first: recomputation is slow, files are slower.
 
     Args:
-        first: The plan they start from; a loss chunk is never made larger than its own.
-        longest: Tokens of the longest example; a micro-batch is never smaller.
-        streamed: Whether to include ways in which the top is streamed or offloaded.
+        first: The plan that the ways change. Loss chunks are never made larger than in this plan.
+        longest: Tokens of the longest example, which limit micro-batches from below. Of several ways with
+            the same micro-batches only one is returned.
+        streamed: Whether the trained layers may leave the memory of the device.
     """
-    more = (*STREAMED, *ON_DISK) if first.device == "cpu" else (*STATE_IN_RAM, *IN_RAM, ON_DISK[-1])
-    different: dict[Way, Way] = {}
-    for way in (*RESIDENT, *(more if streamed else ())):
-        if way.loss_chunk:
+    streamed_ways = STREAMED_WAYS if first.device == "cpu" else WAYS_WITH_RAM
+    distinct: dict[Way, Way] = {}
+    for way in RESIDENT_WAYS + (streamed_ways if streamed else ()):
+        if way.loss_chunk is not None:
             way = replace(way, loss_chunk=min(first.loss_chunk, way.loss_chunk))
-        tokens = max(longest, way.micro_batch_tokens)
-        different.setdefault(replace(way, micro_batch_tokens=tokens), way)
-    return list(different.values())
+        effective = replace(way, micro_batch_tokens=max(longest, way.micro_batch_tokens))
+        distinct.setdefault(effective, way)
+    return list(distinct.values())
 
 
 def _free_memory(device: torch.device) -> int:

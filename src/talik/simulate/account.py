@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from talik.simulate.storage_log import StorageLog
@@ -18,6 +19,11 @@ class Peak:
     causes: dict[str, int]
     block: str
     operator: str
+
+
+def highest(peaks: Iterable[Peak]) -> Peak:
+    """The highest of the peaks of several phases; the first of equal ones."""
+    return max(peaks, key=lambda peak: peak.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +57,56 @@ class Simulation:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     def first_break(self, budget: int) -> Break | None:
         """The first storage with which more than `budget` bytes are allocated."""
         for number, phase, total in levels(self.log):
             if total > budget:
-                made = self.log.births[self.log.events[number]]
+                made = self.log.storage(number)
                 return Break(phase, made.block, made.operator, made.shape, made.bytes, total)
         return None
 
 
 def levels(log: StorageLog) -> Iterator[tuple[int, str, int]]:
-    """For every event its number, its phase, and the bytes allocated after it."""
-    total, marks = 0, iter([*log.marks[1:], (len(log.events) + 1, "")])
-    phase, (until, following) = log.marks[0][1], next(marks)
-    for number, event in enumerate(log.events):
-        while number >= until:
-            phase, (until, following) = following, next(marks)
-        total += log.births[event].bytes if event >= 0 else -log.births[~event].bytes
-        yield number, phase, total
+    """Yields for every event its number, its phase, and the bytes allocated after it."""
+    totals = itertools.accumulate(change for _, change in log.changes())
+    yield from zip(itertools.count(), _phases(log), totals, strict=False)
+
+
+def _phases(log: StorageLog) -> Iterator[str]:
+    """The phase of every event."""
+    for (start, phase), (end, _) in itertools.pairwise([*log.marks, (len(log.events), "")]):
+        yield from itertools.repeat(phase, end - start)
+
+
+def allocated_by_cause(
+    changes: Iterable[tuple[str, int]], start: Mapping[str, int] | None = None
+) -> Iterator[Counter[str]]:
+    """Yields the allocated bytes by cause after every change; always the same object.
+
+    Args:
+        changes: Causes, and bytes that are allocated or (negative) freed; see `StorageLog.changes`.
+        start: Bytes by cause before the first change.
+    """
+    allocated = Counter(start or {})
+    for cause, change in changes:
+        allocated[cause] += change
+        yield allocated
 
 
 def account(log: StorageLog, *, routed: bool = False) -> Simulation:
-    """The peak of each phase, and what was allocated then."""
-    highest: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
+    """Finds the peak of each phase and the bytes allocated at that moment, by cause."""
+    maxima: dict[str, tuple[int, int]] = {phase: (0, -1) for _, phase in log.marks}
     for number, phase, total in levels(log):
-        if total > highest[phase][0]:
-            highest[phase] = total, number
-    wanted = {number: phase for phase, (_, number) in highest.items()}
-    alive: Counter[str] = Counter()
-    peaks = {}
-    for number, event in enumerate(log.events):
-        made = log.births[event if event >= 0 else ~event]
-        alive[made.cause or "workspace"] += made.bytes if event >= 0 else -made.bytes
-        if number in wanted:
-            causes = {cause: size for cause, size in alive.items() if size}
-            peaks[wanted[number]] = Peak(
-                wanted[number], sum(causes.values()), causes, made.block, made.operator
-            )
-    phases = tuple(peaks[phase] for phase in highest if phase in peaks)
+        if total > maxima[phase][0]:
+            maxima[phase] = total, number
+    phase_at = {number: phase for phase, (_, number) in maxima.items()}
+    peaks: dict[str, Peak] = {}
+    for number, allocated in enumerate(allocated_by_cause(log.changes())):
+        if (phase := phase_at.get(number)) is not None:
+            causes = {cause: size for cause, size in allocated.items() if size}
+            made = log.storage(number)
+            peaks[phase] = Peak(phase, sum(causes.values()), causes, made.block, made.operator)
+    phases = tuple(peaks[phase] for phase in maxima if phase in peaks)
     return Simulation(phases, dict(log.flops), dict(log.moved), log, routed)

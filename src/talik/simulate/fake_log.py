@@ -7,7 +7,7 @@ Transformers takes other branches if everything is fake.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, Literal
@@ -47,27 +47,19 @@ class FakeLog(StorageLog):
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        if func.is_view and isinstance(args[0], FakeTensor):
-            return _view(func, args, kwargs)
-        name = func._schema.name.removeprefix("aten::")
-        taken = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        fake = any(isinstance(tensor, FakeTensor) for tensor in taken)
-        if name in IN_PLACE and isinstance(args[0], FakeTensor):
-            return args[0]  # same result as with a fake, but faster
-        if fake and name == "index":  # the number of rows that a mask selects is known
-            args = (args[0], _places(args[1]))
-        if fake and name == "_local_scalar_dense":
-            return 1.0  # reading a float; integers are real
-        if (taken and not fake) or (not taken and name in FACTORIES and _makes_integers(name, args, kwargs)):
+        """Runs an operator really if all its tensors are real, otherwise by its handler."""
+        name = _name(func)
+        if _is_real(name, args, kwargs):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             return tree_map_only(Tensor, _large_floats_fake, out)
-        if name == "_grouped_mm":  # the fake takes only bf16; the CPU kernel also takes fp32
-            return _grouped_product(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"))
+        handler = HANDLERS.get(name, _view if func.is_view else FakeLog.run_fake)
+        return handler(self, func, args, kwargs)
+
+    def run_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an operator on fake tensors by FakeTensorMode; integer results are made real."""
         out = func(*args, **kwargs)
-        return tree_map_only(Tensor, lambda tensor: self._plausible(tensor, name, args), out)
+        return tree_map_only(Tensor, lambda tensor: self._plausible(tensor, _name(func), args), out)
 
     def workspace(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
         """Operands converted to a common dtype, which a CPU does first (compute_types of TensorIterator)."""
@@ -110,15 +102,6 @@ class FakeLog(StorageLog):
         return rows.argsort(-1)[:, : shape[-1]].reshape(shape).contiguous()
 
 
-def _grouped_product(one: Tensor, other: Tensor, offsets: Tensor | None) -> Tensor:
-    """The result of a grouped product, by the dimensions of both sides (_meta_grouped_mm of PyTorch)."""
-    shape = [one.shape[-2], other.shape[-1]]
-    if one.dim() == other.dim():
-        groups = one.shape[0] if one.dim() == 3 or offsets is None else offsets.shape[0]
-        shape = [groups, *shape]
-    return torch.empty(shape, dtype=one.dtype)
-
-
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Boolean indices converted to the positions where they are true."""
     found: list[Tensor | None] = []
@@ -127,6 +110,20 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
             found += index.nonzero(as_tuple=True) if masks and index is not None else [index]
     return found
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+def _is_real(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if an operator has only real tensors, or creates integers from none."""
+    if args and isinstance(args[0], FakeTensor):  # nearly all calls
+        return False
+    taken = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    if taken:
+        return not any(isinstance(tensor, FakeTensor) for tensor in taken)
+    return name in FACTORIES and _makes_integers(name, args, kwargs)
 
 
 def _makes_integers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -141,7 +138,7 @@ def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.uint8)
 
 
-def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _view(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A view of a fake tensor by its meta kernel; FakeTensorMode takes three times as long."""
     viewed: FakeTensor = args[0]
     with in_kernel_invocation_manager(viewed.fake_mode):
@@ -153,6 +150,49 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
+def _device(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    return args[0].fake_device
+
+
+def _in_place(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The changed tensor, without the shape checks of FakeTensorMode, which take longer."""
+    return args[0] if isinstance(args[0], FakeTensor) else log.run_fake(func, args, kwargs)
+
+
+def _index(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The number of rows that a mask selects is known, because masks are real."""
+    return log.run_fake(func, (args[0], _places(args[1])), kwargs)
+
+
+def _scalar(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The value of a fake float; integers are real."""
+    return 1.0
+
+
+def _grouped_product(log: FakeLog, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """An empty result of the shape in _meta_grouped_mm of PyTorch, which itself takes only bf16.
+
+    The CPU kernel also takes fp32.
+    """
+    one, other = args[:2]
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    shape = [one.shape[-2], other.shape[-1]]
+    if one.dim() == other.dim():
+        groups = one.shape[0] if one.dim() == 3 or offsets is None else offsets.shape[0]
+        shape = [groups, *shape]
+    return torch.empty(shape, dtype=one.dtype)
+
+
+# Operators on fake tensors that FakeTensorMode does not run.
+HANDLERS: dict[str, Callable[[FakeLog, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    "prim::device": _device,
+    "index": _index,
+    "_local_scalar_dense": _scalar,
+    "_grouped_mm": _grouped_product,
+    **dict.fromkeys(IN_PLACE, _in_place),
+}
+
+
 def _large_floats_fake(tensor: Tensor) -> Tensor:
     if not tensor.dtype.is_floating_point or tensor.numel() <= SMALL:
         return tensor
@@ -160,14 +200,14 @@ def _large_floats_fake(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def fake_world(model: nn.Module, device: str = "cpu", routing: Routing = "even") -> Iterator[FakeLog]:
+def fake_world(model: nn.Module, device: str = "cpu", routing: Routing = "even") -> Generator[FakeLog]:
     """Makes tensors fake and records them inside the context; the model's real float buffers are replaced."""
     with FakeTensorMode(allow_non_fake_inputs=True), FakeLog(device, routing) as log, _fake_buffers(model):
         yield log
 
 
 @contextmanager
-def _fake_buffers(model: nn.Module) -> Iterator[None]:
+def _fake_buffers(model: nn.Module) -> Generator[None]:
     """Buffers, and tensors that modules hold as plain attributes."""
     made: dict[int, Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []

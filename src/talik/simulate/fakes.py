@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from talik.model.weights.safetensors_file import Entry
 from talik.model.weights.weights import Weights
 from talik.recipe.plan import Tier
-from talik.simulate.storage_log import APART, Log, StorageLog
+from talik.simulate.pending import Pending
+from talik.simulate.storage_log import OFF_DEVICE, Log, StorageLog
 from talik.training.memory.keys import GRADIENT, INPUT, PENDING, Key, layer_of_input
 from talik.training.memory.scratch import TieredScratch
 from talik.training.step.top import Top
@@ -24,9 +25,7 @@ CAUSE_OF = {GRADIENT: "gradients", PENDING: "gradients", INPUT: "saved activatio
 
 
 class FakeWeights(Weights):
-    """The weights of a checkpoint of which only the tensor tables are known: allocates, but reads no
-    bytes.
-    """
+    """Weights of which only the tensor tables are known: memory is allocated, but nothing is read."""
 
     log: StorageLog
 
@@ -46,7 +45,9 @@ class FakeWeights(Weights):
 def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]]:
     """The tensor table of a checkpoint with the model's own tensors, for a folder without weights."""
     file = folder / "model.safetensors"
-    entries, start, seen = {}, 0, set()
+    entries: dict[str, Entry] = {}
+    seen: set[int] = set()
+    start = 0
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -55,7 +56,7 @@ def assumed_table(model: nn.Module, folder: Path) -> dict[Path, dict[str, Entry]
     return {file: entries}
 
 
-class AtOnce(Executor):
+class ImmediateExecutor(Executor):
     """An executor that runs jobs immediately in the caller's thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -87,9 +88,9 @@ class FakeCache:
         self._log, self._others, self._most = log, others, most
 
     @contextmanager
-    def new_shard(self, groups: Sequence[BatchGroup]) -> Iterator[FakeShard]:
+    def new_shard(self, groups: Sequence[BatchGroup]) -> Generator[FakeShard]:
         """Like `StatesCache.new_shard`."""
-        held = []
+        held: list[Tensor] = []
         if self._others:
             flows = self._log.unnamed()
             size = int(min(self._others * flows, max(0, self._most - flows)))
@@ -108,7 +109,7 @@ class FakeShard:
 
 
 class FakeCopy:
-    """A working copy that is not written to. Trained tensors are read from it, not from the source."""
+    """A working copy without files. Trained tensors are read from it, not from the source."""
 
     def __init__(self, top: Top) -> None:
         self._names = {name for name, _ in top.parameters()}
@@ -134,23 +135,20 @@ class MarkedScratch(TieredScratch):
     so that code without a copy to the device fails here, as it would on a GPU.
 
     Attributes:
-        waiting: By layer, shape and dtype of the layer inputs of micro-batches that are pending. They are
-            allocated with those of the first computed micro-batch, and freed when the inputs of a lower layer
-            are freed.
+        pending: The pending micro-batches, whose layer inputs exist as long as those in this scratch.
     """
 
     def __init__(self, log: Log, tier: Callable[[str], Tier]) -> None:
         super().__init__(torch.device("cpu"), Path(), tier)
         self._host = torch.device("cpu" if log.device == "cpu" else "meta")
         self._log = log
-        self.waiting: dict[int, tuple[tuple[int, int], torch.dtype]] = {}
-        self._inputs: dict[int, Tensor] = {}
+        self.pending: Pending | None = None
 
     def drop(self, key: Key) -> None:
         """Like `Scratch.drop`."""
         super().drop(key)
-        if (layer := layer_of_input(key)) is not None:
-            self._inputs = {below: kept for below, kept in self._inputs.items() if below <= layer}
+        if self.pending and (layer := layer_of_input(key)) is not None:
+            self.pending.free_inputs_above(layer)
 
     def zeros(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Like `Scratch.zeros`."""
@@ -159,9 +157,8 @@ class MarkedScratch(TieredScratch):
         return tensor
 
     def __setitem__(self, key: Key, tensor: Tensor) -> None:
-        if (layer := layer_of_input(key)) in self.waiting and layer not in self._inputs:
-            shape, dtype = self.waiting[layer]
-            self._inputs[layer] = torch.empty(shape, dtype=dtype)
+        if self.pending and (layer := layer_of_input(key)) is not None:
+            self.pending.allocate_inputs(layer)
         super().__setitem__(key, tensor)
         self._log.mark([self[key]], self._cause(key))
 
@@ -175,4 +172,4 @@ class MarkedScratch(TieredScratch):
 
     def _cause(self, key: Key) -> str:
         elsewhere = self._tier(key) == "disk" or (self._offloaded(key) and self._log.device != "cpu")
-        return APART if elsewhere else CAUSE_OF.get(key.kind, "optimizer state")
+        return OFF_DEVICE if elsewhere else CAUSE_OF.get(key.kind, "optimizer state")

@@ -1,12 +1,15 @@
-"""FLOPs of PyTorch's operators: its own table, and operators missing there."""
+"""FLOPs of operators: PyTorch's own table, to which Talik's operators are added, and what it lacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+import talik.kernels.bf16_matmul  # noqa: F401 - defines the operators
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
@@ -15,7 +18,7 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     Attention counts every pair of positions, masked or not, as in PyTorch's table; half of them if the kernel
     is called with `is_causal` and skips the others.
     """
-    if (own := _LEFT_OUT.get(func._schema.name)) is not None:
+    if (own := _MISSING.get(func._schema.name)) is not None:
         flops = own(*args)
     elif (formula := flop_registry.get(func._overloadpacket)) is not None:
         flops = formula(*args, **kwargs, out_val=out)
@@ -33,7 +36,7 @@ def _linear(hidden: Tensor, weight: Tensor, *_: Any) -> int:
     return 2 * hidden.numel() * weight.shape[0]
 
 
-def _grouped(one: Tensor, other: Tensor, offsets: Tensor | None = None, *_: Any) -> int:
+def _grouped(one: Tensor, other: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> int:
     """Rows of `one` multiplied by one matrix each; for the weights' gradient, sums over groups."""
     return 2 * one.numel() * other.shape[-1] // (one.shape[0] if one.dim() == 3 == other.dim() + 1 else 1)
 
@@ -46,16 +49,13 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
     return _attention(query, key, value) * 5 // 2  # five products, not two
 
 
-def _mm(one: Tensor, other: Tensor, *_: Any) -> int:
-    return 2 * one.numel() * other.shape[1]
-
-
-_LEFT_OUT: dict[str, Callable[..., int]] = {
+register_flop_formula(torch.ops.talik.mm, get_raw=True)(flop_registry[torch.ops.aten.mm])
+register_flop_formula(torch.ops.talik.grouped_mm, get_raw=True)(_grouped)
+# Operators of PyTorch that its own table does not have.
+_MISSING: dict[str, Callable[..., int]] = {
     "aten::linear": _linear,  # in inference mode it is not part of another operator
     "aten::scaled_dot_product_attention": _attention,  # nor is this one
     "aten::_grouped_mm": _grouped,
-    "talik::mm": _mm,
-    "talik::grouped_mm": _grouped,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }

@@ -1,7 +1,7 @@
 """Runs the real training code on fake tensors, to find its memory before a weight is loaded.
 
-The same functions as in a run are called: the store loads blocks, the trunk runs, steps go forward and
-backward, the update, the evaluation. Only files, threads and values are missing.
+It calls the same functions as a run: the store loads blocks, the trunk runs, and every step has its forward,
+backward and update. Only files, threads and values are missing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, cast
 
 from talik.base.events import silent
 from talik.data.examples import Example
 from talik.data.preparing.stored_examples import lengths_of
 from talik.model.adapters import adapter_weights, empty_adapters
 from talik.model.block import EMBEDDINGS, REST, TAIL, Block
-from talik.model.chain.chain import Chain, Skeleton
+from talik.model.chain.chain import Chain
 from talik.model.folder import ModelFolder
 from talik.model.freeze import freeze_for
 from talik.model.weights.safetensors_file import Entry, weight_files
@@ -30,22 +27,23 @@ from talik.recipe.recipe import Recipe, check_layers
 from talik.simulate.account import Simulation, account
 from talik.simulate.fake_log import Routing, fake_world
 from talik.simulate.fakes import (
-    AtOnce,
     FakeCache,
     FakeCopy,
     FakeStates,
     FakeWeights,
+    ImmediateExecutor,
     MarkedScratch,
     assumed_table,
 )
+from talik.simulate.pending import Pending
 from talik.simulate.storage_log import Log
 from talik.training.loading import RunModel, new_run_model, working_dtype
 from talik.training.memory.store import Store
 from talik.training.run.evaluation import evaluate_top
-from talik.training.run.feed import load_micro_batches, run_step
+from talik.training.run.feed import run_step
 from talik.training.run.loop import ScalarMonitor
 from talik.training.step.step import prepare_top
-from talik.training.step.top import MicroBatch, Top, World
+from talik.training.step.top import World
 from talik.training.trunk.cache import BatchGroup
 from talik.training.trunk.interfaces import HiddenStates
 from talik.training.trunk.trunk import TrunkInput, trunk_pass
@@ -53,7 +51,7 @@ from talik.training.trunk.trunk import TrunkInput, trunk_pass
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is simulated.
+    """The recipe and the model of a simulation.
 
     Attributes:
         recipe: The recipe.
@@ -69,7 +67,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """The data of a simulation.
 
     Attributes:
@@ -78,7 +76,7 @@ class Work:
         steps: The examples of each simulated step.
         evaluated: Examples that are evaluated.
         others: How many times the hidden states of `groups` are held for groups that are not simulated.
-        waiting: Examples of a step whose micro-batches are not computed, but pending while others are.
+        pending: Examples of a step whose micro-batches are not computed, but pending while others are.
     """
 
     examples: Sequence[Example]
@@ -86,7 +84,7 @@ class Work:
     steps: Sequence[Sequence[int]]
     evaluated: Sequence[int] = ()
     others: float = 0.0
-    waiting: Sequence[int] = ()
+    pending: Sequence[int] = ()
 
 
 def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
@@ -100,8 +98,8 @@ def subject_of(recipe: Recipe, folder: ModelFolder) -> Subject:
     return Subject(recipe, folder, Chain(model, "cpu"), tables)
 
 
-def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even") -> Simulation:
-    """Simulates a plan: of the trunk every kind of layer twice, everything else completely."""
+def simulate(subject: Subject, plan: Plan, work: Workload, routing: Routing = "even") -> Simulation:
+    """Simulates a plan: two trunk layers of each kind, and everything else completely."""
     chain, device = subject.chain, plan.device.partition(":")[0]
     plan = plan.model_copy(update={"device": "cpu"})  # fake CUDA tensors have no backward
     weights = FakeWeights(chain.model, subject.model.path, subject.tables)
@@ -116,14 +114,16 @@ def simulate(subject: Subject, plan: Plan, work: Work, routing: Routing = "even"
     return account(log, routed=log.routed)
 
 
-def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Log, *, layers: int) -> None:
-    """Does everything that a run does with tensors, in its order, with the first `layers` trunk layers.
+def rehearse(
+    subject: Subject, weights: Weights, plan: Plan, work: Workload, log: Log, *, layers: int
+) -> None:
+    """Executes all tensor operations of a run in order, with only the first `layers` layers of the trunk.
 
-    Hidden states are not stored, and steps start from undefined ones.
+    Hidden states are not stored; steps read hidden states with undefined values.
     """
     recipe, chain = subject.recipe, subject.chain
     log.phase("load")
-    loaded = new_run_model(chain, weights, plan, recipe.seed, AtOnce())
+    loaded = new_run_model(chain, weights, plan, recipe.seed, ImmediateExecutor())
     log.mark(adapter_weights(chain.model), "weights trained")
     log.phase("trunk")
     with loaded.trunk() as store:
@@ -148,44 +148,23 @@ def rehearse(subject: Subject, weights: Weights, plan: Plan, work: Work, log: Lo
     states = states_of(work.examples)
     log.phase("forward")  # a step starts by creating its micro-batches
     for step, indices in enumerate(work.steps, start=1):
-        waiting = _waiting(top, work, states, plan, scratch)
-        run_step(
-            top=top,
-            examples=work.examples,
-            indices=indices,
-            states=states,
-            world=world,
-            recipe=recipe,
-            plan=plan,
-            step=step,
-            learning_rate=1e-5,
-        )
-        del waiting
+        with Pending(top, work.examples, work.pending, states, plan) as scratch.pending:
+            run_step(
+                top=top,
+                examples=work.examples,
+                indices=indices,
+                states=states,
+                world=world,
+                recipe=recipe,
+                plan=plan,
+                step=step,
+                learning_rate=1e-5,
+            )
     log.phase("save")
     loaded.store.drop_buffers()
 
 
-def _waiting(
-    top: Top, work: Work, states: HiddenStates | None, plan: Plan, scratch: MarkedScratch
-) -> list[MicroBatch | Skeleton | Tensor]:
-    """The tensors that pending micro-batches hold; with a streamed top also layer inputs."""
-    chain, batches = top.chain, list(load_micro_batches(work.examples, work.waiting, states, plan, top.chain))
-    held: list[MicroBatch | Skeleton | Tensor] = [*batches]
-    if plan.top == "resident" or not batches:
-        return held
-    sizes = [batch.input_ids.numel() for batch in batches]
-    dtype = chain.dtype_at(plan.cut)
-    for batch, size in zip(batches, sizes, strict=True):
-        held.append(chain.skeleton(batch.input_ids, embed=False))
-        held.append(torch.empty(size, chain.width_at(plan.cut), dtype=dtype))
-    groups = top.layer_spans()
-    for group in groups if states is None else groups[1:]:  # the first input belongs to the micro-batch
-        if plan.inputs == "memory":
-            scratch.waiting[group[0]] = (sum(sizes), chain.width_at(group[0])), dtype
-    return held
-
-
-def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) -> None:
+def _trunk(loaded: RunModel, store: Store, work: Workload, log: Log, layers: int) -> None:
     """Runs the trunk over the groups of the work."""
     groups = [TrunkInput(group, work.examples) for group in work.groups]
     cache = FakeCache(log, work.others, loaded.plan.hidden_bytes)
@@ -194,7 +173,7 @@ def _trunk(loaded: RunModel, store: Store, work: Work, log: Log, layers: int) ->
 
 
 def _load_each(loaded: RunModel, store: Store, layers: int) -> None:
-    """Loads block after block, as the check of the chain does; its few tokens are not counted."""
+    """Loads one block after another, like the check of the chain, whose few tokens are ignored."""
     plan = loaded.plan
     store.get(EMBEDDINGS)
     for layer in (*range(layers), *range(plan.cut, plan.layers)):
@@ -219,7 +198,8 @@ def enough_layers(chain: Chain, cut: int) -> int:
 
 def _kind(chain: Chain, index: int) -> Any:
     """Layers of one kind run the same operators with the same shapes."""
-    layer, config = chain.layers[index], chain.model.config.get_text_config(decoder=True)
+    layer, whole = chain.layers[index], cast(Any, chain.model.config)
+    config = whole.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or [None] * len(chain.layers)
     shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
     return type(layer), types[index] if index < len(types) else None, shapes, chain.width_at(index + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +39,12 @@ CAUSES = (
     "logits and loss",
     "workspace",
 )
-APART = "apart"  # the cause of tensors in mapped files or in host RAM of a device: they take no device memory
+OFF_DEVICE = "off device"  # the cause of tensors in mapped files or host RAM, which take no device memory
 
 
 @runtime_checkable
 class Log(Protocol):
-    """What code reports while it is recorded: phases, and the causes of tensors.
+    """The interface by which running code reports its phases and the causes of its tensors.
 
     `device` is the kind of device whose memory is recorded.
     """
@@ -101,6 +101,27 @@ class StorageLog(TorchDispatchMode):
         self.phase_now, self.block = name, ""
         self.marks.append((len(self.events), name))
 
+    def key(self, number: int) -> int:
+        """The number of the storage that is allocated or freed by an event."""
+        event = self.events[number]
+        return event if event >= 0 else ~event
+
+    def storage(self, number: int) -> Storage:
+        """The storage that is allocated or freed by an event."""
+        return self.births[self.key(number)]
+
+    def changes(self) -> Iterator[tuple[str, int]]:
+        """Yields for every event its cause, and the bytes by which it changes the allocated memory."""
+        for number, event in enumerate(self.events):
+            made = self.storage(number)
+            yield made.cause or "workspace", made.bytes if event >= 0 else -made.bytes
+
+    def alive(self, number: int) -> list[Storage]:
+        """The storages that are allocated after an event."""
+        events = self.events[: number + 1]
+        dead = {~event for event in events if event < 0}
+        return [self.births[event] for event in events if event >= 0 and event not in dead]
+
     def unnamed(self) -> int:
         """Allocated bytes without a cause."""
         return sum(
@@ -112,7 +133,7 @@ class StorageLog(TorchDispatchMode):
         for tensor in tensors:
             made = self.births[self._see(tensor, "before")]
             made.cause = cause
-            if cause == APART:
+            if cause == OFF_DEVICE:
                 made.bytes = 0
 
     def __torch_dispatch__(
@@ -140,8 +161,9 @@ class StorageLog(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def workspace(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
-        """Tensors as large as the workspace of an operator. For Talik's own operators only: modes do not
-        see inside them. The workspace of PyTorch's kernels is not counted.
+        """Tensors as large as the workspace of one of Talik's own operators.
+
+        A dispatch mode does not see inside these. The workspace of PyTorch's kernels is not counted.
         """
         if func.namespace != "talik":
             return []
@@ -159,7 +181,9 @@ class StorageLog(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, 0 if storage.filename else storage.nbytes()
         number = self._live.get(key)
-        if number is not None and (self.births[number].bytes == size or self.births[number].cause == APART):
+        if number is not None and (
+            self.births[number].bytes == size or self.births[number].cause == OFF_DEVICE
+        ):
             return number
         if number is not None:  # resized: the old storage has been freed
             self._die(key, number)
@@ -189,7 +213,7 @@ class StorageLog(TorchDispatchMode):
                 made.cause = cause
 
     @contextmanager
-    def blocks_of(self, chain: Chain) -> Iterator[None]:
+    def blocks_of(self, chain: Chain) -> Generator[None]:
         """Inside the context, records which block of the chain is running."""
         with ExitStack() as stack:
             for index, layer in enumerate(chain.layers):
@@ -204,7 +228,7 @@ class StorageLog(TorchDispatchMode):
             yield
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
-        if self.phase_now == "trunk":  # what outlives a layer is its output
+        if self.phase_now == "trunk":  # only the output of a layer is still allocated
             self._settle("trunk", "cache and batches")
         self.block, self._began = name, len(self.births)
 

@@ -14,7 +14,7 @@ from talik.data.reading.rows import Place
 from talik.model.chain.chain import Chain
 from talik.recipe.plan import Plan
 from talik.recipe.recipe import Recipe
-from talik.simulate.simulation import Work
+from talik.simulate.simulation import Workload
 from talik.training.run.loop import count_steps
 from talik.training.trunk.cache_shard import longest_groups
 
@@ -26,15 +26,15 @@ BATCHES = 2
 LAST = 0.75
 
 
-def glimpse_of(work: Work, plan: Plan, chain: Chain) -> Work:
+def glimpse_of(work: Workload, plan: Plan, chain: Chain) -> Workload:
     """One step with the largest micro-batch of a plan's work; its memory is about that of the whole."""
     batches = _batches(work.steps[0], work.examples, plan, chain)
-    return replace(work, steps=[batches[0]], waiting=[*work.waiting, *_joined(batches[1:])])
+    return replace(work, steps=[batches[0]], pending=[*work.pending, *_joined(batches[1:])])
 
 
-def work_of(
+def workload_of(
     examples: Sequence[Example], evaluated: Sequence[Example], plan: Plan, recipe: Recipe, chain: Chain
-) -> Work:
+) -> Workload:
     """The two groups with the longest examples, and one to three steps.
 
     The steps are those with the largest micro-batch, the longest example, and the largest loss, if they
@@ -47,13 +47,13 @@ def work_of(
     if held_out:
         held_out = held_out[: max(1, plan.micro_batch_tokens // lengths[held_out[0]])]
     steps = _largest_steps(examples, plan, recipe, chain)
-    return Work(
+    return Workload(
         examples=both,
         groups=chosen,
         steps=[step for step, _ in steps],
         evaluated=held_out,
         others=tokens / sum(group.tokens for group in chosen) - 1,
-        waiting=max((waiting for _, waiting in steps), key=lambda some: sum(lengths[i] for i in some)),
+        pending=max((pending for _, pending in steps), key=lambda some: sum(lengths[i] for i in some)),
     )
 
 
@@ -132,4 +132,4 @@ def assumed_examples(recipe: Recipe) -> tuple[list[Example], str]:
         for number in range(count)
     ]
     each = f"{count} examples of {length:,} tokens" if count > 1 else f"one example of {length:,} tokens"
-    return made, f"an epoch is one step of {each}, half of them trained (name DATA for what is true)"
+    return made, f"an epoch is one step of {each}, half of them trained (name DATA for the true steps)"

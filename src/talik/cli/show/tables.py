@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def comparison(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
     return table
 
 
-def memory(phases: dict[str, dict[str, int]]) -> Table:
+def memory(phases: Mapping[str, Mapping[str, int]]) -> Table:
     """The planned and the measured memory of each phase."""
     table = Table("memory of", "promised", "measured", "", box=None, pad_edge=False)
     for phase, row in phases.items():

@@ -21,11 +21,9 @@ MIB = 1 << 20
 
 # c10/core/AllocatorConfig.h, torch 2.13 (formerly in CUDACachingAllocator.cpp, with the same values)
 ROUNDING = 512  # kMinBlockSize: the size of every block is a multiple
-SMALL_LIMIT = 1 * MIB  # kSmallSize: largest size of the small pool; the rest of a large block must be larger
-SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: a segment, or a page of the expandable one, of the small pool
-LARGE_SEGMENT = 20 * MIB  # large_segment_size(): the same of the large pool
-LARGE_LIMIT = 10 * MIB  # kMinLargeAlloc: from here on, a native segment is as large as its first storage,
-LARGE_ROUNDING = 2 * MIB  # kRoundLarge: up to a multiple of this
+SMALL_LIMIT = 1 * MIB  # kSmallSize: largest size of the small pool
+SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: a page of the small pool
+LARGE_SEGMENT = 20 * MIB  # large_segment_size(): a page of the large pool
 PAGES = 1 << 32  # addresses of an expandable segment: no limit in this model
 GRID = 16 * MIB  # of `least_capacity`
 
@@ -46,9 +44,7 @@ class Replayed:
     failed: int | None
 
 
-def replay(
-    events: Sequence[tuple[int, int]], *, capacity: int | None = None, expandable: bool = True
-) -> Replayed:
+def replay(events: Sequence[tuple[int, int]], *, capacity: int | None = None) -> Replayed:
     """Replays events on a device.
 
     Args:
@@ -59,7 +55,7 @@ def replay(
     Raises:
         ValueError: A key is born while it is alive.
     """
-    allocator = (ExpandableAllocator if expandable else Allocator)(capacity)
+    allocator = Allocator(capacity)
     done = sum(1 for _ in follow(events, allocator))
     failed = done if done < len(events) else None
     return Replayed(allocator.peak_allocated, allocator.peak_reserved, failed)
@@ -81,17 +77,17 @@ def follow(events: Sequence[tuple[int, int]], allocator: Allocator) -> Iterator[
         yield index
 
 
-def least_capacity(events: Sequence[tuple[int, int]], *, expandable: bool = True) -> int:
+def least_capacity(events: Sequence[tuple[int, int]]) -> int:
     """Bytes that a device must have for the allocator so that every storage fits, a multiple of 16 MiB.
 
     Found by bisection: this capacity suffices, and 16 MiB less does not.
     """
-    unlimited = replay(events, expandable=expandable)
+    unlimited = replay(events)
     enough = -(-unlimited.peak_reserved // GRID)
     too_little = -(-unlimited.peak_allocated // GRID) - 1
     while enough - too_little > 1:
         middle = (enough + too_little) // 2
-        if replay(events, capacity=middle * GRID, expandable=expandable).failed is None:
+        if replay(events, capacity=middle * GRID).failed is None:
             enough = middle
         else:
             too_little = middle
@@ -119,11 +115,12 @@ class Block(NamedTuple):
 class Pool:
     """The unused blocks for small or large storages: those with memory by size, holes by address.
 
-    `least_rest`: bytes that must remain of a block to become a separate block (should_split).
+    Args:
+        segment: Bytes of a page.
     """
 
-    def __init__(self, segment: int, least_rest: int) -> None:
-        self.segment, self.least_rest = segment, least_rest
+    def __init__(self, segment: int) -> None:
+        self.segment = segment
         self.free: list[tuple[int, int]] = []  # (size, address): the best fit is the first large enough
         self.holes: list[int] = []
         self.starts: dict[int, Block] = {}
@@ -158,14 +155,19 @@ class Pool:
 
 
 class Allocator:
-    """Segments by cudaMalloc, of which only one that is wholly unused can be given back."""
+    """One segment per pool, which grows by pages and, under pressure, gives wholly unused ones back."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.small, self.large = Pool(SMALL_SEGMENT, ROUNDING), Pool(LARGE_SEGMENT, SMALL_LIMIT + 1)
-        self._segments: dict[int, int] = {}  # address: size
-        self._next = 0
+        self.small, self.large = Pool(SMALL_SEGMENT), Pool(LARGE_SEGMENT)
+        for pool in (self.small, self.large):
+            pool.add(Block(pool, 0, pool.segment * PAGES, mapped=False))
+
+    @property
+    def held(self) -> int:
+        """Bytes that cannot be returned: all pages that hold something."""
+        return self.reserved - self.small.idle - self.large.idle
 
     def allocate(self, size: int) -> Block | None:
         """A block for a storage of this size; None if it does not fit."""
@@ -177,7 +179,7 @@ class Allocator:
             self._release(self.small)
             if not (block := self._new(pool, size)):
                 return None
-        if block.size - size >= pool.least_rest:
+        if block.size - size >= ROUNDING:  # should_split
             pool.add(Block(pool, block.address + size, block.size - size))
             block = Block(pool, block.address, size)
         self.allocated += block.size
@@ -201,14 +203,9 @@ class Allocator:
             pool.remove(best)
         return best
 
-    def _new(self, pool: Pool, size: int) -> Block | None:
-        """Takes memory from the device for a block, which is in no list (alloc_block)."""
-        segment = pool.segment if size < LARGE_LIMIT else _up(size, LARGE_ROUNDING)
-        if not self._reserve(segment):
-            return None
-        address, self._next = self._next, self._next + segment + ROUNDING  # segments are not neighbours
-        self._segments[address] = segment
-        return Block(pool, address, segment)
+    def pages_for(self, size: int) -> int:
+        """Bytes of the pages that a storage takes if no other page has room for it."""
+        return _up(size, SMALL_SEGMENT if _up(size, ROUNDING) <= SMALL_LIMIT else LARGE_SEGMENT)
 
     def _reserve(self, size: int) -> bool:
         if self.capacity is not None and self.reserved + size > self.capacity:
@@ -216,32 +213,6 @@ class Allocator:
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return True
-
-    def _release(self, pool: Pool) -> None:
-        """Returns unused memory of the pool to the device (release_blocks)."""
-        for block in list(pool.starts.values()):
-            if block.size == self._segments.get(block.address):
-                pool.remove(block)
-                self.reserved -= block.size
-
-
-class ExpandableAllocator(Allocator):
-    """One segment per pool, which grows by pages and, under pressure, gives wholly unused ones back."""
-
-    def __init__(self, capacity: int | None = None) -> None:
-        super().__init__(capacity)
-        self.large.least_rest = ROUNDING
-        for pool in (self.small, self.large):
-            pool.add(Block(pool, 0, pool.segment * PAGES, mapped=False))
-
-    @property
-    def held(self) -> int:
-        """Bytes that cannot be returned: all pages that hold something."""
-        return self.reserved - self.small.idle - self.large.idle
-
-    def pages_for(self, size: int) -> int:
-        """Bytes of the pages that a storage takes if no other page has room for it."""
-        return _up(size, SMALL_SEGMENT if _up(size, ROUNDING) <= SMALL_LIMIT else LARGE_SEGMENT)
 
     def _new(self, pool: Pool, size: int) -> Block | None:
         """Maps pages at the lowest address with room (try_allocate_expandable_block)."""

@@ -13,7 +13,7 @@ that only cuDNN refuses, deterministic algorithms (no cuDNN), and workspaces tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,7 @@ class Call:
 
 
 @contextmanager
-def cuda_attention(compute_capability: tuple[int, int] | None = None) -> Iterator[None]:
+def cuda_attention(compute_capability: tuple[int, int] | None = None) -> Generator[None]:
     """Inside the context, scaled_dot_product_attention runs as on a CUDA device of this capability.
 
     An unknown capability (None) counts as 8.0. Works for tensors anywhere, fake or not, but only fake ones

@@ -7,14 +7,13 @@ Computed from the sources of PyTorch 2.13, not measured on a device.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from talik.machine.machine import Machine
-from talik.simulate.account import Break, Peak, Simulation, levels
-from talik.simulate.cuda.allocator import MIB, ExpandableAllocator, follow, least_capacity
+from talik.simulate.account import Break, Peak, Simulation, allocated_by_cause, highest, levels
+from talik.simulate.cuda.allocator import MIB, Allocator, follow, least_capacity
 from talik.simulate.cuda.attention import (
     AMPERE,
     cuda_attention,
@@ -62,15 +61,13 @@ class Demand:
 
     def storage(self, index: int) -> Storage:
         """The storage of an event; for one of a library, that of the calling operator."""
-        event = self.log.events[self.numbers[index]]
-        return self.log.births[event if event >= 0 else ~event]
+        return self.log.storage(self.numbers[index])
 
-    def alive(self) -> Iterator[Counter[str]]:
-        """After every event the allocated bytes by cause; always the same object."""
-        alive, births = Counter[str](), self.log.births
+    def changes(self) -> Iterator[tuple[str, int]]:
+        """Yields for every event its cause, and the bytes by which it changes the allocated memory."""
+        births = self.log.births
         for key, size in self.events:
-            alive[births[key].cause or "workspace" if key < len(births) else "libraries"] += size
-            yield alive
+            yield births[key].cause or "workspace" if key < len(births) else "libraries", size
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +90,14 @@ class DeviceAccount:
     @property
     def peak(self) -> Peak:
         """The highest peak of all phases."""
-        return max(self.phases, key=lambda peak: peak.bytes)
+        return highest(self.phases)
 
     def first_break(self, budget: int) -> Break | None:
         """The first allocation that fails on a device with `budget` bytes for this process.
 
         `total` is what the device would have to hold with it, in whole pages.
         """
-        allocator, events = ExpandableAllocator(budget - self.context), self.demand.events
+        allocator, events = Allocator(budget - self.context), self.demand.events
         done = sum(1 for _ in follow(events, allocator))
         if done == len(events):
             return None
@@ -151,13 +148,11 @@ def context_bytes(name: str | None) -> int:
 
 
 def demand_of(log: StorageLog, compute_capability: tuple[int, int] | None) -> Demand:
-    """Adds the allocations of libraries and kernels to the events of a log, after the operators that call
-    them.
-    """
+    """Adds the allocations of libraries and kernels to a log, each after the operator that calls them."""
     workspace = {number: (size, stays) for number, size, stays in _workspace(log, compute_capability)}
     demand, key = Demand(log, [], []), len(log.births)
-    for number, event in enumerate(log.events):
-        new = [(event, log.births[event].bytes) if event >= 0 else (~event, -log.births[~event].bytes)]
+    for number, (_, change) in enumerate(log.changes()):
+        new = [(log.key(number), change)]
         if number in workspace:
             size, stays = workspace[number]
             new += [(key, size)] if stays else [(key, size), (key, -size)]
@@ -195,24 +190,25 @@ def _attention_bytes(of_query: Storage, of_key: Storage, compute_capability: tup
 
 
 def _peaks(demand: Demand, capacity: int, context: int) -> tuple[Peak, ...]:
-    """The peak of every phase if the allocator has only what it needs; the highest phase takes all of it."""
+    """The peak of every phase with the least sufficient capacity, all of which the highest phase takes."""
     highest = _highest(demand, capacity)
     top = max(highest, key=lambda phase: highest[phase][:2])
     held = {phase: capacity if phase == top else pages for phase, (pages, *_) in highest.items()}
     wanted = {index: phase for phase, (*_, index) in highest.items()}
-    peaks = {}
-    for index, alive in enumerate(demand.alive()):
+    peaks: dict[str, Peak] = {}
+    for index, allocated in enumerate(allocated_by_cause(demand.changes())):
         if index in wanted:
             phase, made = wanted[index], demand.storage(index)
-            workspace = {"libraries": alive["libraries"] + context, "allocator": held[phase] - alive.total()}
-            causes = {cause: size for cause, size in (alive | workspace).items() if size}
+            outside = {"libraries": allocated["libraries"] + context}
+            outside |= {"allocator": held[phase] - allocated.total()}
+            causes = {cause: size for cause, size in (allocated | outside).items() if size}
             peaks[phase] = Peak(phase, held[phase] + context, causes, made.block, made.operator)
     return tuple(peaks[phase] for phase in held if phase in peaks)
 
 
 def _highest(demand: Demand, capacity: int) -> dict[str, tuple[int, int, int]]:
     """The moment of most pages in each phase: their bytes, those of the storages in them, and the event."""
-    allocator = ExpandableAllocator(capacity)
+    allocator = Allocator(capacity)
     phases = [phase for _, phase, _ in levels(demand.log)]
     highest = {phase: (0, 0, -1) for _, phase in demand.log.marks}
     for index in follow(demand.events, allocator):
