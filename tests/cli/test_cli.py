@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -278,3 +279,18 @@ def test_an_option_of_transformers_overrides_the_file(talik: Talik, tmp_path: Pa
     assert done.code == 2 and "clip: -1.0: input should be greater than or equal to 0 or 'last'" in done.err
     done = talik("train", "-c", str(file), "--bf16", "-o", "run")
     assert done.code == 2 and "--bf16: name the precision" in done.err
+
+
+def test_two_ways_to_say_what_is_trained_are_refused_for_the_default_number_too(talik: Talik) -> None:
+    done = talik("train", "m", "d", "--top-layers", "5", "--thaw", "norm", "--lora", "rank=zero", "-o", "run")
+    assert done.code == 2 and "--top-layers and --thaw are two ways" in done.err and "'rank=zero'" in done.err
+
+
+def test_eval_says_a_missing_device_and_missing_data_at_once(
+    talik: Talik, run_folder: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    (run / "plan.json").write_text(json.dumps({**plan, "device": "cuda:7"}), encoding="utf-8")
+    done = talik("eval", run, tmp_path / "none.jsonl")
+    assert done.code == 2 and "no device 'cuda:7'" in done.err and "none.jsonl" in done.err
